@@ -1,0 +1,763 @@
+"""Qwen2.5-VL in plain PyTorch: vision tower, M-RoPE, grouped-query decoder, shared prefix, generation, log-probs.
+
+Architecture: Qwen2.5-VL (arXiv 2502.13923); tensor names, numerics and files are those of the published checkpoints, so that
+transformers and vLLM load what we save. The tests hold it equal to transformers' Qwen2_5_VLForConditionalGeneration.
+
+The PREFIX is the heart. The G completions of a GRPO group answer one image and one question, so these are computed once:
+
+    prefix      = policy.prefix(collate(prompts))                       vision tower and prompt, keys and values kept
+    completions = policy.generate(prefix, group_size, ...)              decodes B * G rows on top of it, without gradient
+    logp        = policy.logprobs(prefix, completions.ids, lengths)     with gradient, which flows on into the prefix
+
+A group costs P + G * R tokens instead of G * (P + R), and one vision pass instead of G. `full_logprobs` is the naive
+equivalent that repeats every prompt G times; the tests hold the two equal in values and in every gradient.
+
+Precision: a module computes in the dtype of the activations it is given and casts its weights to it, so one set of fp32
+master weights serves a bf16 forward. Norms, rotary angles and log-softmax are fp32 at least.
+
+Left out: video, sliding-window text attention (no published Qwen2.5-VL uses it), dropout, tensor parallelism.
+"""
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from errors import InputError
+
+HEAD_ROWS = (
+    1024  # rows of the vocabulary head computed at a time: [1024, 151936] in bf16 is 0.3 GB, all rows would be 10
+)
+STOP_EVERY = 4  # decode steps between two looks at "has every row ended?": each look makes the host wait for the device
+SHARD_BYTES = 5 * 10**9  # size of one file of a saved checkpoint, as the hub has it
+
+# What belongs to a checkpoint beside weights and config.json, and is carried on from folder to folder as it is.
+COMPANIONS = (
+    "tokenizer.json tokenizer_config.json vocab.json merges.txt special_tokens_map.json added_tokens.json "
+    "chat_template.json chat_template.jinja preprocessor_config.json video_preprocessor_config.json "
+    "processor_config.json generation_config.json"
+).split()
+
+
+# --------------------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int  # = hidden size of the decoder
+    fullatt_block_indexes: tuple[int, ...]  # blocks in which a patch sees its whole image; elsewhere only its window
+    window_size: int = 112  # pixels of the model frame
+    patch_size: int = 14
+    spatial_merge_size: int = 2  # 2 x 2 patches become one token of the decoder
+    temporal_patch_size: int = 2
+    in_channels: int = 3
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int  # rows of the embedding, more than the tokenizer has
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]  # rotary frequencies turned by the (temporal, row, column) position
+    tie_word_embeddings: bool
+    image_token_id: int
+    max_position_embeddings: int
+    vision: VisionConfig
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, raw: dict, source: str = "config.json") -> "ModelConfig":
+        """Read a config.json: flat as published (rope_scaling mrope) or nested as transformers 5 writes it."""
+        if raw.get("model_type") != "qwen2_5_vl":
+            raise InputError(
+                f"{source}: model_type is {raw.get('model_type')!r}, only 'qwen2_5_vl' is implemented here."
+            )
+        text = raw.get("text_config") or raw
+        vision = raw.get("vision_config") or {}
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        if rope.get("rope_type", rope.get("type", "mrope")) not in ("mrope", "default"):
+            raise InputError(f"{source}: rope type {rope} is not implemented, only Qwen2.5-VL's plain M-RoPE is.")
+        if text.get("use_sliding_window"):
+            raise InputError(f"{source}: use_sliding_window is true; sliding-window attention is not implemented.")
+        try:
+            return cls(
+                **{key: text[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
+                **{key: text[key] for key in ("num_attention_heads", "num_key_value_heads", "rms_norm_eps")},
+                rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
+                mrope_section=tuple(rope.get("mrope_section", (16, 24, 24))),
+                tie_word_embeddings=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+                image_token_id=raw["image_token_id"],
+                max_position_embeddings=text.get("max_position_embeddings", 32768),
+                vision=VisionConfig(
+                    **{
+                        k: vision[k]
+                        for k in ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size")
+                    },
+                    fullatt_block_indexes=tuple(vision["fullatt_block_indexes"]),
+                    **{k: vision[k] for k in ("window_size", "patch_size", "spatial_merge_size") if k in vision},
+                    **{k: vision[k] for k in ("temporal_patch_size", "in_channels") if k in vision},
+                ),
+            )
+        except KeyError as missing:
+            raise InputError(f"{source}: field {missing} is missing; is this a Qwen2.5-VL checkpoint?") from None
+
+
+# ---------------------------------------------------------------------------------------------------------- small pieces
+
+
+class Linear(nn.Linear):
+    """nn.Linear that computes in the dtype of its input: fp32 master weights, bf16 arithmetic."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.weight.to(x.dtype) * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, size: int, inner: int, bias: bool):
+        super().__init__()
+        self.gate_proj = Linear(size, inner, bias=bias)
+        self.up_proj = Linear(size, inner, bias=bias)
+        self.down_proj = Linear(inner, size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+@lru_cache
+def rotary_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
+    """(dim / 2,) inverse wavelengths theta^(-2i/dim), fp32."""
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x[i], x[i + D/2]) by the given angles. x (..., D); cos, sin broadcast to (..., D/2), fp32."""
+    a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------- vision tower
+
+
+@dataclass(frozen=True)
+class VisionLayout:
+    """Where every patch of a batch of images stands, so that attention needs neither masks nor padding.
+
+    Images of equal grid are neighbours, and inside an image windows of equal size are neighbours: each attention is then a
+    few plain calls on slices. `order` and `inverse` permute merged units (2 x 2 patches, one decoder token each).
+    """
+
+    order: Tensor  # (M,) our k-th unit is unit order[k] of the images as given
+    inverse: Tensor  # (M,) and back
+    places: Tensor  # (N, 2) row and column of each patch, in our order
+    groups: list[
+        tuple[int, int, list[tuple[int, int, int]]]
+    ]  # (images, patches each, windows: (offset, count, length))
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def of(grids: tuple[tuple[int, int], ...], window: int, merge: int, device: torch.device) -> "VisionLayout":
+        """grids: (rows, columns) of each image, in patches; window: side of a window, in units."""
+        first_unit = [0]
+        for rows, columns in grids:
+            first_unit.append(first_unit[-1] + rows * columns // merge**2)
+        order, places, groups = [], [], []
+        for grid in dict.fromkeys(grids):  # each distinct grid, in order of appearance
+            rows, columns = grid[0] // merge, grid[1] // merge  # in units
+            r, c = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+            r, c = r.flatten(), c.flatten()
+            name = r // window * (columns // window + 1) + c // window  # which window a unit is in
+            size = torch.bincount(name)[name]  # and how many units that window holds: fewer at the lower and right edge
+            units = torch.argsort(size * (name.max() + 1) + name, stable=True)
+            images = [i for i, g in enumerate(grids) if g == grid]
+            order += [first_unit[i] + units for i in images]
+            inside = torch.stack(torch.meshgrid(torch.arange(merge), torch.arange(merge), indexing="ij"), -1).view(
+                -1, 2
+            )
+            place = (torch.stack((r, c), -1)[units] * merge)[:, None] + inside  # (units, 4, 2)
+            places += [place.view(-1, 2)] * len(images)
+            windows, offset = [], 0
+            for length, units_of_that in zip(*torch.unique(size, return_counts=True), strict=True):
+                count = int(units_of_that) // int(length)
+                windows.append((offset, count, int(length) * merge**2))
+                offset += int(units_of_that) * merge**2
+            groups.append((len(images), grid[0] * grid[1], windows))
+        order = torch.cat(order)
+        inverse = torch.argsort(order)
+        return VisionLayout(order.to(device), inverse.to(device), torch.cat(places).to(device), groups)
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.heads = config.num_heads
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, groups: list, full: bool) -> Tensor:
+        q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)  # each (N, heads, D)
+        qkv = torch.stack((rotate(q, cos, sin), rotate(k, cos, sin), v))  # (3, N, heads, D)
+        outs, start = [], 0
+        for images, patches, windows in groups:
+            group = qkv[:, start : start + images * patches].view(3, images, patches, self.heads, -1)
+            start += images * patches
+            parts = []
+            for offset, count, length in [(0, 1, patches)] if full else windows:
+                part = group[:, :, offset : offset + count * length].reshape(3, images * count, length, self.heads, -1)
+                out = F.scaled_dot_product_attention(
+                    *part.transpose(2, 3).unbind(0)
+                )  # (images * count, heads, length, D)
+                parts.append(out.transpose(1, 2).reshape(images, count * length, -1))
+            outs.append(torch.cat(parts, dim=1).flatten(0, 1))
+        return self.proj(torch.cat(outs))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(config.hidden_size, 1e-6), RMSNorm(config.hidden_size, 1e-6)
+        self.attn = VisionAttention(config)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=True)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, groups: list, full: bool) -> Tensor:
+        x = x + self.attn(self.norm1(x), cos, sin, groups, full)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """The published weight is that of a Conv3d whose stride is its kernel: on patches that is one matrix product."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = nn.Module()
+        self.proj.weight = nn.Parameter(torch.empty(config.hidden_size, config.in_channels, *kernel))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return F.linear(patches, self.proj.weight.flatten(1).to(patches.dtype))
+
+
+class PatchMerger(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.inner = config.hidden_size * config.spatial_merge_size**2
+        self.ln_q = RMSNorm(config.hidden_size, 1e-6)
+        self.mlp = nn.Sequential(Linear(self.inner, self.inner), nn.GELU(), Linear(self.inner, config.out_hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.ln_q(x).view(-1, self.inner))
+
+
+class VisionTower(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        self.merger = PatchMerger(config)
+
+    def forward(self, patches: Tensor, grids: tuple[tuple[int, int], ...]) -> Tensor:
+        """patches (N, C * 2 * 14 * 14) of all images, merged unit by merged unit; grids in patches -> (N / 4, H) tokens."""
+        config = self.config
+        unit = config.spatial_merge_size**2
+        window = config.window_size // config.patch_size // config.spatial_merge_size
+        layout = VisionLayout.of(grids, window, config.spatial_merge_size, patches.device)
+        head_dim = config.hidden_size // config.num_heads
+        angles = layout.places[..., None] * rotary_frequencies(head_dim // 2, 1e4, patches.device)  # (N, 2, D/4)
+        cos, sin = angles.flatten(1).cos()[:, None], angles.flatten(1).sin()[:, None]  # (N, 1, D/2): rows, then columns
+
+        x = self.patch_embed(patches.view(-1, unit, patches.shape[-1])[layout.order].flatten(0, 1))  # (N, hidden)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin, layout.groups, full=i in config.fullatt_block_indexes)
+        return self.merger(x)[layout.inverse]
+
+
+# --------------------------------------------------------------------------------------------------------------- decoder
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.q_proj = Linear(config.hidden_size, self.heads * self.head_dim)
+        self.k_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim)
+        self.v_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim)
+        self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, S, H) -> q (N, heads, S, D), k and v (N, kv_heads, S, D), rotated."""
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal, aligned at the end: the last query sees every key. q (N, heads, S, D), k and v (N, kv_heads, L, D), L >= S."""
+        mask = None if q.shape[2] == k.shape[2] else causal_lower_right(q.shape[2], k.shape[2])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return out.transpose(1, 2).flatten(2)  # (N, S, heads * D)
+
+    def prefix(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The prompts, right-padded: no real token sees a pad, so plain causal attention is right at every length."""
+        q, k, v = self.project(x, cos, sin)
+        return self.o_proj(self.attend(q, k, v)), k, v
+
+    def suffix(self, x: Tensor, cos: Tensor, sin: Tensor, pk: Tensor, pv: Tensor, spans: list) -> Tensor:
+        """Completions x (B * G, S, H) over the prefixes pk, pv (B, kv_heads, P, D): one call per run of equal-length prompts."""
+        q, k, v = self.project(x, cos, sin)
+        group = len(x) // len(pk)
+        outs = []
+        for first, last, length in spans:  # prompts first..last-1 have `length` real tokens
+            rows = slice(first * group, last * group)
+
+            def joined(prefix, suffix, first=first, last=last, length=length, rows=rows):
+                shared = prefix[first:last, None, :, :length].expand(
+                    -1, group, -1, -1, -1
+                )  # a view: G share one prefix
+                return torch.cat((shared, suffix[rows].unflatten(0, (-1, group))), dim=3).flatten(0, 1)
+
+            outs.append(self.attend(q[rows], joined(pk, k), joined(pv, v)))
+        return self.o_proj(torch.cat(outs))
+
+    def decode(
+        self, x: Tensor, cos: Tensor, sin: Tensor, ck: Tensor, cv: Tensor, at: int, mask: Tensor | None
+    ) -> Tensor:
+        """One token for each row, x (N, 1, H), written at place `at` of the static cache ck, cv (N, kv_heads, P + T, D)."""
+        q, k, v = self.project(x, cos, sin)
+        ck[:, :, at], cv[:, :, at] = k[:, :, 0], v[:, :, 0]
+        # The heads that share a key head become its queries: grouped-query attention with no mask and no copied keys.
+        q = q.view(len(x), self.kv_heads, -1, self.head_dim)
+        mask = None if mask is None else mask[..., : at + 1]
+        out = F.scaled_dot_product_attention(q, ck[:, :, : at + 1], cv[:, :, : at + 1], attn_mask=mask)
+        return self.o_proj(out.reshape(len(x), 1, -1))
+
+
+class Block(nn.Module):
+    """One decoder layer. It takes and returns plain tensors, whichever of the three attentions it is asked for."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=False)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def prefix(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attended, k, v = self.self_attn.prefix(self.input_layernorm(x), cos, sin)
+        return self.finish(x, attended), k, v
+
+    def suffix(self, x: Tensor, cos: Tensor, sin: Tensor, pk: Tensor, pv: Tensor, spans: list) -> Tensor:
+        return self.finish(x, self.self_attn.suffix(self.input_layernorm(x), cos, sin, pk, pv, spans))
+
+    def decode(
+        self, x: Tensor, cos: Tensor, sin: Tensor, ck: Tensor, cv: Tensor, at: int, mask: Tensor | None
+    ) -> Tensor:
+        return self.finish(x, self.self_attn.decode(self.input_layernorm(x), cos, sin, ck, cv, at, mask))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+# ---------------------------------------------------------------------------------------------------------------- policy
+
+
+@dataclass
+class PromptBatch:
+    """B prompts side by side, shortest first (then runs of equal length are neighbours), right-padded to the longest."""
+
+    ids: Tensor  # (B, P)
+    positions: Tensor  # (3, B, P) M-RoPE: temporal, row, column
+    next_position: Tensor  # (B,) where each completion's text positions go on
+    lengths: list[int]  # (B,) real tokens of each, ascending
+    patches: Tensor  # (N, C * 2 * 14 * 14), fp32
+    grids: tuple[tuple[int, int], ...]  # rows and columns of each image, in patches
+    order: Tensor  # (B,) the b-th row is prompt order[b] of the caller
+
+
+def collate(prompts: list, device: torch.device | str = "cpu") -> PromptBatch:
+    """Batch data.Prompt objects (ids (P,), positions (3, P), next_position, patches (n, 1176), grid (1, rows, columns))."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    rows = [prompts[i] for i in order]
+    longest = len(rows[-1].ids)
+    return PromptBatch(
+        ids=torch.stack([F.pad(p.ids, (0, longest - len(p.ids))) for p in rows]).to(device),
+        positions=torch.stack([F.pad(p.positions, (0, longest - len(p.ids))) for p in rows], dim=1).to(device),
+        next_position=torch.tensor([p.next_position for p in rows], device=device),
+        lengths=[len(p.ids) for p in rows],
+        patches=torch.cat([p.patches for p in rows]).to(device),
+        grids=tuple((int(p.grid[1]), int(p.grid[2])) for p in rows),
+        order=torch.tensor(order, device=device),
+    )
+
+
+@dataclass
+class Prefix:
+    """What a group's completions share. Rows stand in PromptBatch order; `order` leads back to the caller's."""
+
+    keys: list[Tensor]  # per layer (B, kv_heads, P, D)
+    values: list[Tensor]
+    hidden: Tensor  # (B, H) last hidden state of each prompt: predicts the first token of its completions
+    next_position: Tensor  # (B,)
+    lengths: list[int]
+    order: Tensor  # (B,)
+
+    @property
+    def spans(self) -> list[tuple[int, int, int]]:
+        """Runs of prompts of equal length: (first, last + 1, length)."""
+        starts = [i for i, n in enumerate(self.lengths) if i == 0 or n != self.lengths[i - 1]]
+        return [(a, b, self.lengths[a]) for a, b in zip(starts, starts[1:] + [len(self.lengths)], strict=True)]
+
+
+@dataclass
+class Completions:
+    ids: Tensor  # (B, G, T) up to and including the first EOS; after it the first EOS id, which no mask ever lets in
+    lengths: Tensor  # (B, G) tokens up to and including the first EOS
+    truncated: Tensor  # (B, G) bool: no EOS within the limit
+
+
+class Policy(nn.Module):
+    """Qwen2.5-VL. Parameter names are the published tensor names."""
+
+    def __init__(self, config: ModelConfig, eos_ids: tuple[int, ...] = ()):
+        super().__init__()
+        self.config, self.eos_ids = config, eos_ids
+        self.compute_dtype = torch.float32  # of activations; --dtype sets it
+        self.source: Path | None = None  # folder it was loaded from
+        self.raw_config: dict = {}  # its config.json as read, carried on when saved
+        self.visual = VisionTower(config.vision)
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:  # (V, H)
+        return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions (3, N, S) -> cos, sin (N, 1, S, D/2): each frequency turns with the axis that mrope_section gives it."""
+        section = torch.tensor(self.config.mrope_section)
+        axis = torch.repeat_interleave(torch.arange(3), section).to(positions.device)  # (D/2,)
+        frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_theta, positions.device)
+        angles = positions.permute(1, 2, 0)[..., axis] * frequencies  # (N, S, D/2)
+        return angles.cos()[:, None], angles.sin()[:, None]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.model.embed_tokens(ids).to(self.compute_dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, H) normalised hidden states -> (N, V)."""
+        return F.linear(hidden, self.head_weight.to(hidden.dtype))
+
+    def prefix(self, batch: PromptBatch) -> Prefix:
+        """Vision tower and prompt, once per prompt. Gradients flow if they are enabled."""
+        x = self.embed(batch.ids)  # (B, P, H)
+        image_tokens = self.visual(batch.patches.to(self.compute_dtype), batch.grids)
+        is_image = batch.ids == self.config.image_token_id
+        x = x.masked_scatter(is_image[..., None], image_tokens)  # images stand in the order of their prompts
+        cos, sin = self.rotary(batch.positions)
+        keys, values = [], []
+        for layer in self.model.layers:
+            x, k, v = layer.prefix(x, cos, sin)
+            keys.append(k)
+            values.append(v)
+        last = torch.tensor(batch.lengths, device=x.device) - 1
+        hidden = self.model.norm(x[torch.arange(len(x), device=x.device), last])
+        return Prefix(keys, values, hidden, batch.next_position, batch.lengths, batch.order)
+
+    def logprobs(
+        self, prefix: Prefix, ids: Tensor, lengths: Tensor, temperature: float = 1.0, entropy: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Log-probabilities of completions under softmax(logits / temperature).
+
+        ids (B, G, T), lengths (B, G), both in the caller's order of prompts -> (B, G, T) fp32, exactly 0 from a
+        completion's length on; with `entropy` also the entropy of each row (B, G, T), without gradient.
+        Logits exist only for real completion tokens, HEAD_ROWS rows at a time, and are recomputed in the backward pass.
+        """
+        order = prefix.order.to(ids.device)
+        ids, lengths = ids[order], lengths[order]
+        b, g, t = ids.shape
+        hidden = prefix.hidden[:, None, None].expand(b, g, 1, -1).flatten(0, 1)  # predicts token 0 of all G
+        if t > 1:  # token i is predicted by the hidden state of token i - 1: the last token is never an input
+            x = self.embed(ids[..., :-1].flatten(0, 1))  # (B * G, T - 1, H)
+            steps = torch.arange(t - 1, device=ids.device)
+            positions = (prefix.next_position[:, None] + steps).repeat_interleave(g, 0)  # (B * G, T - 1)
+            cos, sin = self.rotary(positions.expand(3, -1, -1))
+            for layer, k, v in zip(self.model.layers, prefix.keys, prefix.values, strict=True):
+                x = layer.suffix(x, cos, sin, k, v, prefix.spans)
+            hidden = torch.cat((hidden, self.model.norm(x)), dim=1)  # (B * G, T, H)
+        real = torch.arange(t, device=ids.device) < lengths.flatten()[:, None]  # by position, never by token id
+        logp, ent = self._head(hidden[real], ids.flatten(0, 1)[real], temperature, entropy)
+        back = torch.argsort(order)
+
+        def grid(flat: Tensor) -> Tensor:  # scatter the real tokens back and return to the caller's order
+            return flat.new_zeros(b * g, t).masked_scatter(real, flat).view(b, g, t)[back]
+
+        return (grid(logp), grid(ent)) if entropy else grid(logp)
+
+    def _head(self, hidden: Tensor, tokens: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
+        def rows(h: Tensor, y: Tensor):
+            return kernels.token_logprob(self.logits(h), y, temperature, entropy)
+
+        parts = [
+            checkpoint(rows, h, y, use_reentrant=False)
+            for h, y in zip(hidden.split(HEAD_ROWS), tokens.split(HEAD_ROWS), strict=True)
+        ]
+        if not entropy:
+            return torch.cat(parts), None
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def full_logprobs(self, batch: PromptBatch, ids: Tensor, lengths: Tensor, temperature: float = 1.0) -> Tensor:
+        """The naive equivalent of logprobs(prefix(batch), ...): every prompt repeated G times, one row at a time, no sharing."""
+        order = batch.order.to(ids.device)
+        out = torch.zeros(ids.shape, dtype=torch.promote_types(self.compute_dtype, torch.float32), device=ids.device)
+        images = self.visual(batch.patches.to(self.compute_dtype), batch.grids)
+        is_image = batch.ids == self.config.image_token_id
+        prompts = self.embed(batch.ids).masked_scatter(is_image[..., None], images)
+        for row, caller in enumerate(order.tolist()):
+            p = batch.lengths[row]
+            for member in range(ids.shape[1]):
+                n = int(lengths[caller, member])
+                tokens = ids[caller, member, :n]
+                x = torch.cat((prompts[row, :p], self.embed(tokens)))[None]  # (1, p + n, H)
+                text = (batch.next_position[row] + torch.arange(n, device=ids.device)).expand(3, -1)
+                cos, sin = self.rotary(torch.cat((batch.positions[:, row, :p], text), dim=1)[:, None])
+                for layer in self.model.layers:
+                    x, _, _ = layer.prefix(x, cos, sin)
+                logits = self.logits(self.model.norm(x[0, p - 1 : p + n - 1]))
+                logp = kernels.token_logprob(logits, tokens, temperature)
+                out[caller, member, :n] = logp
+        return out
+
+    @torch.no_grad()
+    def generate(
+        self, prefix: Prefix, group_size: int, max_tokens: int, temperature: float = 0.0, uniforms: Tensor | None = None
+    ) -> Completions:
+        """Sample `group_size` completions of each prompt; temperature 0 is greedy.
+
+        uniforms (B, G, max_tokens) in [0, 1), in the caller's order of prompts: one number per token, turned into a token
+        by the inverse of the cumulative distribution. Whoever makes them from (seed, step, sample) has the same rollouts on
+        every machine and number of ranks. No top-p, no top-k: the sampled policy is the trained one.
+        """
+        if temperature > 0 and uniforms is None:
+            raise ValueError("sampling at temperature > 0 needs uniforms (B, G, max_tokens)")
+        device, b = prefix.hidden.device, len(prefix.hidden)
+        n, p = b * group_size, prefix.keys[0].shape[2]
+        if uniforms is not None:
+            uniforms = uniforms.to(device)[prefix.order].flatten(0, 1)  # (N, max_tokens)
+        cache = [self._cache(k, v, group_size, max_tokens) for k, v in zip(prefix.keys, prefix.values, strict=True)]
+        mask = None
+        if prefix.lengths[0] != p:  # unequal prompts: hide the padding between a shorter prompt and its completion
+            place = torch.arange(p + max_tokens, device=device)
+            lengths = torch.tensor(prefix.lengths, device=device).repeat_interleave(group_size)
+            mask = ((place < lengths[:, None]) | (place >= p))[:, None, None]  # (N, 1, 1, P + T)
+        positions = prefix.next_position.repeat_interleave(group_size)  # (N,)
+        eos = torch.tensor(self.eos_ids, device=device)
+        ids = torch.full((n, max_tokens), self.eos_ids[0], dtype=torch.long, device=device)
+        lengths = torch.full((n,), max_tokens, device=device)
+        alive = torch.ones(n, dtype=torch.bool, device=device)
+
+        logits = self.logits(prefix.hidden).repeat_interleave(group_size, 0)  # (N, V)
+        steps = 0
+        for t in range(max_tokens):
+            token = sample(logits, temperature, None if uniforms is None else uniforms[:, t])
+            token = torch.where(alive, token, self.eos_ids[0])
+            ids[:, t] = token
+            ended = alive & torch.isin(token, eos)
+            lengths = torch.where(ended, t + 1, lengths)
+            alive = alive & ~ended
+            steps = t + 1
+            if steps == max_tokens or (steps % STOP_EVERY == 0 and not alive.any()):
+                break
+            x = self.embed(token[:, None])  # (N, 1, H)
+            cos, sin = self.rotary((positions + t)[None, :, None].expand(3, -1, -1))
+            for layer, (k, v) in zip(self.model.layers, cache, strict=True):
+                x = layer.decode(x, cos, sin, k, v, p + t, mask)
+            logits = self.logits(self.model.norm(x[:, 0]))
+        lengths = lengths.clamp(max=steps)
+        longest = int(lengths.max())
+        back = torch.argsort(prefix.order)
+        shape = (b, group_size)
+        return Completions(ids[:, :longest].view(*shape, -1)[back], lengths.view(shape)[back], alive.view(shape)[back])
+
+    def _cache(self, k: Tensor, v: Tensor, group_size: int, max_tokens: int) -> tuple[Tensor, Tensor]:
+        """Static keys and values (B * G, kv_heads, P + max_tokens, D), the prefix filled in."""
+
+        def room(prefix: Tensor) -> Tensor:
+            b, heads, p, d = prefix.shape
+            cache = prefix.new_zeros(b, group_size, heads, p + max_tokens, d)
+            cache[:, :, :, :p] = prefix[:, None]
+            return cache.flatten(0, 1)
+
+        return room(k), room(v)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int, gain: float = 0.8) -> "Policy":
+        """Random weights, N(0, (gain / sqrt(fan in))^2), zero biases: a deep narrow policy learns several times faster from
+        these than from the usual 0.02."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                std = gain / math.sqrt(parameter[0].numel())
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        return self
+
+    # ------------------------------------------------------------------------------------------------------------ on disk
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, device: torch.device | str = "cpu", dtype=torch.float32) -> "Policy":
+        """Load a Hugging Face folder: config.json and model.safetensors, or shards with their index. Refuses foreign ones."""
+        folder = Path(folder)
+        raw = read_json(folder / "config.json")
+        with torch.device("meta"):
+            policy = cls(ModelConfig.from_dict(raw, str(folder / "config.json")), read_eos_ids(folder, raw))
+        wanted = dict(policy.named_parameters())
+        found = set()
+        for file in checkpoint_files(folder):
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():
+                        if name == "lm_head.weight" and policy.config.tie_word_embeddings:
+                            continue  # some exporters write the tied head twice
+                        if name not in wanted:
+                            raise InputError(
+                                f"{file}: tensor {name} is not one of Qwen2.5-VL's; is this another model?"
+                            )
+                        tensor = tensors.get_tensor(name)
+                        if tensor.shape != wanted[name].shape:
+                            shapes = f"{tuple(tensor.shape)}, config.json asks for {tuple(wanted[name].shape)}"
+                            raise InputError(f"{file}: tensor {name} has shape {shapes}.")
+                        module = policy.get_submodule(name.rpartition(".")[0])
+                        weight = nn.Parameter(tensor.to(device, dtype))
+                        setattr(module, name.rpartition(".")[2], weight)
+                        found.add(name)
+            except SafetensorError as error:
+                raise InputError(
+                    f"{file}: not a readable safetensors file ({error}); was the download cut off?"
+                ) from None
+        if missing := sorted(wanted.keys() - found):
+            raise InputError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}.")
+        policy.source, policy.raw_config = folder, raw
+        return policy
+
+    def save_folder(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a Hugging Face folder that transformers, vLLM and from_folder load: weights, config, and the companions of
+        the folder this policy came from (tokenizer, preprocessor, generation config)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        shards: list[dict[str, Tensor]] = [{}]
+        size = total = 0
+        for name, parameter in self.named_parameters():
+            tensor = parameter.detach().to("cpu", dtype or parameter.dtype).contiguous()
+            if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+                shards.append({})
+                size = 0
+            shards[-1][name] = tensor
+            size += tensor.nbytes
+            total += tensor.nbytes
+        names = ["model.safetensors"]
+        if len(shards) > 1:
+            names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+            where = {key: file for shard, file in zip(shards, names, strict=True) for key in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+        for shard, file in zip(shards, names, strict=True):
+            save_file(shard, folder / file, metadata={"format": "pt"})
+        dtype_name = str(dtype or next(self.parameters()).dtype).removeprefix("torch.")
+        key = "torch_dtype" if "torch_dtype" in self.raw_config else "dtype"
+        (folder / "config.json").write_text(json.dumps(self.raw_config | {key: dtype_name}, indent=2) + "\n")
+        for name in COMPANIONS:
+            if self.source and (self.source / name).exists() and self.source.resolve() != folder.resolve():
+                shutil.copyfile(self.source / name, folder / name)
+
+
+def sample(logits: Tensor, temperature: float, uniforms: Tensor | None) -> Tensor:
+    """logits (N, V), uniforms (N,) -> tokens (N,). Greedy at temperature 0, else inverse-CDF sampling in fp32."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    cdf = torch.softmax(logits.float() / temperature, dim=-1).cumsum(-1)  # (N, V)
+    total = cdf[:, -1:]  # 1 up to rounding
+    # Strictly below the total, and the first entry strictly above: a token of probability 0 is never drawn.
+    target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, target, right=True)[:, 0]
+
+
+def read_json(file: Path) -> dict:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{file} does not exist; --model wants a folder of a Qwen2.5-VL checkpoint or 'nano'."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: not readable as JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: a JSON object was expected, not {type(value).__name__}.")
+    return value
+
+
+def read_eos_ids(folder: Path, raw: dict) -> tuple[int, ...]:
+    """EOS ids of the generation config if there is one (Qwen has two: end of turn and end of text), else of the config."""
+    generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
+    eos = generation.get("eos_token_id") or raw.get("eos_token_id") or raw.get("text_config", {}).get("eos_token_id")
+    if eos is None:
+        raise InputError(f"{folder}: neither generation_config.json nor config.json has eos_token_id.")
+    return tuple(eos) if isinstance(eos, list) else (eos,)
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    for name in names:
+        if not (folder / name).exists():
+            raise InputError(f"{folder / name} does not exist; the checkpoint is not whole.")
+    return [folder / name for name in names]
