@@ -1,0 +1,543 @@
+"""Records -> prompts: JSONL and phantoms, image -> patches, chat prompt, both coordinate frames, the sampler.
+
+TWO FRAMES, and every box here says which one it is in:
+  original  pixels of the image as displayed (after EXIF rotation), before any resizing: records, Sample.box, Prompt.box
+  model     pixels of the resized image that the policy sees: boxes in prompts and answers
+Boxes are (x1, y1, x2, y2), half-open (x2 = last column + 1). Prompt.scale = original pixels per model pixel.
+
+Conventions are Qwen2.5-VL's. Patches are bit-equal to transformers' PIL image processor (its torchvision one differs by
+up to 0.41 at edges), ids to its chat template, positions to get_rope_index; tests/ holds all three. VLM-R1's records
+(github.com/om-ai-lab/VLM-R1, grpo_jsonl.py) are read as they are, and its question for referring expressions is ours.
+
+Left out: several images or boxes per record, video, DICOM, augmentation, worker processes (140x140 takes about 1 ms).
+Bad input is an InputError that names file, line and field; nothing is clipped, truncated or skipped in silence.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from errors import InputError
+from phantoms import KINDS, QUERIES, phantom
+
+Box = tuple[float, float, float, float]
+
+IMAGE_TOKEN = "<|image_pad|>"  # names, never ids: the nano policy has ids of its own
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # of damaged or absurd files
+MAX_ASPECT = 200  # Qwen's limit: beyond it one side would be a single token
+
+TRAIN_PHANTOMS = 20_000
+TEST_PHANTOMS = 600
+TEST_SEED, TEST_START = 0, 10_000_000  # the test series is one for all runs, and no training index reaches it
+
+REC_QUESTION = "Please provide the bounding box coordinate of the region this sentence describes: {query}."
+PROMPTS = {
+    "answer": "{query}",  # box only: what the nano policy is trained on
+    "think": REC_QUESTION + " First output the thinking process in <think> </think> tags and then output the final "
+    "answer in <answer> </answer> tags. Output the final answer in JSON format.",
+}
+THOUGHT = "I look for the region that the question describes and frame it."
+ANSWERS = {
+    "answer": "[{},{},{},{}]",
+    "think": f'<think> {THOUGHT} </think>\n<answer>{{{{"bbox_2d": [{{}}, {{}}, {{}}, {{}}]}}}}</answer>',
+}
+CHAT = (  # for a tokenizer without a template of its own: what Qwen2.5-VL's template renders
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+# ---------------------------------------------------------------- records
+
+
+@dataclass(frozen=True)
+class PhantomImage:
+    """Stands where a file's path would: the arguments of phantoms.phantom, drawn when the sample is loaded."""
+
+    kind: str
+    seed: int
+    index: int
+    size: int  # pixels, square
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One record. Pictures, and the boxes of phantoms, exist only after load(sample)."""
+
+    image: Path | PhantomImage
+    query: str
+    box: Box | None  # original frame; None for a phantom, whose box is drawn with it: use load(sample) or Prompt.box
+    dataset: str
+    task: str = "ground"
+    source: str = ""  # "train.jsonl:17", for messages
+    size: tuple[int, int] | None = None  # (width, height) that the record states, checked when the image is opened
+
+
+def load_samples(spec: str, seed: int, split: str) -> list[Sample]:
+    """Read --data: "phantoms", "phantoms:<kind>" or a JSONL/JSON file; several of them separated by commas.
+
+    seed picks the training phantoms. split is "train" or "test" and matters to phantoms only (a file is its own split):
+    the test phantoms are the same for every seed and disjoint from all training ones.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+    series = (seed, 0, TRAIN_PHANTOMS) if split == "train" else (TEST_SEED, TEST_START, TEST_PHANTOMS)
+    samples = []
+    for part in spec.split(","):
+        name, colon, kind = part.strip().partition(":")
+        if name == "phantoms":
+            samples += phantom_samples(kind if colon else None, *series)
+        else:
+            samples += load_jsonl(part.strip())
+    return samples
+
+
+def phantom_samples(kind: str | None, seed: int, start: int, count: int, size: int = 140) -> list[Sample]:
+    """Phantoms start .. start + count - 1 of the series (kind, seed), not yet drawn; kind None takes turns by index."""
+    if kind is not None and kind not in KINDS:
+        raise InputError(f"unknown phantom kind {kind!r}: use phantoms, or phantoms:<kind> of {', '.join(KINDS)}")
+    samples = []
+    for index in range(start, start + count):
+        k = kind or KINDS[index % len(KINDS)]
+        source = f"phantoms:{k} seed {seed} index {index}"
+        samples.append(Sample(PhantomImage(k, seed, index, size), QUERIES[k], None, f"phantoms-{k}", source=source))
+    return samples
+
+
+def load_jsonl(path: str | Path) -> list[Sample]:
+    """Read a file of records; image paths are relative to its folder, boxes are in the original frame.
+
+    Ours, one per line:   {"image", "query", "bbox": [x1, y1, x2, y2], "width"?, "height"?, "dataset"?, "task"?}
+    VLM-R1, one per line: {"image", "conversations": [{"value": "<image>question"}, {"value": box, list or string}]}
+    VLM-R1, older:        a JSON list of {"image", "problem", "solution"}
+    InputError names file, line (or record of a list) and field. The pictures must exist; they are opened later.
+    """
+    path, samples = Path(path), []
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a UTF-8 text file of records ({error})") from error
+    for source, record in _records(text, path):
+        with _named(source):
+            samples.append(_sample(record, path, source))
+    if not samples:
+        raise InputError(f"{path}: holds no records; write one JSON object per line")
+    return samples
+
+
+@contextmanager
+def _named(source: str | Path) -> Iterator[None]:
+    """Put the place in front of an InputError from inside: helpers know the field, callers the file and line."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+
+
+def _records(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """(where, parsed JSON) of each record."""
+    if text.lstrip().startswith("["):
+        with _named(path):
+            records = _parse(text)
+        yield from ((f"{path} record {i}", record) for i, record in enumerate(records, 1))
+        return
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): it would cut a string at U+2028
+        if line.strip():
+            with _named(f"{path}:{number}"):
+                record = _parse(line)
+            yield f"{path}:{number}", record
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not valid JSON ({error})") from error
+
+
+def _sample(record: Any, path: Path, source: str) -> Sample:
+    if not isinstance(record, dict):
+        raise InputError(f"a record must be a JSON object, not {record!r:.80}")
+    if "conversations" in record:
+        query_field, box_field = "conversations[0].value", "conversations[1].value"
+        turns = record["conversations"]
+        if not isinstance(turns, list) or [isinstance(t, dict) and "value" in t for t in turns] != [True, True]:
+            raise InputError("field 'conversations' must be a question and an answer, each an object with a 'value'")
+        query, box = (turn["value"] for turn in turns)
+    else:
+        query_field, box_field = ("problem", "solution") if "problem" in record else ("query", "bbox")
+        query, box = _required(record, query_field), _required(record, box_field)
+    query = _text(query, query_field)
+    if query_field != "query":  # VLM-R1: without its marker, and of its usual question the phrase alone
+        query = query.replace("<image>", "").strip()
+        before, after = REC_QUESTION.split("{query}")
+        query = _text(
+            query.removeprefix(before).removesuffix(after) if query.startswith(before) else query, query_field
+        )
+        if isinstance(box, str):
+            with _named(f"field {box_field!r} {box!r:.80}"):
+                box = _parse(re.sub(r"</?answer>", "", box))
+
+    image = path.parent / _text(_required(record, "image"), "image")
+    if not image.is_file():
+        raise InputError(f"field 'image' names {image}, which is not a file; paths are relative to {path.parent}")
+    size = None
+    if "width" in record or "height" in record:
+        size = _required(record, "width"), _required(record, "height")
+        if not all(type(side) is int and side > 0 for side in size):
+            raise InputError(f"fields 'width' and 'height' must be positive integers, not {size!r:.80}")
+    box = _box(box, box_field)
+    _check_inside(box, size, box_field)
+    dataset = _text(record.get("dataset") or path.stem, "dataset")
+    return Sample(image, query, box, dataset, _text(record.get("task", "ground"), "task"), source, size)
+
+
+def _required(record: dict, field: str) -> Any:
+    if field not in record:
+        raise InputError(f"field {field!r} is missing; the record has {', '.join(map(repr, record)) or 'none'}")
+    return record[field]
+
+
+def _text(value: Any, field: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"field {field!r} must be a non-empty string, not {value!r:.80}")
+    return value.strip()
+
+
+def _box(value: Any, field: str) -> Box:
+    # The bound also refuses NaN, infinities and integers beyond floats; a bool is an int to Python, but no coordinate.
+    numbers = isinstance(value, list) and [type(v) in (int, float) and abs(v) < 1e9 for v in value]
+    if numbers != [True] * 4:
+        raise InputError(f"field {field!r} must be four finite numbers [x1, y1, x2, y2], not {value!r:.80}")
+    x1, y1, x2, y2 = map(float, value)
+    if x2 <= x1 or y2 <= y1:
+        raise InputError(f"field {field!r} {value} is an empty or inverted box; write x1 < x2 and y1 < y2")
+    return x1, y1, x2, y2
+
+
+def _check_inside(box: Box, size: tuple[int, int] | None, field: str) -> None:
+    """A size that is not known yet is no limit, but below zero is outside of any."""
+    width, height = size or (math.inf, math.inf)
+    if box[0] < 0 or box[1] < 0 or box[2] > width or box[3] > height:
+        frame = f"the {width}x{height} image" if size else "the image"
+        raise InputError(
+            f"field {field!r} {list(box)} reaches outside {frame}; boxes are pixels of the displayed image"
+        )
+
+
+# ---------------------------------------------------------------- images
+
+
+def load(sample: Sample) -> tuple[Image.Image, Box]:
+    """The picture of a sample (RGB, as displayed) and its box in that picture's pixels: the original frame."""
+    if isinstance(sample.image, PhantomImage):
+        p = sample.image
+        drawn = phantom(p.kind, p.seed, p.index, p.size)
+        return Image.fromarray(drawn.image), tuple(map(float, drawn.box))
+    with _named(sample.source):
+        image = open_image(sample.image)
+        if sample.size not in (None, image.size):
+            raise InputError(
+                f"fields 'width' and 'height' say {sample.size[0]}x{sample.size[1]}, but {sample.image} is "
+                f"{image.width}x{image.height} as displayed (after EXIF rotation): the box is in another frame"
+            )
+        _check_inside(sample.box, image.size, "box")
+    return image, sample.box
+
+
+def open_image(path: Path) -> Image.Image:
+    """Open, rotate as its EXIF says, convert to 8-bit RGB. Of an animation or a stack, the first picture.
+
+    More than 8 bits of gray (16-bit X-rays: modes I;16, I, F) are stretched from the picture's own minimum .. maximum
+    to 0 .. 255: PIL's convert("RGB") would clip at 255 and return a white picture. Transparency is laid over white, as
+    transformers and qwen-vl-utils do.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            image.load()
+    except PIL_ERRORS as error:
+        raise InputError(f"image {path} cannot be read ({error})") from error
+    if image.mode[0] in "IF":
+        gray = np.asarray(image, np.float32)
+        low, span = gray.min(), np.ptp(gray)
+        if not np.isfinite(span):
+            raise InputError(f"image {path} has pixels that are not finite numbers")
+        image = Image.fromarray(np.rint((gray - low) * (255 / (span or 1))).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """How a policy wants its pictures; from_folder reads what its checkpoint says."""
+
+    patch_size: int = 14
+    merge_size: int = 2  # merge_size x merge_size patches become one token
+    temporal_patch_size: int = 2  # a still image is this many equal frames
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+    def __post_init__(self):
+        if not 1 <= self.min_pixels <= self.max_pixels or self.max_pixels < self.factor**2:
+            raise InputError(
+                f"min_pixels {self.min_pixels} and max_pixels {self.max_pixels} leave no image: "
+                f"1 <= min_pixels <= max_pixels and max_pixels >= {self.factor**2} are needed"
+            )
+
+    @property
+    def factor(self) -> int:
+        """Pixels per token and side; both sides of a resized image are multiples of it."""
+        return self.patch_size * self.merge_size
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, min_pixels: int | None = None, max_pixels: int | None = None):
+        """Read preprocessor_config.json, or processor_config.json where transformers 5 nests it; arguments win."""
+        path = Path(folder) / "preprocessor_config.json"
+        if path.is_file():
+            config = _read_json(path)
+        else:
+            path = Path(folder) / "processor_config.json"
+            config = _read_json(path).get("image_processor")
+        if not isinstance(config, dict):
+            raise InputError(f"{path}: holds no image processor settings")
+        size = config.get("size") or {}  # transformers 5 writes the pixel budget here, under other names
+        stated = {key: config.get(key) for key in ("patch_size", "merge_size", "temporal_patch_size")} | {
+            "min_pixels": config.get("min_pixels") or size.get("shortest_edge"),
+            "max_pixels": config.get("max_pixels") or size.get("longest_edge"),
+            "mean": config.get("image_mean"),
+            "std": config.get("image_std"),
+        }
+        given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        values = {key: v for source in (stated, given) for key, v in source.items() if v is not None}
+        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read; is its folder a whole checkpoint? ({error})") from error
+    with _named(path):
+        return _parse(text)
+
+
+def smart_resize(
+    height: int, width: int, factor: int = 28, min_pixels: int = 56 * 56, max_pixels: int = 28 * 28 * 1280
+) -> tuple[int, int]:
+    """(height, width) that the model sees: multiples of factor, the aspect about kept, within the pixel budget.
+
+    Qwen's rule to the letter. A side below factor becomes factor at least; for slivers that wins over max_pixels.
+    InputError when one side is more than 200 times the other.
+    """
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise InputError(f"one side of a {width}x{height} image is more than {MAX_ASPECT} times the other; crop it")
+    h, w = round(height / factor) * factor, round(width / factor) * factor
+    if h * w > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        h, w = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    elif h * w < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        h, w = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return h, w
+
+
+def image_to_patches(image: Image.Image, config: ImageConfig) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """RGB image -> patches (gh*gw, C*T*p*p) float32 and the grid (1, gh, gw) of patches.
+
+    Rows go merge block by merge block, so that merge_size**2 rows in a row become one token; a row is C, T, p, p.
+    """
+    p, m = config.patch_size, config.merge_size
+    h, w = smart_resize(image.height, image.width, config.factor, config.min_pixels, config.max_pixels)
+    pixels = np.asarray(image.resize((w, h), Image.Resampling.BICUBIC))  # (h, w, C) uint8
+    gh, gw = h // p, w // p
+    cells = pixels.reshape(gh // m, m, p, gw // m, m, p, 3)
+    cells = cells.transpose(0, 3, 1, 4, 6, 2, 5)  # (gh/m, gw/m, m, m, C, p, p)
+    # A byte has 256 values: normalise those, rounding where transformers rounds (1/255 in float64), and look them up.
+    values = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    mean, std = (np.array(x, np.float32)[:, None] for x in (config.mean, config.std))
+    table = (values - mean) / std  # (C, 256)
+    cells = table[np.arange(3)[:, None, None], cells]
+    frames = np.repeat(cells[..., None, :, :], config.temporal_patch_size, axis=5)  # (gh/m, gw/m, m, m, C, T, p, p)
+    return torch.from_numpy(frames.reshape(gh * gw, -1)), (1, gh, gw)
+
+
+# ---------------------------------------------------------------- frames
+
+
+def to_model(box: Box, scale: tuple[float, float]) -> Box:
+    """Original frame -> model frame; scale = (original width / model width, original height / model height)."""
+    return box[0] / scale[0], box[1] / scale[1], box[2] / scale[0], box[3] / scale[1]
+
+
+def to_original(box: Box, scale: tuple[float, float]) -> Box:
+    """Model frame -> original frame; scale as in to_model. rewards.score multiplies by the same two factors."""
+    return box[0] * scale[0], box[1] * scale[1], box[2] * scale[0], box[3] * scale[1]
+
+
+def answer_text(box: Box, style: str) -> str:
+    """What supervised training wants to hear for a box of the MODEL frame, in whole pixels; the EOS is not in it.
+
+    style "answer": [x1,y1,x2,y2]; "think": a fixed thought and VLM-R1's JSON. Each side moves by half a pixel at most,
+    unless the box would vanish: then it becomes the pixel that it lies in.
+    """
+    x1, y1, x2, y2 = map(round, box)
+    if x1 == x2:
+        x1, x2 = math.floor(box[0]), math.floor(box[0]) + 1
+    if y1 == y2:
+        y1, y2 = math.floor(box[1]), math.floor(box[1]) + 1
+    return ANSWERS[style].format(x1, y1, x2, y2)
+
+
+# ---------------------------------------------------------------- prompts
+
+
+@dataclass
+class Prompt:
+    """What the model is asked about one sample."""
+
+    ids: torch.Tensor  # (P,) int64, the image token repeated once per merged patch
+    patches: torch.Tensor  # (gh*gw, C*T*p*p) float32
+    grid: tuple[int, int, int]  # (1, gh, gw) in patches
+    positions: torch.Tensor  # (3, P) int64: M-RoPE time, row, column
+    next_position: int  # of the first completion token: largest position + 1
+    scale: tuple[float, float]  # model frame * scale = original frame
+    box: Box  # original frame
+    sample: Sample
+    text: str  # the rendered chat, with one image token
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder; local files only, no code from the folder is run."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; a model is a Hugging Face checkpoint folder on this machine")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: holds no tokenizer that transformers can load ({error})") from error
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        raise InputError(f"{folder}: its tokenizer has no {IMAGE_TOKEN}; a Qwen2.5-VL checkpoint is needed")
+    ids = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), _read_json(folder / "config.json").get("image_token_id")
+    if ids[0] != ids[1]:
+        raise InputError(
+            f"{folder}: {IMAGE_TOKEN} is {ids[0]} in the tokenizer, but config.json: image_token_id is {ids[1]}"
+        )
+    return tokenizer
+
+
+def build_prompt(
+    sample: Sample,
+    tokenizer: PreTrainedTokenizerBase,
+    image_config: ImageConfig,
+    style: str,
+    max_prompt_tokens: int | None = None,
+) -> Prompt:
+    """Load a sample and ask for its box in one of PROMPTS' styles, image first.
+
+    InputError, never a cut prompt, when it is longer than max_prompt_tokens or the query holds a special token.
+    """
+    image, box = load(sample)
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    with _named(sample.source):
+        patches, grid = image_to_patches(image, image_config)
+        if special := [token for token in tokenizer.get_added_vocab() if token in sample.query]:
+            raise InputError(f"the query {sample.query!r} holds the special token {special[0]}; remove it")
+        text = _chat(PROMPTS[style].format(query=sample.query), tokenizer)
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if ids.count(image_token_id) != 1:
+            raise InputError(
+                f"the tokenizer's chat template writes {ids.count(image_token_id)} image tokens for one image"
+            )
+        at = ids.index(image_token_id)
+        ids[at : at + 1] = [image_token_id] * (math.prod(grid) // image_config.merge_size**2)
+        if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens, more than max_prompt_tokens {max_prompt_tokens}; "
+                f"raise that or lower max_pixels {image_config.max_pixels}"
+            )
+    ids = torch.tensor(ids)
+    positions, next_position = mrope_positions(ids, [grid], image_token_id, image_config.merge_size)
+    _, gh, gw = grid
+    scale = image.width / (gw * image_config.patch_size), image.height / (gh * image_config.patch_size)
+    return Prompt(ids, patches, grid, positions, next_position, scale, box, sample, text)
+
+
+def _chat(question: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    if tokenizer.chat_template is None:
+        return CHAT.format(question=question)
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+    return tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+
+
+def mrope_positions(
+    ids: torch.Tensor, grids: list[tuple[int, int, int]], image_token_id: int, merge_size: int
+) -> tuple[torch.Tensor, int]:
+    """ids (P,), one grid (t, gh, gw) in patches per image -> positions (3, P) and the position after the last.
+
+    Text counts on in all three rows alike; an image's tokens are (t, row, column) of the merged grid, offset by the
+    running position, which goes on behind the largest of them (Qwen2-VL, arXiv 2409.12191, section 2.1).
+    """
+    is_image = ids == image_token_id
+    sizes = [(t, gh // merge_size, gw // merge_size) for t, gh, gw in grids]
+    if int(is_image.sum()) != sum(map(math.prod, sizes)):
+        raise ValueError(f"{int(is_image.sum())} image tokens in the prompt, but the grids {grids} make another number")
+    parts, at, position = [], 0, 0  # at: index of the next token; position: its running position
+    for size in sizes:
+        start = at + int(is_image[at:].int().argmax())  # first image token from here on
+        text = torch.arange(position, position + start - at).expand(3, -1)
+        position += start - at
+        at = start + math.prod(size)
+        if not is_image[start:at].all():
+            raise ValueError(f"the image tokens from index {start} on are fewer than the grid {size} needs")
+        cells = torch.cartesian_prod(*map(torch.arange, size)).T  # (3, t*h*w), the column fastest
+        parts += [text, cells + position]
+        position += max(size)
+    parts.append(torch.arange(position, position + len(ids) - at).expand(3, -1))
+    return torch.cat(parts, dim=1), position + len(ids) - at
+
+
+# ---------------------------------------------------------------- order
+
+
+class Sampler:
+    """Endless batches of sample indices. Epochs run into each other, so nothing is dropped, whatever the batch size.
+
+    A batch follows from (seed, step) alone: there is no state to save, a resumed run cannot repeat or skip, and any
+    number of ranks can cut the same batch among themselves.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int):
+        if n < 1 or batch_size < 1 or seed < 0:
+            raise InputError(f"{n} samples, batch size {batch_size}, seed {seed}: must be at least 1, 1 and 0")
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def indices(self, step: int) -> list[int]:
+        """The batch_size indices in [0, n) of a step, counted from 0."""
+        first = step * self.batch_size
+        return [int(self._order_of(k // self.n)[k % self.n]) for k in range(first, first + self.batch_size)]
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        """The permutation (n,) of an epoch; only the latest is kept."""
+        if epoch != self._epoch:
+            # Sorting Philox's raw words: numpy promises those for ever, its permutation() only within a version.
+            words = np.random.Philox(key=[self.seed, epoch]).random_raw(self.n)
+            self._epoch, self._order = epoch, np.argsort(words, kind="stable")
+        return self._order

@@ -1,0 +1,609 @@
+"""The reward curriculum: scripted traces with tau worked out by hand, and what must hold for any trace."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from errors import InputError
+from scheduler import SCHEDULES, ScheduleConfig, Window, hit, make_schedule, medloc_decision, next_tau
+
+DEFAULTS = ScheduleConfig()
+OFF = {"check_reward": False, "check_stability": False, "check_margin": False}
+PERFECT = [[1.0] * 4]  # one group that passes every check at every tau but 1.0's margin, which is never asked
+
+
+def config(**changes) -> ScheduleConfig:
+    return replace(DEFAULTS, **changes)
+
+
+def taus(schedule, steps) -> list[float]:
+    """tau after each step."""
+    return [schedule.observe(step).tau_next for step in steps]
+
+
+def window(groups, tau=0.3, **kwargs) -> Window:
+    filled = Window(size=len(groups), **kwargs)
+    filled.append(groups, tau)
+    return filled
+
+
+# --- hits and the window's statistics
+
+
+@pytest.mark.parametrize("number", [np.float32, float])
+@pytest.mark.parametrize(("num", "den", "tau"), [(9, 20, 0.45), (3, 5, 0.60), (7, 10, 0.70), (9, 20, 0.3 + 0.15)])
+def test_hit_at_exactly_tau_in_float32_and_float64(number, num, den, tau):
+    iou = float(number(num) / number(den))  # float32 9/20 is 0.44999998807907104
+    assert hit(iou, tau)
+    assert not hit(iou - 2e-6, tau)
+
+
+def test_hit_needs_a_number():
+    assert not hit(math.nan, 0.0)
+
+
+def test_window_statistics_by_hand():
+    w = window([[0.5, 0.3], [0.2, 0.1], [0.6, 0.9]])
+    # hits at .3: 2/2, 0/2, 2/2 -> r_bar 2/3; deviations 1/3, -2/3, 1/3 -> variance (1 + 4 + 1)/27 = 2/9, ddof 0
+    assert w.hit_rate(0.3) == pytest.approx(2 / 3)
+    assert w.sigma(0.3) == pytest.approx(math.sqrt(2 / 9))
+    # group means .40, .15, .75 -> 1.30/3
+    assert w.margin(0.3) == pytest.approx(1.30 / 3 - 0.3)
+    # hits at .55: 0, 0, 1
+    assert w.hit_rate(0.55) == pytest.approx(1 / 3)
+
+
+def test_window_keeps_the_last_groups_and_is_full_at_n():
+    w = Window(size=2)
+    assert w.hit_rate(0.5) is None and w.sigma(0.5) is None and w.margin(0.5) is None
+    w.append([[0.1]], 0.5)
+    assert not w.full
+    w.append([[0.7], [0.9]], 0.5)
+    assert w.full
+    assert w.margin(0.5) == pytest.approx(0.3)  # (.7 + .9)/2 - .5; .1 is gone
+
+
+def test_window_unit_step_counts_a_whole_step_as_one_entry():
+    w = Window(size=2, unit="step")
+    w.append([[1.0, 1.0], [0.0, 0.0]], 0.5)  # h = 1/2
+    assert not w.full
+    w.append([[1.0, 1.0], [1.0, 1.0]], 0.5)  # h = 1
+    assert w.full
+    assert w.hit_rate(0.5) == pytest.approx(0.75)
+    assert w.sigma(0.5) == pytest.approx(0.25)  # of 1/2 and 1; of the four groups it would be .433
+
+
+def test_window_stale_groups_under_current_or_old_tau():
+    for stale, r_bar, sigma in (("current", 0.5, 0.5), ("old", 1.0, 0.0)):
+        w = Window(size=2, stale=stale)
+        w.append([[0.4]], 0.3)  # a hit then, a miss at .5
+        w.append([[0.8]], 0.5)
+        assert w.hit_rate(0.5) == r_bar
+        assert w.sigma(0.5) == sigma
+        assert w.margin(0.5) == pytest.approx(0.1)  # (.4 + .8)/2 - .5 either way
+
+
+@pytest.mark.parametrize("step", [[[0.5], []], [], [[0.5], [math.nan]], [[0.5], [-0.3]], [[0.5], [1.5]]])
+@pytest.mark.parametrize("unit", ["group", "step"])
+def test_window_refuses_what_is_no_iou(step, unit):
+    schedule = make_schedule("medloc", config(unit=unit), 10)
+    with pytest.raises(ValueError, match="group [01] must hold IoUs"):
+        schedule.observe(step)
+    assert len(schedule.window.entries) == schedule.step == 0
+
+
+# --- the decision
+
+
+def test_decision_passes_and_says_why():
+    # 30 groups of 8 at tau .30: 26 with 8 hits, 4 with none -> r_bar 26/30 = .867; sigma sqrt(.867 * .133) = .340
+    # so make them 7 of 8 everywhere: r_bar .875, sigma 0; means (7 * .6 + .0)/8 = .525 -> margin .225
+    decision = medloc_decision(window([[0.6] * 7 + [0.0]] * 30), 0.3, DEFAULTS)
+    assert decision.tighten and decision.tau == 0.3 and decision.tau_next == 0.45
+    assert (decision.hit_rate, decision.sigma) == (0.875, 0.0) and decision.margin == pytest.approx(0.225)
+    assert str(decision) == "tau .300 -> .450: hit rate .875 >= .800, sigma .000 <= .200, margin .225 >= .100"
+
+
+# At tau .30: P .80, S .20, Delta .10. Each window fails exactly one check.
+BLOCKED_BY = {
+    # 3 of 4 hits everywhere: r_bar .75 < .80; sigma 0; mean (3 * .9 + .0)/4 = .675, margin .375
+    "check_reward": ([[0.9, 0.9, 0.9, 0.0]] * 4, "tau .300 stays: hit rate .750 < .800 (short by .050)"),
+    # h = 1, 1, 1, 1/4: r_bar 13/16 = .8125; sigma = sqrt(3 * .1875^2 + .5625^2)/2 = .3248; mean .9 * .8125 = .731
+    "check_stability": ([[0.9] * 4] * 3 + [[0.9, 0, 0, 0]], "tau .300 stays: sigma .325 > .200 (over by .125)"),
+    # all hits, but only just: mean .35, margin .05
+    "check_margin": ([[0.35] * 4] * 4, "tau .300 stays: margin .050 < .100 (short by .050)"),
+}
+
+
+@pytest.mark.parametrize("check", BLOCKED_BY)
+def test_each_check_alone_blocks_and_can_be_switched_off(check):
+    groups, line = BLOCKED_BY[check]
+    assert str(medloc_decision(window(groups), 0.3, DEFAULTS)) == line
+    assert medloc_decision(window(groups), 0.3, config(**{check: False})).tau_next == 0.45
+    assert not medloc_decision(window(groups), 0.3, config(**{**OFF, check: True})).tighten
+
+
+def test_decision_names_every_failed_check():
+    line = str(medloc_decision(window([[0.0], [0.8]]), 0.5, DEFAULTS))  # r_bar .5, sigma .5, margin .4 - .5
+    assert line == (
+        "tau .500 stays: hit rate .500 < .800 (short by .300), sigma .500 > .200 (over by .300), "
+        "margin -.100 < .100 (short by .200)"
+    )
+
+
+def test_decision_with_all_checks_off_still_waits_for_the_window():
+    w = Window(size=30)
+    w.append([[0.0]] * 18, 0.3)
+    assert str(medloc_decision(w, 0.3, config(**OFF))) == "tau .300 stays: window 18/30 groups"
+    w.append([[0.0]] * 12, 0.3)
+    assert str(medloc_decision(w, 0.3, config(**OFF))) == "tau .300 -> .450: all checks are off"
+    w = Window(size=3, unit="step")
+    w.append([[0.0]], 0.3)
+    assert str(medloc_decision(w, 0.3, DEFAULTS)) == "tau .300 stays: window 1/3 steps"
+
+
+def test_decision_at_the_target():
+    assert str(medloc_decision(window(PERFECT), 0.8, DEFAULTS)) == "tau .800 stays: target reached"
+
+
+def test_bounds_are_met_exactly_in_spite_of_floats():
+    # .70 - .60 = 0.09999999999999998 and the mean of 0.7s rounds too; r_bar = .75 = P in the second stage
+    assert medloc_decision(window([[0.7] * 3] * 3), 0.6, DEFAULTS).tighten
+    assert medloc_decision(window([[0.95, 0.95, 0.95, 0.5]] * 3), 0.6, DEFAULTS).tighten
+    # h = .6 and 1 (G = 5): r_bar .8 = P and sigma .2 = S; in floats pstdev([.6, 1.]) need not be .2
+    assert medloc_decision(window([[0.9] * 3 + [0.0] * 2, [0.9] * 5]), 0.3, DEFAULTS).tighten
+    assert not medloc_decision(window([[0.699] * 3] * 3), 0.6, DEFAULTS).tighten
+
+
+@pytest.mark.parametrize(
+    ("tau", "p", "s"),  # 0.3 + 0.15 + 0.15 is 0.6, 0.1 * 6 is 0.6000000000000001, 0.7 + 0.05 is 0.75
+    [(0.3, 0.80, 0.20), (0.59, 0.80, 0.20), (0.6, 0.75, 0.35), (0.6 - 1e-9, 0.75, 0.35), (0.74, 0.75, 0.35)]
+    + [(0.7 + 0.05, 0.55, 0.40), (0.75 - 1e-9, 0.55, 0.40), (0.78, 0.55, 0.40)],
+)
+def test_p_falls_and_s_grows_with_tau(tau, p, s):
+    settings_ = config(check_margin=False)
+    misses = round(100 * (1 - p))
+    fails = [[1.0] * (99 - misses) + [0.0] * (misses + 1)]  # r_bar = P - .01
+    passes = [[1.0] * (100 - misses) + [0.0] * misses]  # r_bar = P
+    assert medloc_decision(window(passes), tau, settings_).tighten
+    assert f"< {p:.3f}".replace("0.", ".") in str(medloc_decision(window(fails), tau, settings_))
+    settings_ = config(check_reward=False, check_margin=False)
+
+    def spread(hundredths):  # two groups with h = .5 -+ hundredths/100, so sigma = hundredths/100
+        return [[1.0] * n + [0.0] * (100 - n) for n in (50 - hundredths, 50 + hundredths)]
+
+    assert medloc_decision(window(spread(round(100 * s))), tau, settings_).tighten
+    assert not medloc_decision(window(spread(round(100 * s) + 1)), tau, settings_).tighten
+
+
+def test_stage_values_are_settings():
+    strict = config(stages=(0.4, 0.5), min_hit_rate=(0.5, 0.6, 0.7), check_stability=False, check_margin=False)
+    sixty = window([[1.0] * 6 + [0.0] * 4])
+    assert [medloc_decision(sixty, tau, strict).tighten for tau in (0.3, 0.4, 0.5)] == [True, True, False]
+    loose = config(max_sigma=(0.5, 0.5, 0.5), check_reward=False, check_margin=False)
+    assert medloc_decision(window([[1.0], [0.0]]), 0.3, loose).tighten  # sigma .5
+    assert medloc_decision(window([[0.35]]), 0.3, config(min_margin=0.05)).tighten
+
+
+def test_medloc_decision_changes_nothing():
+    w = window(PERFECT)
+    before = list(w.entries)
+    assert medloc_decision(w, 0.3, DEFAULTS) == medloc_decision(w, 0.3, DEFAULTS)
+    assert list(w.entries) == before
+
+
+# --- the size of a raise
+
+
+def climb(settings_: ScheduleConfig) -> list[float]:
+    """tau from the start to the target when every decision is a raise."""
+    path = [settings_.tau_start]
+    while path[-1] < settings_.tau_target:
+        path.append(next_tau(path[-1], settings_))
+        assert len(path) < 100, "tau stalls"
+    return path
+
+
+def test_piecewise_steps():
+    assert climb(DEFAULTS) == [0.3, 0.45, 0.6, 0.7, 0.75, 0.8]
+    # .60 < .75 -> .10, .70 < .75 -> .10: the .05 step is never used
+    assert climb(config(beta2=0.75)) == [0.3, 0.45, 0.6, 0.7, 0.8]
+    # .30 < .45 -> .15; .45 -> .10; .55 -> .10; .65 -> .10; .75 -> .05
+    assert climb(config(beta1=0.45)) == [0.3, 0.45, 0.55, 0.65, 0.75, 0.8]
+
+
+def test_linear_steps():
+    # delta = .2 (1 - f): f 0 -> .2; f .4 -> .12; f .64 -> .072; f .784 -> .0432; f .8704 -> .02592 (.76112);
+    # f .92224 -> .015552, so .02 -> .78112, and .8 - .78112 = .01888 < .02 -> .8
+    assert climb(config(delta_schedule="linear")) == [0.3, 0.5, 0.62, 0.692, 0.7352, 0.76112, 0.8]
+    # delta0 .1: .3 + .1 = .4; f .2 -> .08 -> .48
+    assert climb(config(delta_schedule="linear", delta0=0.1))[:3] == [0.3, 0.4, 0.48]
+
+
+def test_cosine_steps():
+    path = climb(config(delta_schedule="cosine"))
+    # delta = .1 (1 + cos(pi f)): f 0 -> .2 (.5); f .4 -> .1 (1 + .309017) = .130902 (.630902);
+    # f .661804: cos(2.079119) = -.486675 -> .051333 (.682235)
+    assert path[:4] == pytest.approx([0.3, 0.5, 0.630902, 0.682235], abs=2e-6)
+    # f .764470: cos(2.401654) = -.738504 -> .026150 (.708385); from there on at least .02: .728385 .748385 .768385,
+    # then .788385, which is less than .02 short of .8
+    assert path[4:] == pytest.approx([0.708385, 0.728385, 0.748385, 0.768385, 0.8], abs=5e-6)
+
+
+def test_tau_is_held_to_a_millionth():
+    assert next_tau(0.3, DEFAULTS) == 0.45 != 0.3 + 0.15  # 0.44999999999999996
+    # a tau that came out 1e-9 below a boundary is on it: .55 -> .10, .70 -> .05
+    assert next_tau(0.55 - 1e-9, DEFAULTS) == 0.65
+    assert next_tau(0.70 - 1e-9, DEFAULTS) == 0.75
+
+
+def test_a_rest_below_two_hundredths_is_taken_at_once():
+    assert next_tau(0.6, config(tau_target=0.719)) == 0.719  # .70 would leave .019
+    assert next_tau(0.6, config(tau_target=0.72)) == 0.70  # .02 is left (0.020000000000000018 in floats)
+    assert next_tau(0.79, config(tau_start=0.79)) == 0.8
+
+
+# --- medloc, step by step
+
+
+def test_medloc_trace_one_group_a_step():
+    schedule = make_schedule("medloc", config(window=4), 100)
+    # full after 4: .45; 2 are kept, so after 2 more: .60, and so on to .80, where it stays
+    assert taus(schedule, [PERFECT] * 14) == [0.3] * 3 + [0.45] * 2 + [0.6] * 2 + [0.7] * 2 + [0.75] * 2 + [0.8] * 3
+
+
+@pytest.mark.parametrize(
+    ("refresh", "size", "waits"),  # steps of one group until the first raise, then between raises
+    [("half", 8, 4), ("quarter", 8, 2), ("full", 8, 8), ("none", 8, 1), ("half", 5, 3), ("quarter", 5, 2)]
+    + [("half", 1, 1), ("quarter", 1, 1)],
+)
+def test_refresh_drops_the_oldest_part(refresh, size, waits):
+    schedule = make_schedule("medloc", config(window=size, refresh=refresh), 100)
+    path = [0.3] * (size - 1) + [0.45] * waits + [0.6] * waits + [0.7]
+    assert taus(schedule, [PERFECT] * len(path)) == path
+
+
+def test_refresh_keeps_the_newest_groups():
+    schedule = make_schedule("medloc", config(window=4), 100)
+    schedule.observe([[0.91], [0.92], [0.93], [0.94]])
+    assert [ious for _, ious in schedule.window.entries] == [[0.93], [0.94]]
+
+
+def test_a_raise_changes_how_kept_groups_count():
+    # N = 4, all IoUs .44 and Delta 0: at .30 all hit -> .45. The kept two then miss under the current tau, hit under
+    # the old one. Two more groups at .90: r_bar is 1/2 (blocked) or 1; mean .67 - .45 = .22.
+    for stale, after in (("current", 0.45), ("old", 0.6)):
+        schedule = make_schedule("medloc", config(window=4, stale=stale), 100)
+        assert taus(schedule, [[[0.44]] * 4, [[0.9]] * 2]) == [0.45, after]
+
+
+def test_more_groups_a_step_than_the_window_holds():
+    schedule = make_schedule("medloc", config(window=4), 100)
+    decision = schedule.observe([[0.0]] * 6 + [[0.9]] * 4)  # only the last 4 of 10 count
+    assert decision.hit_rate == 1.0 and decision.tau_next == 0.45
+    assert [tau for tau, _ in schedule.window.entries] == [0.3, 0.3]  # kept ones: the older tau
+    # the next 10 push them out, so the decision sees groups of tau .45 only; one raise again, although 10 = 2.5 N
+    decision = schedule.observe([[0.9]] * 10)
+    assert decision.tau_next == 0.6
+    # a full refresh can do no more: with B > N the window is new at every step
+    for refresh in ("full", "none"):
+        schedule = make_schedule("medloc", config(window=4, refresh=refresh), 100)
+        assert taus(schedule, [[[0.9]] * 10] * 3) == [0.45, 0.6, 0.7]
+
+
+def test_half_a_window_a_step_raises_at_every_step_once_full():
+    schedule = make_schedule("medloc", config(window=4), 100)
+    assert taus(schedule, [PERFECT * 2] * 4) == [0.3, 0.45, 0.6, 0.7]
+    schedule = make_schedule("medloc", config(window=6), 100)  # keeps 3, then 5, then 6
+    assert taus(schedule, [PERFECT * 2] * 6) == [0.3, 0.3, 0.45, 0.45, 0.6, 0.6]
+
+
+def test_unit_step_fills_the_window_with_steps():
+    schedule = make_schedule("medloc", config(window=3, unit="step"), 100)  # a raise drops 2 of 3
+    assert taus(schedule, [PERFECT * 8] * 6) == [0.3, 0.3, 0.45, 0.45, 0.6, 0.6]
+
+
+def test_the_decision_reports_what_was_judged_and_tau_is_for_the_next_step():
+    schedule = make_schedule("medloc", config(window=1), 100)
+    decision = schedule.observe([[0.42]])
+    assert (decision.tau, decision.tau_next, schedule.tau) == (0.3, 0.45, 0.45)
+    assert decision.hit_rate == 1.0 and decision.margin == pytest.approx(0.12)
+    assert schedule.reward(0.42, 0.0, True) == 0.0
+
+
+def test_the_paper_trace_ends_where_the_margin_stops_it():
+    # A policy with mean IoU .62: .30 -> .45 (margin .32), .45 -> .60 (.17), then margin .02 < .10: stays.
+    schedule = make_schedule("medloc", DEFAULTS, 100)
+    path = taus(schedule, [[[0.62] * 8] * 16] * 8)  # B = 16: 16 | 30, raise, 15 kept | 30, raise | ...
+    assert path == [0.3, 0.45] + [0.6] * 6
+
+
+# --- rewards and the other schedules
+
+
+@pytest.mark.parametrize(
+    ("name", "rewards"),  # at IoU .20, .30, .50, .90 with GIoU = IoU - .1, at step 0 of the default settings
+    [
+        ("medloc", [0, 1, 1, 1]),
+        ("fixed", [0, 0, 1, 1]),
+        ("raw", [0.2, 0.3, 0.5, 0.9]),
+        ("giou", [0.55, 0.6, 0.7, 0.9]),  # (.1 + 1)/2, (.2 + 1)/2, (.4 + 1)/2, (.8 + 1)/2
+        ("vtriune", [0, 0, 0, 0.9]),  # eps .85; u itself, not 1
+        ("progress", [0, 1, 1, 1]),
+        # x = (u - .3)/.08 = -1.25, 0, 2.5, 7.5 -> 1/(1 + e^-x)
+        ("medloc-soft", [1 / (1 + math.exp(1.25)), 0.5, 1 / (1 + math.exp(-2.5)), 1 / (1 + math.exp(-7.5))]),
+    ],
+)
+def test_rewards_by_hand(name, rewards):
+    schedule = make_schedule(name, DEFAULTS, 100)
+    got = [schedule.reward(iou, iou - 0.1, True) for iou in (0.2, 0.3, 0.5, 0.9)]
+    assert got == pytest.approx(rewards)
+    assert all(type(reward) is float for reward in got)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_parse_failure_earns_nothing(name):
+    schedule = make_schedule(name, DEFAULTS, 10)
+    for iou, giou in ((0.0, -1.0), (0.0, 0.0), (1.0, 1.0), (math.nan, math.nan)):
+        assert schedule.reward(iou, giou, False) == 0.0
+    assert schedule.reward(1.0, 1.0, True) > 0.9  # so that the zeros above say something
+
+
+@pytest.mark.parametrize("name", ["medloc", "fixed", "progress"])
+def test_rewards_use_the_same_hit(name):
+    schedule = make_schedule(name, config(tau_start=0.45, fixed_tau=0.45), 10)
+    assert schedule.reward(float(np.float32(9) / np.float32(20)), 0.0, True) == 1.0
+    assert schedule.reward(0.4499, 0.0, True) == 0.0
+
+
+def test_soft_rewards_do_not_change_what_the_tracker_sees():
+    hard, soft = (make_schedule(name, config(window=4), 100) for name in ("medloc", "medloc-soft"))
+    steps = [[[0.5, 0.31]], [[0.7, 0.29]], [[0.5, 0.5]], [[0.9, 0.8]], [[0.9, 0.9]], [[0.9, 0.9]], [[0.9, 0.9]]]
+    assert [hard.observe(step) for step in steps] == [soft.observe(step) for step in steps]
+    assert hard.tau > 0.3
+
+
+def test_a_narrow_sigmoid_does_not_overflow():
+    schedule = make_schedule("medloc-soft", config(soft_scale=1e-5), 10)
+    assert [schedule.reward(iou, 0.0, True) for iou in (0.0, 0.3, 1.0)] == [0.0, 0.5, 1.0]
+
+
+def test_fixed_never_moves():
+    assert taus(make_schedule("fixed", DEFAULTS, 100), [PERFECT * 30] * 3) == [0.5] * 3
+    assert make_schedule("fixed", config(fixed_tau=0.7), 100).tau == 0.7
+
+
+def test_vtriune_phases():
+    schedule = make_schedule("vtriune", DEFAULTS, 20)
+    # step k has the share k/20: .85 for k = 0, 1 (< .10), .95 for k = 2, 3, 4 (< .25), .99 from k = 5 on
+    used = [schedule.tau] + taus(schedule, [PERFECT] * 25)  # and on past the end
+    assert used == [0.85] * 2 + [0.95] * 3 + [0.99] * 21
+    for total in (10, 30, 70, 1000):  # shares like 3/30 must not fall short of .10
+        schedule = make_schedule("vtriune", DEFAULTS, total)
+        assert ([schedule.tau] + taus(schedule, [PERFECT] * total)).count(0.85) == total // 10
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [("progress", 0.7), ("progress-conservative", 0.6), ("progress-moderate", 0.7), ("progress-aggressive", 0.8)],
+)
+def test_progress_rises_on_a_line(name, end):
+    schedule = make_schedule(name, DEFAULTS, 4)
+    # from .3 by (end - .3)/4 a step, for any IoU; past the end it stays
+    step = (end - 0.3) / 4
+    used = [schedule.tau] + taus(schedule, [[[0.0]]] * 6)
+    assert used == pytest.approx([0.3, 0.3 + step, 0.3 + 2 * step, 0.3 + 3 * step, end, end, end], abs=1e-9)
+    assert used[-1] == end
+    assert make_schedule(name, config(tau_start=0.5), 4).tau == 0.5
+
+
+@pytest.mark.parametrize("name", ["fixed", "vtriune", "progress"])
+def test_threshold_schedules_report_the_windows_statistics(name):
+    schedule = make_schedule(name, config(window=2), 10)
+    tau = schedule.tau
+    decision = schedule.observe([[0.0], [0.99], [0.1]])  # window: .99 and .1, one hit of two under tau
+    assert (decision.tau, decision.hit_rate, decision.sigma) == (tau, 0.5, 0.5)
+    assert decision.margin == pytest.approx(0.545 - tau)
+
+
+@pytest.mark.parametrize("name", ["raw", "giou"])
+def test_without_a_threshold_there_are_no_statistics(name):
+    schedule = make_schedule(name, DEFAULTS, 10)
+    decision = schedule.observe(PERFECT)
+    assert schedule.tau is decision.tau is decision.hit_rate is decision.sigma is decision.margin is None
+    assert not decision.tighten
+    assert str(decision) == f"{name}, step 1"
+
+
+def test_other_schedules_say_what_happened():
+    assert str(make_schedule("fixed", DEFAULTS, 10).observe(PERFECT)) == "tau .500 stays: fixed, step 1"
+    assert str(make_schedule("progress", DEFAULTS, 4).observe(PERFECT)) == "tau .300 -> .400: progress, step 1"
+
+
+# --- what must hold for any trace
+
+IOUS = st.one_of(st.floats(0, 1), st.sampled_from([0.3, 0.45, 0.6, 0.7, 0.75, 0.8, 0.95, 1.0]))
+GROUP = st.lists(IOUS, min_size=2, max_size=4)
+STRONG = st.lists(st.floats(0.9, 1), min_size=2, max_size=4)  # else hardly any trace would ever raise
+STEPS = st.lists(st.lists(st.one_of(STRONG, GROUP, STRONG), min_size=1, max_size=9), min_size=1, max_size=25)
+CONFIGS = st.builds(
+    ScheduleConfig,
+    tau_start=st.sampled_from([0.1, 0.3, 0.333333, 0.5]),
+    tau_target=st.sampled_from([0.5, 0.67, 0.8, 0.95]),
+    window=st.integers(1, 7),
+    unit=st.sampled_from(["group", "step"]),
+    stale=st.sampled_from(["current", "old"]),
+    refresh=st.sampled_from(["half", "full", "quarter", "none"]),
+    delta_schedule=st.sampled_from(["piecewise", "linear", "cosine"]),
+    check_reward=st.booleans(),
+    check_stability=st.booleans(),
+    check_margin=st.booleans(),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(CONFIGS, STEPS)
+def test_tau_only_rises_within_the_target_and_by_decisions_alone(settings_, steps):
+    schedule = make_schedule("medloc", settings_, len(steps))
+    fill = 0  # entries that the window must hold, counted independently
+    kept = {"half": settings_.window // 2, "full": 0, "quarter": settings_.window * 3 // 4, "none": settings_.window}
+    for step in steps:
+        before = schedule.tau
+        fill = min(settings_.window, fill + (len(step) if settings_.unit == "group" else 1))
+        decision = schedule.observe(step)
+        assert decision.tau == before and decision.tau_next == schedule.tau
+        assert before <= schedule.tau <= settings_.tau_target
+        if schedule.tau > before:
+            assert fill == settings_.window, "a raise before the window was full"
+            assert schedule.tau == next_tau(before, settings_), "more than one raise in a step"
+            assert schedule.tau - before >= 0.02 - 1e-9 or schedule.tau == settings_.tau_target
+            assert not settings_.check_reward or decision.hit_rate >= 0.55 - 1e-6
+            assert not settings_.check_stability or decision.sigma <= 0.40 + 1e-6
+            assert not settings_.check_margin or decision.margin >= 0.10 - 1e-6
+            fill = kept[settings_.refresh]
+        else:
+            assert not schedule.window.full or decision.reasons
+        assert len(schedule.window.entries) == fill
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(SCHEDULES), CONFIGS, STEPS, st.data())
+def test_a_saved_schedule_goes_on_identically(name, settings_, steps, data):
+    cut = data.draw(st.integers(0, len(steps)), label="cut")
+    whole, first, resumed = (make_schedule(name, settings_, len(steps)) for _ in range(3))
+    for step in steps[:cut]:
+        whole.observe(step)
+        first.observe(step)
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert resumed.state_dict() == first.state_dict()
+    for step in steps[cut:]:
+        assert resumed.observe(step) == whole.observe(step)
+        assert resumed.reward(0.7, 0.6, True) == whole.reward(0.7, 0.6, True)
+    assert resumed.state_dict() == whole.state_dict()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(sorted(set(SCHEDULES) - {"raw", "giou"})), CONFIGS, STEPS)
+def test_no_threshold_ever_falls(name, settings_, steps):
+    schedule = make_schedule(name, settings_, 10)
+    path = [schedule.tau] + taus(schedule, steps)
+    assert path == sorted(path) and path[-1] <= 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(CONFIGS)
+def test_a_perfect_policy_always_reaches_the_target(settings_):
+    # hits at once, no spread, margin 1 - tau >= .10 up to .90, and the last raise starts below that
+    schedule = make_schedule("medloc", replace(settings_, stale="current"), 1)
+    assert taus(schedule, [PERFECT] * 50 * settings_.window)[-1] == settings_.tau_target
+
+
+# --- states, settings, import, speed
+
+
+def test_the_state_is_a_copy():
+    schedule = make_schedule("medloc", config(window=4), 10)
+    schedule.observe([[0.9, 0.8]])
+    state = schedule.state_dict()
+    before = json.dumps(state)
+    resumed = make_schedule("medloc", config(window=4), 10)
+    resumed.load_state_dict(state)
+    for trained in (schedule, resumed):
+        trained.observe([[0.1, 0.2]] * 3)
+        assert json.dumps(state) == before
+
+
+def test_a_state_of_something_else_is_refused():
+    schedule = make_schedule("medloc", config(window=4), 10)
+    schedule.observe(PERFECT * 4)
+    state = json.loads(json.dumps(schedule.state_dict()))
+    for other, message in (
+        (make_schedule("medloc-soft", config(window=4), 10), "with --schedule medloc, not medloc-soft"),
+        (make_schedule("medloc", config(window=5), 10), "with --window 4, not 5"),
+        (make_schedule("medloc", config(window=4, max_sigma=(0.1, 0.2, 0.3)), 10), r"--max-sigma \[0.2, 0.35, 0.4\]"),
+        (make_schedule("medloc", config(window=4, check_margin=False), 10), "--check-margin True, not False"),
+    ):
+        before = other.state_dict()
+        with pytest.raises(InputError, match=message):
+            other.load_state_dict(state)
+        assert other.state_dict() == before
+
+
+def test_only_schedules_by_share_of_steps_mind_another_length():
+    for name in ("vtriune", "progress-aggressive"):
+        with pytest.raises(InputError, match="--steps 10, not 20"):
+            make_schedule(name, DEFAULTS, 20).load_state_dict(make_schedule(name, DEFAULTS, 10).state_dict())
+    make_schedule("medloc", DEFAULTS, 20).load_state_dict(make_schedule("medloc", DEFAULTS, 10).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"window": 0}, "--window"),
+        ({"window": 2.5}, "--window"),
+        ({"tau_start": 0.9}, "--tau-start"),
+        ({"tau_start": -0.1}, "--tau-start"),
+        ({"tau_target": 1.1}, "--tau-target"),
+        ({"tau_target": math.nan}, "--tau-target"),
+        ({"beta1": 0.8}, "--beta1"),
+        ({"beta2": 7.0}, "--beta2"),
+        ({"delta0": -0.2}, "--delta0"),
+        ({"min_margin": 10.0}, "--min-margin"),
+        ({"soft_scale": 0.0}, "--soft-scale"),
+        ({"fixed_tau": 50.0}, "--fixed-tau"),
+        ({"stages": (0.75, 0.6)}, "--stages"),
+        ({"stages": (0.75,)}, "--stages"),
+        ({"min_hit_rate": (0.8, 0.75, 55.0)}, "--min-hit-rate"),
+        ({"max_sigma": (0.2, 0.3)}, "--max-sigma"),
+        ({"unit": "batch"}, "--unit"),
+        ({"stale": "new"}, "--stale"),
+        ({"refresh": "third"}, "--refresh"),
+        ({"delta_schedule": "sine"}, "--delta-schedule"),
+    ],
+)
+def test_nonsense_is_refused_by_the_name_of_its_flag(changes, flag):
+    with pytest.raises(InputError, match=f"^{flag} must be "):
+        make_schedule("medloc", config(**changes), 10)
+
+
+def test_make_schedule_refuses_what_does_not_fit():
+    with pytest.raises(InputError, match="^--schedule must be one of medloc, .*progress-aggressive, got medlock$"):
+        make_schedule("medlock", DEFAULTS, 10)
+    with pytest.raises(InputError, match="^--steps must be at least 1, got 0$"):
+        make_schedule("vtriune", DEFAULTS, 0)
+    with pytest.raises(InputError, match="^--tau-start must be <= 0.6 for --schedule progress-conservative, got 0.65$"):
+        make_schedule("progress-conservative", config(tau_start=0.65), 10)
+
+
+def test_lists_from_the_command_line_equal_tuples():
+    theirs = make_schedule("medloc", config(stages=[0.6, 0.75]), 10)
+    theirs.load_state_dict(make_schedule("medloc", DEFAULTS, 10).state_dict())
+
+
+def test_scheduler_needs_no_torch_or_numpy():
+    code = "import sys, scheduler; sys.exit(any(name in sys.modules for name in ('torch', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
+
+
+@pytest.mark.parametrize("unit", ["group", "step"])
+def test_observe_is_fast(unit):
+    schedule = make_schedule("medloc", config(unit=unit, check_margin=False), 1000)
+    step = [[i / 16 for i in range(16)] for _ in range(64)]
+    for _ in range(30):
+        schedule.observe(step)
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        schedule.observe(step)
+        times.append(time.perf_counter() - start)
+    print(unit, min(times))
+    assert min(times) < {"group": 0.005, "step": 0.050}[unit]  # the best of 20: the machine is shared
