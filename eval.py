@@ -1,0 +1,283 @@
+"""Greedy answers -> A@t, pmAP, mIoU, and pictures to look at.
+
+    python eval.py --model FOLDER --data val.jsonl --train train.jsonl --out out-eval     eval.json, predictions.jsonl, sheet.png
+    python eval.py --predictions answers.jsonl --data val.jsonl --out out-eval            answers of any other model
+    python eval.py --model FOLDER --image a.png --query "the skin lesion"                 one answer, box in original pixels
+
+Metrics are MedLoc-R1's: A@t = share of samples whose one greedy box has IoU >= t; pmAP = mean of A@t over t = .50, .55 ...
+.95; mIoU = mean IoU. IoU is taken in the frame of the original image. An answer without a box has IoU 0 and counts.
+"""
+
+import argparse
+import json
+import math
+import os
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+import errors
+import rewards
+from data import PROMPTS, Box, ImageConfig, Prompt, Sample, build_prompt, load, load_samples, load_tokenizer
+from errors import InputError
+from model import Policy, collate
+from scheduler import hit
+
+NANO = Path(__file__).parent / "assets" / "nano"
+THRESHOLDS = [round(0.5 + 0.05 * i, 2) for i in range(10)]  # of pmAP
+
+
+class Task:
+    """A policy together with what turns samples into its prompts and its tokens into text."""
+
+    def __init__(self, policy: Policy, folder: Path, prompt: str, max_prompt_tokens: int | None = None):
+        self.policy, self.style, self.max_prompt_tokens = policy, prompt, max_prompt_tokens
+        self.tokenizer = load_tokenizer(folder)
+        self.image_config = ImageConfig.from_folder(folder)
+
+    def prompt(self, sample: Sample) -> Prompt:
+        return build_prompt(sample, self.tokenizer, self.image_config, self.style, self.max_prompt_tokens)
+
+    def texts(self, ids: torch.Tensor, lengths: torch.Tensor) -> list[str]:
+        """ids (N, T), lengths (N,) -> N texts, special tokens such as the final EOS left out."""
+        rows = [row[:n] for row, n in zip(ids.tolist(), lengths.tolist(), strict=True)]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    def answer(self, prompts: list[Prompt], max_tokens: int) -> list[str]:
+        """One greedy answer to each prompt."""
+        with torch.no_grad():
+            prefix = self.policy.prefix(collate(prompts, next(self.policy.parameters()).device))
+            completions = self.policy.generate(prefix, 1, max_tokens)
+        return self.texts(completions.ids[:, 0], completions.lengths[:, 0])
+
+
+def model_folder(model: str) -> Path:
+    """--model: a checkpoint folder, or "nano" for the policy that comes with this repository."""
+    return NANO if model == "nano" else Path(model)
+
+
+def default_prompt(model: str, folder: Path) -> str:
+    """The nano policy and its descendants answer with the bare box; others think first (the paper's prompt)."""
+    return "answer" if model == "nano" or (folder / "nano.json").exists() else "think"
+
+
+def evaluate(
+    task: Task, samples: list[Sample], batch_size: int, max_tokens: int, progress: str | None = None
+) -> tuple[dict, list[dict]]:
+    """Greedy answers to all samples -> (metrics, one row per sample: source, text, box, target, iou, reason)."""
+    rows = []
+    for start in tqdm(range(0, len(samples), batch_size), desc=progress, disable=progress is None, leave=False):
+        batch = samples[start : start + batch_size]
+        prompts = [task.prompt(sample) for sample in batch]
+        texts = task.answer(prompts, max_tokens)
+        rows += score_rows(batch, texts, [p.box for p in prompts], [p.scale for p in prompts])
+    return metrics(rows), rows
+
+
+def score_rows(samples: list[Sample], texts: list[str], targets: list[Box], scales: list) -> list[dict]:
+    """targets in original pixels; scales as Prompt.scale, (1, 1) for answers that already are in original pixels."""
+    scores = rewards.score(texts, torch.tensor(targets), torch.tensor(scales))
+    return [
+        {
+            "source": sample.source,
+            "dataset": sample.dataset,
+            "text": text,
+            "box": [round(v, 3) for v in scores.boxes[i].tolist()] if scores.valid[i] else None,
+            "target": list(target),
+            "iou": scores.iou[i].item(),
+            "reason": scores.reasons[i],
+        }
+        for i, (sample, text, target) in enumerate(zip(samples, texts, targets, strict=True))
+    ]
+
+
+def metrics(rows: list[dict]) -> dict:
+    """The paper's metrics over rows with "iou", "dataset" and "reason"; per dataset if there are several."""
+
+    def over(rows: list[dict]) -> dict:
+        ious = [row["iou"] for row in rows]
+        n = len(ious)
+        mean = sum(ious) / n
+        spread = math.sqrt(sum((u - mean) ** 2 for u in ious) / max(n - 1, 1) / n)
+        accuracy = {t: sum(hit(u, t) for u in ious) / n for t in (0.3, 0.8, *THRESHOLDS)}
+        values = {"miou": mean, "miou_standard_error": spread} | {f"acc@{t}": accuracy[t] for t in (0.3, 0.5, 0.8)}
+        values |= {"pmap": sum(accuracy[t] for t in THRESHOLDS) / len(THRESHOLDS)}
+        values = {key: round(value, 6) for key, value in values.items()}
+        return values | {"n": n, "parse_failures": sum(row["reason"] != "" for row in rows)}
+
+    datasets = defaultdict(list)
+    for row in rows:
+        datasets[row["dataset"]].append(row)
+    return over(rows) | {"datasets": {name: over(group) for name, group in sorted(datasets.items())}}
+
+
+def constant_box(train: list[Sample], samples: list[Sample]) -> dict:
+    """The row to beat: one box for every picture, the median of the training boxes as shares of width and height."""
+    shares = []
+    for sample in train:
+        image, box = load(sample)
+        shares.append([box[0] / image.width, box[1] / image.height, box[2] / image.width, box[3] / image.height])
+    median = torch.tensor(shares).quantile(0.5, dim=0)  # (4,)
+    texts, targets = [], []
+    for sample in samples:
+        image, box = load(sample)
+        size = torch.tensor([image.width, image.height] * 2)
+        texts.append(str((median * size).tolist()))
+        targets.append(box)
+    result = metrics(score_rows(samples, texts, targets, [(1.0, 1.0)] * len(samples)))
+    return {"box_as_shares": [round(v, 4) for v in median.tolist()]} | result
+
+
+def summary(name: str, m: dict) -> str:
+    return (
+        f"{name}: mIoU {m['miou']:.3f} +- {m['miou_standard_error']:.3f}  A@.5 {m['acc@0.5']:.3f}  "
+        f"A@.8 {m['acc@0.8']:.3f}  pmAP {m['pmap']:.3f}  n {m['n']}  without a box {m['parse_failures']}"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------- pictures
+
+TRUTH, ANSWER = (40, 220, 90), (255, 70, 60)  # colours: ground truth, answers
+
+
+def overlay(sample: Sample, boxes: list[Box | None], caption: str, side: int = 280) -> Image.Image:
+    """The picture scaled to `side` pixels of width, ground truth in green, answers in red; boxes in original pixels."""
+    image, target = load(sample)
+    scale = side / image.width
+    canvas = image.resize((side, max(1, round(image.height * scale))), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(canvas)
+    for box in boxes:
+        if box is not None:
+            x1, y1, x2, y2 = (max(-10 * side, min(10 * side, v * scale)) for v in box)
+            draw.rectangle((x1, y1, x2 - 1, y2 - 1) if x2 - 1 > x1 and y2 - 1 > y1 else (x1, y1, x2, y2), outline=ANSWER)
+    draw.rectangle([v * scale - (i > 1) for i, v in enumerate(target)], outline=TRUTH, width=2)
+    framed = Image.new("RGB", (side, canvas.height + 16), "white")
+    framed.paste(canvas, (0, 16))
+    ImageDraw.Draw(framed).text((2, 2), caption, fill="black")
+    return framed
+
+
+def sheet(tiles: list[Image.Image], columns: int) -> Image.Image:
+    """Tiles of one width, row by row."""
+    rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
+    heights = [max(tile.height for tile in row) for row in rows]
+    canvas = Image.new("RGB", (columns * (tiles[0].width + 6), sum(heights) + 6 * len(rows)), "white")
+    y = 0
+    for row, height in zip(rows, heights, strict=True):
+        for x, tile in enumerate(row):
+            canvas.paste(tile, (x * (tile.width + 6), y))
+        y += height + 6
+    return canvas
+
+
+def contact_sheet(samples: list[Sample], rows: list[dict], each: int = 4) -> Image.Image:
+    """The best, the median and the worst answers, a row of each."""
+    order = sorted(range(len(rows)), key=lambda i: -rows[i]["iou"])
+    each = min(each, len(order))
+    middle = max(0, len(order) // 2 - each // 2)
+    tiles = []
+    for name, part in (("best", order[:each]), ("median", order[middle : middle + each]), ("worst", order[-each:])):
+        for i in part:
+            tiles.append(overlay(samples[i], [rows[i]["box"]], f"{name}: IoU {rows[i]['iou']:.2f} {rows[i]['reason']}"))
+    return sheet(tiles, each)
+
+
+# ------------------------------------------------------------------------------------------------------------- command line
+
+
+def read_predictions(file: str, samples: list[Sample]) -> list[str]:
+    """One JSON object per line, in the order of --data: {"text": answer} or {"box": [x1, y1, x2, y2] or null}.
+
+    Boxes are in ORIGINAL pixels: another model's frame is its own business.
+    """
+    texts = []
+    try:
+        lines = [line for line in Path(file).read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read ({error})") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{file}:{number}: is not valid JSON ({error})") from None
+        if not isinstance(record, dict) or not ("box" in record or isinstance(record.get("text"), str)):
+            raise InputError(f"{file}:{number}: needs the field 'box' (original pixels, or null) or 'text'")
+        texts.append(json.dumps(record["box"]) if "box" in record else record["text"])
+    if len(texts) != len(samples):
+        raise InputError(f"{file}: has {len(texts)} answers for {len(samples)} samples; they are matched by line")
+    return texts
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="nano", help="checkpoint folder, or nano")
+    parser.add_argument("--data", default="phantoms", help="JSONL files, or phantoms[:dermoscopy|xray|ultrasound]")
+    parser.add_argument("--train", help="training data: adds the row of the constant box, the median of its boxes")
+    parser.add_argument("--predictions", help="score these answers instead of running a model")
+    parser.add_argument("--image", help="ask about one picture; prints the answer, writes overlay.png")
+    parser.add_argument("--query", help="with --image: what to look for")
+    parser.add_argument("--out", default="out-eval", help="folder for eval.json, predictions.jsonl, sheet.png")
+    parser.add_argument("--prompt", choices=list(PROMPTS), help="default: answer for the nano policy, else think")
+    parser.add_argument("--max-tokens", type=int, help="of an answer; default 24 for the prompt 'answer', else 512")
+    parser.add_argument("--limit", type=int, help="evaluate the first N samples")
+    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if (args.image is None) != (args.query is None):
+        parser.error("--image and --query go together")
+    for name in ("limit", "batch_size", "max_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    return args
+
+
+def make_task(args: argparse.Namespace) -> Task:
+    folder = model_folder(args.model)
+    policy = Policy.from_folder(folder, args.device, torch.bfloat16 if args.device.startswith("cuda") else torch.float32)
+    policy.compute_dtype = next(policy.parameters()).dtype
+    args.prompt = args.prompt or default_prompt(args.model, folder)
+    args.max_tokens = args.max_tokens or (24 if args.prompt == "answer" else 512)
+    return Task(policy, folder, args.prompt)
+
+
+def main() -> None:
+    args = parse_arguments()
+    out = Path(args.out)
+    os.makedirs(out, exist_ok=True)
+    if args.image:
+        task = make_task(args)
+        # The box is unknown; a sample needs one, and the whole picture is the only honest stand-in.
+        sample = Sample(Path(args.image), args.query, (0.0, 0.0, 1.0, 1.0), "image", source=args.image)
+        prompt = task.prompt(sample)
+        (text,) = task.answer([prompt], args.max_tokens)
+        (row,) = score_rows([sample], [text], [prompt.box], [prompt.scale])
+        print(text)
+        print(f"box in original pixels: {row['box'] or 'none: ' + row['reason']}")
+        overlay(sample, [row["box"]], args.query).save(out / "overlay.png")
+        return
+    samples = load_samples(args.data, seed=0, split="test")[: args.limit]
+    if args.predictions:
+        boxes = [load(sample)[1] for sample in samples]
+        rows = score_rows(samples, read_predictions(args.predictions, samples), boxes, [(1.0, 1.0)] * len(samples))
+        result = metrics(rows)
+    else:
+        result, rows = evaluate(make_task(args), samples, args.batch_size, args.max_tokens, progress="evaluation")
+    print(summary(args.predictions or args.model, result))
+    for name, part in result["datasets"].items():
+        print(summary(f"  {name}", part))
+    if reasons := Counter(row["reason"] for row in rows if row["reason"]):
+        print("answers without a box: " + ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common()))
+    if args.train:
+        result["constant_box"] = constant_box(load_samples(args.train, seed=0, split="train"), samples)
+        print(summary("constant box", result["constant_box"]))
+    (out / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
+    with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    contact_sheet(samples, rows).save(out / "sheet.png")
+
+
+if __name__ == "__main__":
+    errors.run(main)
