@@ -373,9 +373,10 @@ def image_to_patches(image: Image.Image, config: ImageConfig) -> tuple[torch.Ten
     values = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
     mean, std = (np.array(x, np.float32)[:, None] for x in (config.mean, config.std))
     table = (values - mean) / std  # (C, 256)
-    cells = table[np.arange(3)[:, None, None], cells]
-    frames = np.repeat(cells[..., None, :, :], config.temporal_patch_size, axis=5)  # (gh/m, gw/m, m, m, C, T, p, p)
-    return torch.from_numpy(frames.reshape(gh * gw, -1)), (1, gh, gw)
+    patches = np.empty((*cells.shape[:5], config.temporal_patch_size, p, p), np.float32)  # (.., C, T, p, p)
+    for channel, normalised in enumerate(table):
+        patches[:, :, :, :, channel] = normalised[cells[:, :, :, :, channel, None]]  # one frame, broadcast to T
+    return torch.from_numpy(patches.reshape(gh * gw, -1)), (1, gh, gw)
 
 
 # ---------------------------------------------------------------- frames

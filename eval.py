@@ -23,10 +23,11 @@ import errors
 import rewards
 from data import PROMPTS, Box, ImageConfig, Prompt, Sample, build_prompt, load, load_samples, load_tokenizer
 from errors import InputError
-from model import Policy, collate
+from model import Policy, collate, read_json
 from scheduler import hit
 
 NANO = Path(__file__).parent / "assets" / "nano"
+PROMPT_FILE = "medloc.json"  # in a checkpoint folder of ours: which prompt the policy is used to
 THRESHOLDS = [round(0.5 + 0.05 * i, 2) for i in range(10)]  # of pmAP
 
 
@@ -46,6 +47,11 @@ class Task:
         rows = [row[:n] for row, n in zip(ids.tolist(), lengths.tolist(), strict=True)]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """The policy's Hugging Face folder, and the prompt that it is used to."""
+        self.policy.save_folder(folder, dtype)
+        (folder / PROMPT_FILE).write_text(json.dumps({"prompt": self.style}) + "\n")
+
     def answer(self, prompts: list[Prompt], max_tokens: int) -> list[str]:
         """One greedy answer to each prompt."""
         with torch.no_grad():
@@ -59,9 +65,13 @@ def model_folder(model: str) -> Path:
     return NANO if model == "nano" else Path(model)
 
 
-def default_prompt(model: str, folder: Path) -> str:
-    """The nano policy and its descendants answer with the bare box; others think first (the paper's prompt)."""
-    return "answer" if model == "nano" or (folder / "nano.json").exists() else "think"
+def default_prompt(folder: Path) -> str:
+    """The prompt a policy was trained with, if its folder says so (the nano policy's does); else the paper's, "think"."""
+    file = folder / PROMPT_FILE
+    style = read_json(file).get("prompt") if file.exists() else "think"
+    if style not in PROMPTS:
+        raise InputError(f"{file}: field 'prompt' is {style!r}; there are {', '.join(PROMPTS)}")
+    return style
 
 
 def evaluate(
@@ -152,7 +162,9 @@ def overlay(sample: Sample, boxes: list[Box | None], caption: str, side: int = 2
     for box in boxes:
         if box is not None:
             x1, y1, x2, y2 = (max(-10 * side, min(10 * side, v * scale)) for v in box)
-            draw.rectangle((x1, y1, x2 - 1, y2 - 1) if x2 - 1 > x1 and y2 - 1 > y1 else (x1, y1, x2, y2), outline=ANSWER)
+            draw.rectangle(
+                (x1, y1, x2 - 1, y2 - 1) if x2 - 1 > x1 and y2 - 1 > y1 else (x1, y1, x2, y2), outline=ANSWER
+            )
     draw.rectangle([v * scale - (i > 1) for i, v in enumerate(target)], outline=TRUTH, width=2)
     framed = Image.new("RGB", (side, canvas.height + 16), "white")
     framed.paste(canvas, (0, 16))
@@ -220,7 +232,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--image", help="ask about one picture; prints the answer, writes overlay.png")
     parser.add_argument("--query", help="with --image: what to look for")
     parser.add_argument("--out", default="out-eval", help="folder for eval.json, predictions.jsonl, sheet.png")
-    parser.add_argument("--prompt", choices=list(PROMPTS), help="default: answer for the nano policy, else think")
+    parser.add_argument("--prompt", choices=list(PROMPTS), help="default: the one it was trained with, else think")
     parser.add_argument("--max-tokens", type=int, help="of an answer; default 24 for the prompt 'answer', else 512")
     parser.add_argument("--limit", type=int, help="evaluate the first N samples")
     parser.add_argument("--batch-size", type=int, default=50)
@@ -236,9 +248,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_task(args: argparse.Namespace) -> Task:
     folder = model_folder(args.model)
-    policy = Policy.from_folder(folder, args.device, torch.bfloat16 if args.device.startswith("cuda") else torch.float32)
+    policy = Policy.from_folder(
+        folder, args.device, torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    )
     policy.compute_dtype = next(policy.parameters()).dtype
-    args.prompt = args.prompt or default_prompt(args.model, folder)
+    args.prompt = args.prompt or default_prompt(folder)
     args.max_tokens = args.max_tokens or (24 if args.prompt == "answer" else 512)
     return Task(policy, folder, args.prompt)
 

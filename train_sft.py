@@ -181,7 +181,9 @@ def sft(task: Task, samples: list, args: argparse.Namespace, steps: int, lr: flo
         if not math.isfinite(loss_sum) or not math.isfinite(norm):
             raise InputError(f"step {step + 1}: loss {loss_sum} or gradient norm {norm} is not finite; lower --lr")
         optimizer.step()
-        log({"step": step + 1, "loss": loss_sum, "grad_norm": norm, "lr": now, "seconds": time.perf_counter() - started})
+        log(
+            {"step": step + 1, "loss": loss_sum, "grad_norm": norm, "lr": now, "seconds": time.perf_counter() - started}
+        )
         bar.set_postfix_str(f"loss {loss_sum:.3f}")
 
 
@@ -204,10 +206,9 @@ def make_nano(args: argparse.Namespace) -> None:
         results[name], _ = evaluate(task, test, 50, 24, progress=name)
         tqdm.write(summary(name, results[name]))
         if args.keep_exact and not coarse:
-            task.policy.save_folder(args.keep_exact, torch.bfloat16)
-            (Path(args.keep_exact) / "nano.json").write_text(json.dumps(results, indent=2) + "\n")
-    task.policy.save_folder(folder, torch.bfloat16)
-    (folder / "nano.json").write_text(json.dumps(results, indent=2) + "\n")
+            task.save(Path(args.keep_exact))
+    task.save(folder, torch.bfloat16)
+    (folder / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -216,9 +217,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--keep-exact", help="with --make-nano: also save the exact-SFT policy in this folder")
     parser.add_argument("--model", default="nano", help="checkpoint folder, or nano")
     parser.add_argument("--data", default="phantoms", help="JSONL files, or phantoms[:dermoscopy|xray|ultrasound]")
-    parser.add_argument("--val", help="evaluated before and after; default: held-out phantoms for phantoms, else nothing")
+    parser.add_argument(
+        "--val", help="evaluated before and after; default: held-out phantoms for phantoms, else nothing"
+    )
     parser.add_argument("--out", help="folder for the trained checkpoint, metrics.jsonl and eval.json")
-    parser.add_argument("--prompt", choices=list(PROMPTS), help="default: answer for the nano policy, else think")
+    parser.add_argument("--prompt", choices=list(PROMPTS), help="default: the one it was trained with, else think")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=32, help="answers per optimiser step")
     parser.add_argument("--micro-batch", type=int, default=32, help="answers per forward pass")
@@ -249,7 +252,7 @@ def main() -> None:
     if out.exists() and any(out.iterdir()):
         raise InputError(f"--out {out} is not empty; name a new folder or remove it")
     folder = model_folder(args.model)
-    prompt = args.prompt or default_prompt(args.model, folder)
+    prompt = args.prompt or default_prompt(folder)
     max_tokens = args.max_tokens or (24 if prompt == "answer" else 512)
     policy = Policy.from_folder(folder, args.device)
     policy.compute_dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
@@ -263,13 +266,21 @@ def main() -> None:
         results["start"], _ = evaluate(task, val, 50, max_tokens, progress="start")
         tqdm.write(summary("start", results["start"]))
     with open(out / "metrics.jsonl", "w") as file:
-        sft(task, samples, args, args.steps, args.lr, args.coarse, lambda row: print(json.dumps(row), file=file, flush=True))
+        sft(
+            task,
+            samples,
+            args,
+            args.steps,
+            args.lr,
+            args.coarse,
+            lambda row: print(json.dumps(row), file=file, flush=True),
+        )
     if val:
         results["final"], _ = evaluate(task, val, 50, max_tokens, progress="final")
         tqdm.write(summary("final", results["final"]))
     (out / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
     checkpoint = out / f"step-{args.steps:06d}"
-    policy.save_folder(checkpoint)
+    task.save(checkpoint)
     tqdm.write(f"saved {checkpoint}")
 
 

@@ -58,7 +58,9 @@ def fake_prompt(peer, rows: int, columns: int, before: int, after: int, seed: in
     """`before` text tokens, an image of rows x columns patches, `after` text tokens; positions are the peer's own."""
     g = torch.Generator().manual_seed(seed)
     image = torch.full((rows * columns // 4,), IMAGE)
-    ids = torch.cat((torch.randint(6, 100, (before,), generator=g), image, torch.randint(6, 100, (after,), generator=g)))
+    ids = torch.cat(
+        (torch.randint(6, 100, (before,), generator=g), image, torch.randint(6, 100, (after,), generator=g))
+    )
     grid = torch.tensor([[1, rows, columns]])
     kinds = (ids == IMAGE).int()[None]
     positions, delta = peer.model.get_rope_index(ids[None], kinds, image_grid_thw=grid)
