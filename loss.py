@@ -7,9 +7,9 @@
     dr-grpo  sum / (sequences x max_tokens); its advantage has no std             (Dr. GRPO, arXiv 2503.20783)
 KL estimators: http://joschu.net/blog/kl-approx.html.
 
-An optimiser batch goes through in micro-batches, on several ranks. backward() on each must ADD UP (over ranks: all-reduce
-with SUM, not a mean) to the gradient of the whole batch at once. So nothing here divides by what it happens to see: the
-counts of the whole batch come in as `BatchTotals`, and every loss is a sum over sequences divided by a constant.
+An optimiser batch goes through in micro-batches, on several ranks. backward() on each must ADD UP (over ranks: all-
+reduce with SUM, not a mean) to the gradient of the whole batch at once. So nothing here divides by what it happens to
+see: the whole batch's counts come in as `BatchTotals`, and every loss is a sum over sequences over a constant.
 
 Left out: advantages (kernels.group_advantage), dual clip, sequence-level ratios (GSPO), an entropy bonus.
 """
@@ -122,8 +122,8 @@ def grpo_loss(
 def kl_estimate(logp: Tensor, logp_ref: Tensor, kl: str = "k3") -> Tensor:
     """Per-token estimate of KL(policy || reference) in nats, for tokens sampled from the policy; any one shape.
 
-    k3 = exp(ref - logp) - (ref - logp) - 1 is unbiased and never negative, but its gradient is KL(reference || policy)'s.
-    k3+ has the value of k3 and the gradient of k2 = (logp - ref)^2 / 2, whose expectation is this KL's own gradient. k2
+    k3 = exp(ref - logp) - (ref - logp) - 1 is unbiased and never negative, but its gradient is that of
+    KL(reference || policy). k3+ has the value of k3 and the gradient of k2 = (logp - ref)^2 / 2, whose expectation is this KL's own gradient. k2
     needs no clamp and gets none: the pull back to the reference does not stop where the policy is furthest away.
     """
     delta = (logp_ref - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)

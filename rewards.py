@@ -1,19 +1,19 @@
 """Rewards: the text of an answer -> a box -> numbers (IoU, GIoU, valid, format), and their weighted sum.
 
-METHODS of the field differ in what they accept; answers are read tolerantly here, because a box that stands there but is
-not found is a reward stuck at 0 with no word why: ints, floats, exponents, JSON or bare lists, any key, corners as two
-points, line breaks anywhere. What cannot be read has a named reason (REASONS). One scan over the text's tokens; it never
-needs the text to be JSON, since half of the answers early in training are not.
+METHODS sections 3 to 5. Answers are read tolerantly, because a box that stands there and is not found is a reward stuck
+at 0 with no word why: ints, floats, exponents, JSON or a bare list, any key, corners as two points, line breaks anywhere.
+What cannot be read has a named reason (REASONS). One regular expression finds the lists of numbers in one linear pass; the
+text need not be JSON, since early in training half of the answers are not.
 
-Frames: an answer is in pixels of the MODEL frame (the resized image), targets are in pixels of the ORIGINAL image, and
-IoU is taken in the original.
+Frames: an answer is in pixels of the MODEL frame (the resized image), a target in pixels of the ORIGINAL image, and IoU is
+taken in the original.
 
-Left out: the threshold (schedules decide hits), normalisation (kernels.group_advantage), other tasks' rewards.
+Left out: thresholds (the schedules decide hits), normalisation (kernels.group_advantage), rewards of other tasks.
 """
 
-import math
 import re
 from dataclasses import dataclass
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -22,97 +22,69 @@ from torch import Tensor
 import kernels
 from errors import InputError
 
+Box = tuple[float, float, float, float]
+
+# Every reason why an answer has no box, with its meaning; the empty reason is success.
 REASONS = {
     "": "a box",
-    "no box": "no number in the answer",
-    "incomplete box": "fewer than four numbers, or a bracket that never closes: the answer was cut off or garbled",
+    "no box": "no list of numbers in the answer",
+    "incomplete box": "fewer than four numbers, or a bracket that is not closed behind them",
     "too many numbers": "a list of more than four numbers",
-    "not finite": "NaN, infinity, or a number too large for a float",
-    "absurd value": "a coordinate beyond a million pixels",
+    "not finite": "a NaN, an infinity, or a number too large for a float",
+    "absurd value": "a coordinate beyond +-1e6 pixels",
     "inverted": "x2 < x1 or y2 < y1",
-    "degenerate": "zero width or height",
+    "degenerate": "zero width or zero height",
 }
-MAX_COORDINATE = 1e6  # pixels; whole-slide images stay below it
-MAX_CHARACTERS = 100_000  # the end of a longer answer is read: the last box counts, and junk must not cost seconds
+MAX_COORDINATE = 1e6  # pixels; larger than any image that fits into a model, small enough for areas in fp32
+CORNERS = ("x1", "y1", "x2", "y2")
 
-# One alternative per kind of token, tried in this order. Separators and keys may stand between the numbers of a box,
-# anything else ends it. A number is a whole word: not the 2 of bbox_2d, not the 10 of 10px.
-TOKEN = re.compile(
-    r"""(?P<key> "[^"\n]{0,40}"\s*: | '[^'\n]{0,40}'\s*: | [a-z_]\w{0,40}\s*[:=] )
-      | (?P<number> [+-]?(?: (?:[0-9]+(?:\.[0-9]*)? | \.[0-9]+) (?:e[+-]?[0-9]+)? | nan | inf(?:inity)? ) (?!\.?\w) )
-      | (?P<open> [\[({] ) | (?P<close> [\])}] )
-      | (?P<separator> [\s,;:]+ | ["'] )
-      | (?P<other> \w+ | . )""",
-    re.VERBOSE | re.IGNORECASE,
+# A list of numbers with its brackets, and the key in front if that names a corner. Linear in the text: behind the first
+# number everything is optional, so a match that has begun cannot fail late; and a number begins and ends where a word
+# does (not the 2 of bbox_2d, not the 10 of 10px), so a long one that failed is not tried again from its second digit.
+_NUMBER = r"""[+-]? (?: (?: [0-9]+ (?:\.[0-9]*)? | \.[0-9]+ ) (?:e[+-]?[0-9]+)? | nan | inf(?:inity)? ) (?! \.?\w )"""
+_LIST = re.compile(
+    rf"""
+    (?: (?<!\w) (?P<key>[xy][12]) ["']? \s* [:=] \s* )?
+    (?P<opened> [\[(] \s* )?
+    (?P<numbers> (?<![\w.]) {_NUMBER} (?: [\s,]+ {_NUMBER} )* )
+    [\s,]* (?P<closed> [\])] )?
+    """,
+    re.VERBOSE | re.IGNORECASE | re.ASCII,  # ASCII: float() must be able to read whatever [0-9], inf and nan match
 )
-CORNERS = (("x1", "y1", "x2", "y2"), ("xmin", "ymin", "xmax", "ymax"), ("left", "top", "right", "bottom"))
 
 
 class Parsed(NamedTuple):
-    box: tuple[float, float, float, float] | None  # (x1, y1, x2, y2) as written: pixels of the model frame
-    reason: str  # "" or the key of REASONS that says why there is none
+    """An answer's box, or the reason why there is none."""
+
+    box: Box | None  # x1, y1, x2, y2 as written, pixels of the model frame
+    reason: str  # a key of REASONS; "" if there is a box
 
 
 def parse_box(text: str) -> Parsed:
-    """The last complete box inside the last <answer>, or of the whole text if it has no such tag. Never raises.
+    """The box that an answer states, in pixels of the MODEL frame as written. Never raises; linear in the text.
 
-    Complete: exactly four numbers in a row, as a list, two points, or an object of x1, y1, x2, y2 (in any order). If the
-    last complete box is not a sound one (inverted, not finite ...) that is the reason; an earlier one is not tried.
+    Read is what stands behind the last <answer>, up to </answer> or the end; the whole text if there is no such tag. There
+    the last complete box counts, in one of three forms:
+        10, 20, 30, 40          four numbers between commas or spaces; in [], () or nothing, under any key or none
+        (10, 20), (30, 40)      two points with nothing but commas and spaces between them, also inside one more bracket
+        "x1": 10, "y1": 20, "x2": 30, "y2": 40      the corners by name, in any order, with : or =
+
+    The last complete box decides even if it is inverted or infinite: no earlier box is tried, so hedging does not pay. A
+    list of fewer or more than four numbers, or one cut off before its bracket closes (its last number may be half of
+    one), is not a complete box; it does not hide one before it, and gives the reason where there is none. A lone number
+    in prose is no list.
     """
-    text = text[-MAX_CHARACTERS:]
-    start = text.lower().rfind("<answer>")
-    if start >= 0:
-        text = text[start + len("<answer>") :]
-        end = text.lower().find("</answer>")
-        text = text if end < 0 else text[:end]
+    _, _, answer = text.rpartition("<answer>")
+    answer, _, _ = answer.partition("</answer>")
+    lists = _number_lists(answer)
+    numbers = next((found for found in reversed(lists) if len(found) == 4), None)
+    if numbers is None:
+        if not lists:
+            return Parsed(None, "no box")
+        return Parsed(None, "too many numbers" if len(lists[-1]) > 4 else "incomplete box")
 
-    runs: list[list[float] | None] = []  # numbers in a row; None for a run inside a bracket that never closed
-    numbers: list[float] = []
-    keys: list[str] = []
-    key, depth = "", 0
-
-    def finish(closed: bool) -> None:
-        nonlocal key
-        if numbers:
-            by_key = dict(zip(keys, numbers, strict=True))
-            named = [[by_key[name] for name in names] for names in CORNERS if set(names) == set(keys)]
-            runs.append((named[0] if named else list(numbers)) if closed else None)
-        numbers.clear()
-        keys.clear()
-        key = ""
-
-    for token in TOKEN.finditer(text):
-        kind = token.lastgroup
-        if kind == "number":
-            numbers.append(float(token.group()))
-            keys.append(key)
-            key = ""
-        elif kind == "key":
-            key = token.group().rstrip(":= \t\r\n").strip("\"'").lower()
-        elif kind == "open":
-            if len(numbers) != 2:  # two numbers may be the first of two corners: [[x1, y1], [x2, y2]]
-                finish(closed=True)
-            depth += 1
-        elif kind == "close":
-            depth = max(0, depth - 1)
-            if len(numbers) != 2:
-                finish(closed=True)
-        elif kind == "other":
-            finish(closed=depth == 0 or len(numbers) == 2)
-            depth = 0
-    finish(closed=depth == 0)
-
-    complete = [run for run in runs if run is not None and len(run) == 4]
-    if complete:
-        return _checked(*complete[-1])
-    if not runs:
-        return Parsed(None, "no box")
-    return Parsed(None, "too many numbers" if runs[-1] and len(runs[-1]) > 4 else "incomplete box")
-
-
-def _checked(x1: float, y1: float, x2: float, y2: float) -> Parsed:
-    box = (x1, y1, x2, y2)
-    if not all(math.isfinite(v) for v in box):
+    box = x1, y1, x2, y2 = tuple(float(number) for number in numbers)
+    if not all(isfinite(v) for v in box):
         return Parsed(None, "not finite")
     if any(abs(v) > MAX_COORDINATE for v in box):
         return Parsed(None, "absurd value")
@@ -123,46 +95,91 @@ def _checked(x1: float, y1: float, x2: float, y2: float) -> Parsed:
     return Parsed(box, "")
 
 
+def _number_lists(answer: str) -> list[list[str]]:
+    """All that looks like a list of numbers, in order of appearance; a box is one of exactly four."""
+    lists: list[list[str]] = []
+    corners: dict[str, str] = {}
+    point_end = -1  # where the last list ended, if it was made of points
+    for found in _LIST.finditer(answer):
+        numbers = found["numbers"].replace(",", " ").split()
+        if found["key"] and len(numbers) == 1:
+            key = found["key"].lower()
+            corners = {} if key in corners else corners  # a second x1 begins a second box
+            corners[key] = numbers[0]
+            lists.append([corners[c] for c in CORNERS if c in corners])
+            point_end = -1
+            continue
+        if found["opened"] and not found["closed"]:
+            numbers = numbers[:3] if len(numbers) == 4 else numbers  # cut off: never complete
+        elif not found["opened"] and len(numbers) == 1:
+            continue
+        is_point = bool(found["opened"] and len(numbers) == 2 and found["closed"])
+        if is_point and point_end >= 0 and not answer[point_end : found.start()].strip(", \t\r\n"):
+            lists[-1] += numbers  # (10, 20), (30, 40): two points are a box, four are a polygon and too many
+        else:
+            lists.append(numbers)
+        point_end = found.end() if is_point else -1
+    return lists
+
+
 def format_reward(text: str) -> float:
-    """1 if the whole text is <think>...</think><answer>... a box ...</answer>, space around the tags aside, else 0."""
-    text = text.strip()
-    once = all(text.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
-    if not (once and text.startswith("<think>") and text.endswith("</answer>")):
+    """1.0 if the whole text is <think>...</think> <answer>... a box ...</answer>, each tag once, else 0.0.
+
+    White space is free around the two blocks and between them; the box must be one that parse_box accepts.
+    """
+    parts = re.split(r"(</?(?:think|answer)>)", text)
+    if parts[1::2] != ["<think>", "</think>", "<answer>", "</answer>"]:
         return 0.0
-    between = text.partition("</think>")[2].partition("<answer>")
-    return float(between[1] != "" and between[0].strip() == "" and parse_box(text).box is not None)
+    before, _thought, between, _answer, after = parts[::2]
+    return float(not (before + between + after).strip() and parse_box(text).box is not None)
 
 
 @dataclass
 class Scores:
-    """N answers in numbers."""
+    """What N answers are worth; tensors on the targets' device."""
 
-    boxes: Tensor  # (N, 4) fp32, ORIGINAL pixels; NaN where there is none
-    iou: Tensor  # (N,) in [0, 1], 0 where there is no box
-    giou: Tensor  # (N,) in [-1, 1], 0 where there is no box: ask `valid`
-    valid: Tensor  # (N,) bool
-    format: Tensor  # (N,) 0 or 1
-    reasons: list[str]  # (N,) keys of REASONS
+    boxes: Tensor  # (N, 4) fp32, pixels of the ORIGINAL image; NaN where invalid, so that no one draws or averages it
+    iou: Tensor  # (N,) fp32 in [0, 1]; 0 where invalid
+    giou: Tensor  # (N,) fp32 in [-1, 1]; 0 where invalid, which is no mark of it: look at `valid`
+    valid: Tensor  # (N,) bool: a box could be read
+    format: Tensor  # (N,) fp32, 0 or 1: format_reward
+    reasons: list[str]  # N keys of REASONS, "" where valid
 
 
 def score(texts: list[str], targets: Tensor, scale: Tensor) -> Scores:
-    """texts (N,); targets (N, 4) boxes in ORIGINAL pixels; scale (N, 2): original pixels per model pixel, x and y."""
+    """Read N answers and hold them against their targets, in the ORIGINAL frame.
+
+    targets (N, 4) x1, y1, x2, y2 in pixels of the original image; scale (N, 2) the factors (sx, sy) that map the model
+    frame to the original one (original size / resized size). Raises ValueError for shapes that do not fit.
+    """
+    n = len(texts)
+    if targets.shape != (n, 4) or scale.shape != (n, 2):
+        raise ValueError(
+            f"{n} texts want targets ({n}, 4) and scale ({n}, 2), got {tuple(targets.shape)}, {tuple(scale.shape)}"
+        )
     parsed = [parse_box(text) for text in texts]
-    boxes = torch.tensor([p.box or (math.nan,) * 4 for p in parsed], dtype=torch.float64).view(-1, 4)
-    boxes = (boxes * scale.to(torch.float64).repeat(1, 2)).float()
-    targets = targets.float()
+    nothing = (float("nan"),) * 4
+    boxes = torch.tensor([p.box or nothing for p in parsed], dtype=torch.float64).view(n, 4)  # view: also for n = 0
+    boxes = boxes * scale.double().cpu().repeat(1, 2)  # model frame -> original; x1, y1, x2, y2 times sx, sy, sx, sy
+    boxes = boxes.float().to(targets.device)  # (N, 4)
     return Scores(
         boxes=boxes,
-        iou=kernels.box_iou(boxes, targets),
-        giou=kernels.box_iou(boxes, targets, giou=True),
-        valid=torch.tensor([p.box is not None for p in parsed], dtype=torch.bool),
-        format=torch.tensor([format_reward(text) for text in texts]),
+        iou=kernels.box_iou(boxes, targets.float()),
+        giou=kernels.box_iou(boxes, targets.float(), giou=True),
+        valid=torch.tensor([p.box is not None for p in parsed], dtype=torch.bool, device=targets.device),
+        format=torch.tensor([format_reward(text) for text in texts], dtype=torch.float32, device=targets.device),
         reasons=[p.reason for p in parsed],
     )
 
 
 def combine(parts: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """Weighted sum of the reward parts, all of one shape; a part without a weight counts 0. Normalise afterwards."""
-    if unknown := sorted(weights.keys() - parts.keys()):
-        raise InputError(f"no reward is called {unknown[0]!r}; there are {', '.join(sorted(parts))}")
-    return sum(weights[name] * parts[name] for name in weights)
+    """Several rewards -> one, before normalisation (METHODS section 3: weighted sum, then normalise).
+
+    parts: name -> rewards, all of one shape; weights: name -> factor. A part without a weight counts for nothing.
+    Raises InputError for a weight whose reward does not exist, and for no weights at all.
+    """
+    unknown = sorted(set(weights) - set(parts))
+    if unknown or not weights:
+        wrong = f"no reward is called {', '.join(unknown)}" if unknown else "no reward has a weight"
+        raise InputError(f"reward weights: {wrong}; choose from {', '.join(sorted(parts))}")
+    return sum(weight * parts[name] for name, weight in weights.items())

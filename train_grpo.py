@@ -86,7 +86,9 @@ RECIPES = {
         format_weight=1.0,
     ),
 }
-FREE_ON_RESUME = {"resume", "out", "device", "eval_every", "eval_limit", "samples_every", "save_every", "micro_batch"}
+# What a resumed run may change: nothing here decides what is learned. More --steps is a longer run (the learning rate is
+# constant after the warm-up); schedules that go by the share of the steps refuse it themselves.
+FREE_ON_RESUME = {"resume", "out", "steps", "device", "eval_every", "eval_limit", "samples_every", "save_every"}
 PATIENCE = 5  # steps with a non-finite loss or gradient in a row before the run stops
 
 
