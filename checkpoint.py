@@ -1,11 +1,11 @@
 """What a run needs to go on exactly: the policy as a Hugging Face folder, and the trainer's state beside it.
 
-    out/step-000100/   model.safetensors (fp32 master weights), config.json, tokenizer ...   loads in transformers and vLLM
+    out/step-000100/   model.safetensors (fp32 master weights), config.json, tokenizer ...   a Hugging Face folder
                        trainer.safetensors   AdamW's two moments of every parameter
                        trainer.json          format version, step, counters, state of the schedule
 
-There is no random state to save: data order, sampling and labels follow from (seed, step, sample). A checkpoint is written
-under a temporary name and renamed when it is whole, so a folder called step-... is a whole one.
+There is no random state to save: data order and sampling follow from (seed, step, sample). A checkpoint is written under
+a temporary name and renamed when it is whole, so a folder called step-... is a whole one.
 """
 
 import json
@@ -56,7 +56,9 @@ def load(folder: Path, policy: torch.nn.Module, optimizer: torch.optim.Optimizer
         state = json.loads((folder / "trainer.json").read_text())
         moments = load_file(folder / "trainer.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{folder}: the trainer's state cannot be read ({error}); remove this step to use one before") from None
+        raise InputError(
+            f"{folder}: the trainer's state cannot be read ({error}); remove this step to use one before"
+        ) from None
     if state.get("format") != FORMAT:
         raise InputError(
             f"{folder}/trainer.json: format {state.get('format')} is not {FORMAT}, which this version reads"

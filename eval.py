@@ -1,11 +1,13 @@
 """Greedy answers -> A@t, pmAP, mIoU, and pictures to look at.
 
-    python eval.py --model FOLDER --data val.jsonl --train train.jsonl --out out-eval     eval.json, predictions.jsonl, sheet.png
-    python eval.py --predictions answers.jsonl --data val.jsonl --out out-eval            answers of any other model
-    python eval.py --model FOLDER --image a.png --query "the skin lesion"                 one answer, box in original pixels
+    python eval.py --model FOLDER --data val.jsonl --train train.jsonl --out out-eval
+    python eval.py --predictions answers.jsonl --data val.jsonl --out out-eval        answers of another model
+    python eval.py --model FOLDER --image a.png --query "the skin lesion"             a box in original pixels
 
-Metrics are MedLoc-R1's: A@t = share of samples whose one greedy box has IoU >= t; pmAP = mean of A@t over t = .50, .55 ...
-.95; mIoU = mean IoU. IoU is taken in the frame of the original image. An answer without a box has IoU 0 and counts.
+Writes eval.json, predictions.jsonl and sheet.png (best, median, worst answers) into --out.
+
+Metrics are MedLoc-R1's: A@t = share of samples whose one greedy box has IoU >= t; pmAP = mean of A@t over t = .50, .55
+... .95; mIoU = mean IoU. IoU is taken in the frame of the original image. An answer without a box has IoU 0 and counts.
 """
 
 import argparse
@@ -66,7 +68,7 @@ def model_folder(model: str) -> Path:
 
 
 def default_prompt(folder: Path) -> str:
-    """The prompt a policy was trained with, if its folder says so (the nano policy's does); else the paper's, "think"."""
+    """The prompt a policy was trained with, if its folder says so (the nano one's does); else the paper's, think."""
     file = folder / PROMPT_FILE
     style = read_json(file).get("prompt") if file.exists() else "think"
     if style not in PROMPTS:
@@ -148,7 +150,7 @@ def summary(name: str, m: dict) -> str:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------------------ pictures
 
 TRUTH, ANSWER = (40, 220, 90), (255, 70, 60)  # colours: ground truth, answers
 
@@ -197,7 +199,7 @@ def contact_sheet(samples: list[Sample], rows: list[dict], each: int = 4) -> Ima
     return sheet(tiles, each)
 
 
-# ------------------------------------------------------------------------------------------------------------- command line
+# -------------------------------------------------------------------------------------------------------- command line
 
 
 def read_predictions(file: str, samples: list[Sample]) -> list[str]:

@@ -123,8 +123,9 @@ def kl_estimate(logp: Tensor, logp_ref: Tensor, kl: str = "k3") -> Tensor:
     """Per-token estimate of KL(policy || reference) in nats, for tokens sampled from the policy; any one shape.
 
     k3 = exp(ref - logp) - (ref - logp) - 1 is unbiased and never negative, but its gradient is that of
-    KL(reference || policy). k3+ has the value of k3 and the gradient of k2 = (logp - ref)^2 / 2, whose expectation is this KL's own gradient. k2
-    needs no clamp and gets none: the pull back to the reference does not stop where the policy is furthest away.
+    KL(reference || policy). k3+ has the value of k3 and the gradient of k2 = (logp - ref)^2 / 2, whose expectation is
+    the gradient of the KL meant. k2 needs no clamp and gets none: the pull back to the reference does not stop where
+    the policy is furthest from it.
     """
     delta = (logp_ref - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     k3 = delta.exp() - delta - 1

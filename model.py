@@ -1,13 +1,13 @@
 """Qwen2.5-VL in plain PyTorch: vision tower, M-RoPE, grouped-query decoder, shared prefix, generation, log-probs.
 
-Architecture: Qwen2.5-VL (arXiv 2502.13923); tensor names, numerics and files are those of the published checkpoints, so that
-transformers and vLLM load what we save. The tests hold it equal to transformers' Qwen2_5_VLForConditionalGeneration.
+Architecture: Qwen2.5-VL (arXiv 2502.13923); tensor names, numerics and files are those of the published checkpoints, so
+that transformers and vLLM load what we save. The tests hold it equal to transformers' own implementation.
 
-The PREFIX is the heart. The G completions of a GRPO group answer one image and one question, so these are computed once:
+The PREFIX is the heart. The G completions of a group answer one image and one question, so these are computed once:
 
-    prefix      = policy.prefix(collate(prompts))                       vision tower and prompt, keys and values kept
-    completions = policy.generate(prefix, group_size, ...)              decodes B * G rows on top of it, without gradient
-    logp        = policy.logprobs(prefix, completions.ids, lengths)     with gradient, which flows on into the prefix
+    prefix      = policy.prefix(collate(prompts))                     vision tower and prompt, keys and values kept
+    completions = policy.generate(prefix, group_size, ...)            decodes B * G rows on top of it, no gradient
+    logp        = policy.logprobs(prefix, completions.ids, lengths)   with gradient, which flows on into the prefix
 
 A group costs P + G * R tokens instead of G * (P + R), and one vision pass instead of G. `full_logprobs` is the naive
 equivalent that repeats every prompt G times; the tests hold the two equal in values and in every gradient.
@@ -50,7 +50,7 @@ COMPANIONS = (
 ).split()
 
 
-# --------------------------------------------------------------------------------------------------------- configuration
+# ------------------------------------------------------------------------------------------------------- configuration
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class ModelConfig:
             raise InputError(f"{source}: field {missing} is missing; is this a Qwen2.5-VL checkpoint?") from None
 
 
-# ---------------------------------------------------------------------------------------------------------- small pieces
+# -------------------------------------------------------------------------------------------------------- small pieces
 
 
 class Linear(nn.Linear):
@@ -168,15 +168,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------- vision tower
+# -------------------------------------------------------------------------------------------------------- vision tower
 
 
 @dataclass(frozen=True)
 class VisionLayout:
     """Where every patch of a batch of images stands, so that attention needs neither masks nor padding.
 
-    Images of equal grid are neighbours, and inside an image windows of equal size are neighbours: each attention is then a
-    few plain calls on slices. `order` and `inverse` permute merged units (2 x 2 patches, one decoder token each).
+    Images of equal grid are neighbours, and inside an image windows of equal size are neighbours: each attention is
+    then a few plain calls on slices. `order` and `inverse` permute merged units (2 x 2 patches, one decoder token each).
     """
 
     order: Tensor  # (M,) our k-th unit is unit order[k] of the images as given
@@ -236,9 +236,7 @@ class VisionAttention(nn.Module):
             parts = []
             for offset, count, length in [(0, 1, patches)] if full else windows:
                 part = group[:, :, offset : offset + count * length].reshape(3, images * count, length, self.heads, -1)
-                out = F.scaled_dot_product_attention(
-                    *part.transpose(2, 3).unbind(0)
-                )  # (images * count, heads, length, D)
+                out = F.scaled_dot_product_attention(*part.transpose(2, 3).unbind(0))  # (images * count, heads, l, D)
                 parts.append(out.transpose(1, 2).reshape(images, count * length, -1))
             outs.append(torch.cat(parts, dim=1).flatten(0, 1))
         return self.proj(torch.cat(outs))
@@ -289,7 +287,7 @@ class VisionTower(nn.Module):
         self.merger = PatchMerger(config)
 
     def forward(self, patches: Tensor, grids: tuple[tuple[int, int], ...]) -> Tensor:
-        """patches (N, C * 2 * 14 * 14) of all images, merged unit by merged unit; grids in patches -> (N / 4, H) tokens."""
+        """patches (N, C * 2 * 14 * 14) of all images, unit by unit; grids in patches -> (N / 4, H) tokens."""
         config = self.config
         unit = config.spatial_merge_size**2
         window = config.window_size // config.patch_size // config.spatial_merge_size
@@ -304,7 +302,7 @@ class VisionTower(nn.Module):
         return self.merger(x)[layout.inverse]
 
 
-# --------------------------------------------------------------------------------------------------------------- decoder
+# ------------------------------------------------------------------------------------------------------------- decoder
 
 
 class Attention(nn.Module):
@@ -329,7 +327,7 @@ class Attention(nn.Module):
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal, aligned at the end: the last query sees every key. q (N, heads, S, D), k and v (N, kv_heads, L, D), L >= S."""
+        """Causal, aligned at the end: the last query sees every key. q (N, heads, S, D), k, v (N, kv_heads, L, D)."""
         mask = None if q.shape[2] == k.shape[2] else causal_lower_right(q.shape[2], k.shape[2])
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return out.transpose(1, 2).flatten(2)  # (N, S, heads * D)
@@ -340,7 +338,7 @@ class Attention(nn.Module):
         return self.o_proj(self.attend(q, k, v)), k, v
 
     def suffix(self, x: Tensor, cos: Tensor, sin: Tensor, pk: Tensor, pv: Tensor, spans: list) -> Tensor:
-        """Completions x (B * G, S, H) over the prefixes pk, pv (B, kv_heads, P, D): one call per run of equal-length prompts."""
+        """Completions x (B * G, S, H) over prefixes pk, pv (B, kv_heads, P, D): one call per span of equal prompts."""
         q, k, v = self.project(x, cos, sin)
         group = len(x) // len(pk)
         outs = []
@@ -359,7 +357,7 @@ class Attention(nn.Module):
     def decode(
         self, x: Tensor, cos: Tensor, sin: Tensor, ck: Tensor, cv: Tensor, at: int, mask: Tensor | None
     ) -> Tensor:
-        """One token for each row, x (N, 1, H), written at place `at` of the static cache ck, cv (N, kv_heads, P + T, D)."""
+        """One token per row, x (N, 1, H), written at place `at` of the static cache ck, cv (N, kv_heads, P + T, D)."""
         q, k, v = self.project(x, cos, sin)
         ck[:, :, at], cv[:, :, at] = k[:, :, 0], v[:, :, 0]
         # The heads that share a key head become its queries: grouped-query attention with no mask and no copied keys.
@@ -404,12 +402,12 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-# ---------------------------------------------------------------------------------------------------------------- policy
+# -------------------------------------------------------------------------------------------------------------- policy
 
 
 @dataclass
 class PromptBatch:
-    """B prompts side by side, shortest first (then runs of equal length are neighbours), right-padded to the longest."""
+    """B prompts, shortest first (then prompts of equal length are neighbours), right-padded to the longest."""
 
     ids: Tensor  # (B, P)
     positions: Tensor  # (3, B, P) M-RoPE: temporal, row, column
@@ -421,12 +419,12 @@ class PromptBatch:
 
 
 def collate(prompts: list, device: torch.device | str = "cpu") -> PromptBatch:
-    """Batch data.Prompt objects (ids (P,), positions (3, P), next_position, patches (n, 1176), grid (1, rows, columns))."""
+    """Batch data.Prompt objects: ids (P,), positions (3, P), next_position, patches (n, 1176), grid (1, rows, cols)."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     rows = [prompts[i] for i in order]
     longest = len(rows[-1].ids)
     return PromptBatch(
-        ids=torch.stack([F.pad(p.ids, (0, longest - len(p.ids))) for p in rows]).to(device),
+        ids=torch.stack([F.pad(p.ids, (0, longest - len(p.ids)), value=int(p.ids[-1])) for p in rows]).to(device),
         positions=torch.stack([F.pad(p.positions, (0, longest - len(p.ids))) for p in rows], dim=1).to(device),
         next_position=torch.tensor([p.next_position for p in rows], device=device),
         lengths=[len(p.ids) for p in rows],
@@ -480,7 +478,7 @@ class Policy(nn.Module):
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions (3, N, S) -> cos, sin (N, 1, S, D/2): each frequency turns with the axis that mrope_section gives it."""
+        """positions (3, N, S) -> cos, sin (N, 1, S, D/2); mrope_section says which axis turns a frequency."""
         section = torch.tensor(self.config.mrope_section)
         axis = torch.repeat_interleave(torch.arange(3), section).to(positions.device)  # (D/2,)
         frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_theta, positions.device)
@@ -553,7 +551,7 @@ class Policy(nn.Module):
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
     def full_logprobs(self, batch: PromptBatch, ids: Tensor, lengths: Tensor, temperature: float = 1.0) -> Tensor:
-        """The naive equivalent of logprobs(prefix(batch), ...): every prompt repeated G times, one row at a time, no sharing."""
+        """The naive equivalent of logprobs(prefix(batch), ...): one full row per completion, nothing shared."""
         order = batch.order.to(ids.device)
         out = torch.zeros(ids.shape, dtype=torch.promote_types(self.compute_dtype, torch.float32), device=ids.device)
         images = self.visual(batch.patches.to(self.compute_dtype), batch.grids)
@@ -580,9 +578,9 @@ class Policy(nn.Module):
     ) -> Completions:
         """Sample `group_size` completions of each prompt; temperature 0 is greedy.
 
-        uniforms (B, G, max_tokens) in [0, 1), in the caller's order of prompts: one number per token, turned into a token
-        by the inverse of the cumulative distribution. Whoever makes them from (seed, step, sample) has the same rollouts on
-        every machine and number of ranks. No top-p, no top-k: the sampled policy is the trained one.
+        uniforms (B, G, max_tokens) in [0, 1), in the caller's order of prompts: one number per token, turned into it by
+        the inverse of the cumulative distribution. Made from (seed, step, sample), they give the same rollouts on any
+        number of ranks. No top-p, no top-k: the sampled policy is the trained one.
         """
         if temperature > 0 and uniforms is None:
             raise ValueError("sampling at temperature > 0 needs uniforms (B, G, max_tokens)")
@@ -638,7 +636,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int, gain: float = 0.8) -> "Policy":
-        """Random weights, N(0, (gain / sqrt(fan in))^2), zero biases: a deep narrow policy learns several times faster from
+        """Random weights, N(0, (gain / sqrt(fan in))^2), zero biases: a narrow policy learns several times faster from
         these than from the usual 0.02."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
@@ -651,11 +649,11 @@ class Policy(nn.Module):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
         return self
 
-    # ------------------------------------------------------------------------------------------------------------ on disk
+    # --------------------------------------------------------------------------------------------------------- on disk
 
     @classmethod
     def from_folder(cls, folder: str | Path, device: torch.device | str = "cpu", dtype=torch.float32) -> "Policy":
-        """Load a Hugging Face folder: config.json and model.safetensors, or shards with their index. Refuses foreign ones."""
+        """Load a Hugging Face folder: config.json and model.safetensors, or shards and their index. Refuses others."""
         folder = Path(folder)
         raw = read_json(folder / "config.json")
         with torch.device("meta"):
@@ -690,8 +688,8 @@ class Policy(nn.Module):
         return policy
 
     def save_folder(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write a Hugging Face folder that transformers, vLLM and from_folder load: weights, config, and the companions of
-        the folder this policy came from (tokenizer, preprocessor, generation config)."""
+        """Write a Hugging Face folder that transformers, vLLM and from_folder load: weights, config, and the companions
+        of the folder this policy came from (tokenizer, preprocessor, generation config)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         shards: list[dict[str, Tensor]] = [{}]
@@ -746,9 +744,11 @@ def read_json(file: Path) -> dict:
 
 
 def read_eos_ids(folder: Path, raw: dict) -> tuple[int, ...]:
-    """EOS ids of the generation config if there is one (Qwen has two: end of turn and end of text), else of the config."""
-    generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
-    eos = generation.get("eos_token_id") or raw.get("eos_token_id") or raw.get("text_config", {}).get("eos_token_id")
+    """EOS ids of the generation config if there is one (Qwen has two: end of turn, end of text), else of the config."""
+    file = folder / "generation_config.json"
+    generation = read_json(file) if file.exists() else {}
+    sources = (generation, raw, raw.get("text_config", {}))
+    eos = next((s["eos_token_id"] for s in sources if s.get("eos_token_id") is not None), None)
     if eos is None:
         raise InputError(f"{folder}: neither generation_config.json nor config.json has eos_token_id.")
     return tuple(eos) if isinstance(eos, list) else (eos,)

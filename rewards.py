@@ -1,12 +1,12 @@
 """Rewards: the text of an answer -> a box -> numbers (IoU, GIoU, valid, format), and their weighted sum.
 
 METHODS sections 3 to 5. Answers are read tolerantly, because a box that stands there and is not found is a reward stuck
-at 0 with no word why: ints, floats, exponents, JSON or a bare list, any key, corners as two points, line breaks anywhere.
-What cannot be read has a named reason (REASONS). One regular expression finds the lists of numbers in one linear pass; the
-text need not be JSON, since early in training half of the answers are not.
+at 0 with no word why: ints, floats, exponents, JSON or a bare list, any key, corners as two points, line breaks
+anywhere. What cannot be read has a named reason (REASONS). One regular expression finds the lists of numbers in one
+linear pass; the text need not be JSON, since many answers of an untrained policy are not.
 
-Frames: an answer is in pixels of the MODEL frame (the resized image), a target in pixels of the ORIGINAL image, and IoU is
-taken in the original.
+Frames: an answer is in pixels of the MODEL frame (the resized image), a target in pixels of the ORIGINAL image, and IoU
+is taken in the original.
 
 Left out: thresholds (the schedules decide hits), normalisation (kernels.group_advantage), rewards of other tasks.
 """
@@ -63,25 +63,25 @@ class Parsed(NamedTuple):
 def parse_box(text: str) -> Parsed:
     """The box that an answer states, in pixels of the MODEL frame as written. Never raises; linear in the text.
 
-    Read is what stands behind the last <answer>, up to </answer> or the end; the whole text if there is no such tag. There
-    the last complete box counts, in one of three forms:
+    Read is what stands behind the last <answer>, up to </answer> or the end; the whole text if there is no such tag.
+    There the last complete box counts, in one of three forms:
         10, 20, 30, 40          four numbers between commas or spaces; in [], () or nothing, under any key or none
         (10, 20), (30, 40)      two points with nothing but commas and spaces between them, also inside one more bracket
         "x1": 10, "y1": 20, "x2": 30, "y2": 40      the corners by name, in any order, with : or =
 
-    The last complete box decides even if it is inverted or infinite: no earlier box is tried, so hedging does not pay. A
-    list of fewer or more than four numbers, or one cut off before its bracket closes (its last number may be half of
+    The last complete box decides even if it is inverted or infinite: no earlier box is tried, so hedging does not pay.
+    A list of fewer or more than four numbers, or one cut off before its bracket closes (its last number may be half of
     one), is not a complete box; it does not hide one before it, and gives the reason where there is none. A lone number
     in prose is no list.
     """
-    _, _, answer = text.rpartition("<answer>")
-    answer, _, _ = answer.partition("</answer>")
-    lists = _number_lists(answer)
-    numbers = next((found for found in reversed(lists) if len(found) == 4), None)
+    _, tag, answer = text.rpartition("<answer>")
+    if tag:
+        answer, _, _ = answer.partition("</answer>")
+    numbers, last = _find_box(answer)
     if numbers is None:
-        if not lists:
+        if not last:
             return Parsed(None, "no box")
-        return Parsed(None, "too many numbers" if len(lists[-1]) > 4 else "incomplete box")
+        return Parsed(None, "too many numbers" if len(last) > 4 else "incomplete box")
 
     box = x1, y1, x2, y2 = tuple(float(number) for number in numbers)
     if not all(isfinite(v) for v in box):
@@ -95,31 +95,35 @@ def parse_box(text: str) -> Parsed:
     return Parsed(box, "")
 
 
-def _number_lists(answer: str) -> list[list[str]]:
-    """All that looks like a list of numbers, in order of appearance; a box is one of exactly four."""
-    lists: list[list[str]] = []
+def _find_box(answer: str) -> tuple[list[str] | None, list[str]]:
+    """(the last list of exactly four numbers, the last list of any length), each None or [] where there is none."""
+    boxes: list[list[str]] = []
+    last: list[str] = []
     corners: dict[str, str] = {}
     point_end = -1  # where the last list ended, if it was made of points
     for found in _LIST.finditer(answer):
-        numbers = found["numbers"].replace(",", " ").split()
-        if found["key"] and len(numbers) == 1:
-            key = found["key"].lower()
-            corners = {} if key in corners else corners  # a second x1 begins a second box
-            corners[key] = numbers[0]
-            lists.append([corners[c] for c in CORNERS if c in corners])
-            point_end = -1
+        key, opened, text, closed = found.groups()
+        numbers = text.replace(",", " ").split()
+        if key and len(numbers) == 1:
+            corner = key.lower()
+            corners = {} if corner in corners else corners  # a second x1 begins a second box
+            corners[corner] = numbers[0]
+            numbers = [corners[c] for c in CORNERS if c in corners]
+        elif opened and not closed:
+            numbers = numbers[:3] + numbers[4:]  # cut off: four are not complete
+        elif not opened and len(numbers) == 1:
             continue
-        if found["opened"] and not found["closed"]:
-            numbers = numbers[:3] if len(numbers) == 4 else numbers  # cut off: never complete
-        elif not found["opened"] and len(numbers) == 1:
-            continue
-        is_point = bool(found["opened"] and len(numbers) == 2 and found["closed"])
-        if is_point and point_end >= 0 and not answer[point_end : found.start()].strip(", \t\r\n"):
-            lists[-1] += numbers  # (10, 20), (30, 40): two points are a box, four are a polygon and too many
+        is_point = bool(opened and closed and len(numbers) == 2)
+        if is_point and point_end >= 0 and not answer[point_end : found.start()].strip(", \t\r\n\f\v"):
+            last += numbers  # (10, 20), (30, 40): two points are a box, three are a polygon and no box any more
+            if len(last) == 6:
+                boxes.pop()
         else:
-            lists.append(numbers)
+            last = numbers
+        if len(last) == 4:
+            boxes.append(last)
         point_end = found.end() if is_point else -1
-    return lists
+    return (boxes[-1] if boxes else None), last
 
 
 def format_reward(text: str) -> float:

@@ -3,9 +3,10 @@
     torchrun train_grpo.py --schedule=medloc                          the nano policy on phantoms: minutes on a laptop
     python train_grpo.py --model FOLDER --data train.jsonl --val val.jsonl --out out-run
 
-A step: sample B prompts -> roll out G answers each -> score boxes against the truth -> the schedule turns IoU into reward
-and may tighten its threshold for the NEXT step -> advantage over the group -> clipped loss -> AdamW. Two verbs, rollout()
-and update(), and one dataclass between them. GRPO: DeepSeekMath (arXiv 2402.03300); schedule: MedLoc-R1 (arXiv 2603.28120).
+A step: sample B prompts -> roll out G answers each -> score boxes against the truth -> the schedule turns IoU into
+reward and may tighten its threshold for the NEXT step -> advantage over the group -> clipped loss -> AdamW. Two verbs,
+rollout() and update(), and one dataclass between them. GRPO: DeepSeekMath (arXiv 2402.03300); schedule: MedLoc-R1 (arXiv
+2603.28120).
 
 Randomness follows from (seed, step, sample), never from wall clock or state: a resumed run goes on as if never stopped.
 Left out here: learned reward models, a critic, top-p sampling (the sampled policy must be the trained one).
@@ -86,8 +87,8 @@ RECIPES = {
         format_weight=1.0,
     ),
 }
-# What a resumed run may change: nothing here decides what is learned. More --steps is a longer run (the learning rate is
-# constant after the warm-up); schedules that go by the share of the steps refuse it themselves.
+# What a resumed run may change: nothing here decides what is learned. More --steps is a longer run (the learning rate
+# is constant after the warm-up); schedules that go by the share of the steps refuse it themselves.
 FREE_ON_RESUME = {"resume", "out", "steps", "device", "eval_every", "eval_limit", "samples_every", "save_every"}
 PATIENCE = 5  # steps with a non-finite loss or gradient in a row before the run stops
 
@@ -270,7 +271,7 @@ def write_samples(out: Path, step: int, roll: Rollout, tau: float | None) -> Non
     sheet(tiles, 2).save(out / f"overlay-{step:06d}.png")
 
 
-# ------------------------------------------------------------------------------------------------------------- command line
+# -------------------------------------------------------------------------------------------------------- command line
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

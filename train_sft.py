@@ -1,12 +1,12 @@
 """Supervised fine-tuning: the baseline that GRPO has to beat, and the maker of the nano policy.
 
-    python train_sft.py --make-nano                                          assets/nano/, from random weights, two stages
+    python train_sft.py --make-nano                                          assets/nano/ from random weights, two stages
     python train_sft.py --data train.jsonl --val val.jsonl --out out-sft     any policy on any records, exact boxes
     python train_sft.py --data train.jsonl --coarse --out out-coarse         jittered, inflated boxes, redrawn each time
 
-The loss is the mean negative log-likelihood of the answer's tokens, EOS included; the prompt is not trained. A COARSE label
-keeps where a lesion is and loses how far it reaches: the start that the paper is about, where a threshold of IoU 0.5 pays
-almost nothing. It is made on purpose; the exact-SFT policy is the row to compare with.
+The loss is the mean negative log-likelihood of the answer's tokens, EOS included; the prompt is not trained. A COARSE
+label keeps where a lesion is and loses how far it reaches: the start that the paper is about, where a threshold of IoU
+0.5 pays almost nothing. It is made on purpose; the exact-SFT policy is the row to compare with.
 
 Everything follows from --seed: weights, order of the samples, coarse labels.
 """
@@ -188,7 +188,7 @@ def sft(task: Task, samples: list, args: argparse.Namespace, steps: int, lr: flo
 
 
 def make_nano(args: argparse.Namespace) -> None:
-    """assets/nano from nothing: exact boxes until it can see, then coarse ones until it is in the sparse-reward regime."""
+    """assets/nano from nothing: exact boxes until it can see, then coarse ones until threshold rewards are sparse."""
     folder = Path(args.out or NANO)
     write_nano(folder, args.seed)
     test = load_samples("phantoms", args.seed, "test")

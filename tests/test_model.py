@@ -246,7 +246,7 @@ def test_order_of_prompts_does_not_matter(pair, prompts):
 
 
 def test_logprobs_without_gradient_are_the_same_bits(pair, prompts):
-    """What makes the ratio of an on-policy step exactly 1 also when the old log-probs were computed without gradient."""
+    """So the ratio of an on-policy step is exactly 1 also when the old log-probs had a pass of their own."""
     policy = pair[0]
     ids, lengths = random_completions(len(prompts), 4, 5)
     with_gradient = policy.logprobs(policy.prefix(collate(prompts)), ids, lengths)
