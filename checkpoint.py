@@ -4,8 +4,8 @@
                        trainer.safetensors   AdamW's two moments of every parameter
                        trainer.json          format version, step, counters, state of the schedule
 
-There is no random state to save: data order and sampling follow from (seed, step, sample). A checkpoint is written under
-a temporary name and renamed when it is whole, so a folder called step-... is a whole one.
+There is no random state to save: data order and sampling follow from (seed, step, sample). A checkpoint is written
+under a temporary name and renamed when it is whole, so a folder called step-... is a whole one.
 """
 
 import json

@@ -176,7 +176,7 @@ class VisionLayout:
     """Where every patch of a batch of images stands, so that attention needs neither masks nor padding.
 
     Images of equal grid are neighbours, and inside an image windows of equal size are neighbours: each attention is
-    then a few plain calls on slices. `order` and `inverse` permute merged units (2 x 2 patches, one decoder token each).
+    then a few plain calls on slices. `order` and `inverse` permute units (2 x 2 patches, one decoder token each).
     """
 
     order: Tensor  # (M,) our k-th unit is unit order[k] of the images as given

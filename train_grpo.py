@@ -5,8 +5,7 @@
 
 A step: sample B prompts -> roll out G answers each -> score boxes against the truth -> the schedule turns IoU into
 reward and may tighten its threshold for the NEXT step -> advantage over the group -> clipped loss -> AdamW. Two verbs,
-rollout() and update(), and one dataclass between them. GRPO: DeepSeekMath (arXiv 2402.03300); schedule: MedLoc-R1 (arXiv
-2603.28120).
+rollout() and update(), and one dataclass between them. GRPO: arXiv 2402.03300; the schedule: MedLoc-R1, 2603.28120.
 
 Randomness follows from (seed, step, sample), never from wall clock or state: a resumed run goes on as if never stopped.
 Left out here: learned reward models, a critic, top-p sampling (the sampled policy must be the trained one).

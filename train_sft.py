@@ -1,6 +1,6 @@
 """Supervised fine-tuning: the baseline that GRPO has to beat, and the maker of the nano policy.
 
-    python train_sft.py --make-nano                                          assets/nano/ from random weights, two stages
+    python train_sft.py --make-nano                                         assets/nano/ from random weights, two stages
     python train_sft.py --data train.jsonl --val val.jsonl --out out-sft     any policy on any records, exact boxes
     python train_sft.py --data train.jsonl --coarse --out out-coarse         jittered, inflated boxes, redrawn each time
 
