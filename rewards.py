@@ -109,8 +109,8 @@ def _find_box(answer: str) -> tuple[list[str] | None, list[str]]:
             corners = {} if corner in corners else corners  # a second x1 begins a second box
             corners[corner] = numbers[0]
             numbers = [corners[c] for c in CORNERS if c in corners]
-        elif opened and not closed:
-            numbers = numbers[:3] + numbers[4:]  # cut off: four are not complete
+        elif opened and not closed and len(numbers) == 4:
+            numbers = numbers[:3]  # cut off: the fourth may be half a number
         elif not opened and len(numbers) == 1:
             continue
         is_point = bool(opened and closed and len(numbers) == 2)

@@ -203,7 +203,7 @@ def next_tau(tau: float, config: ScheduleConfig) -> float:
         delta = config.delta0 * (1 - share)
     else:
         delta = config.delta0 / 2 * (1 + math.cos(math.pi * share))
-    raised = min(round(tau + max(delta, MIN_DELTA), 6), config.tau_target)
+    raised = round(tau + max(delta, MIN_DELTA), 6)
     return config.tau_target if _below(config.tau_target - raised, MIN_DELTA) else raised
 
 
@@ -250,7 +250,7 @@ class Schedule:
 
     def state_dict(self) -> dict:
         """All that later decisions depend on, ready for JSON."""
-        window = [[tau, list(ious)] for tau, ious in self.window.entries]
+        window = [list(entry) for entry in self.window.entries]
         return {"settings": self.settings(), "step": self.step, "tau": self.tau, "window": window}
 
     def load_state_dict(self, state: dict) -> None:
@@ -264,7 +264,7 @@ class Schedule:
                 )
         self.step, self.tau = state["step"], state["tau"]
         self.window.entries.clear()
-        self.window.entries.extend((tau, list(ious)) for tau, ious in state["window"])
+        self.window.entries.extend((tau, ious) for tau, ious in state["window"])
 
 
 class MedLoc(Schedule):

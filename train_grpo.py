@@ -457,9 +457,15 @@ def main() -> None:
         # The nano policy was made coarse on purpose; what plain supervision on exact boxes reaches stands beside.
         evaluation["exact_sft"] = read_json(NANO / "eval.json")["exact"]
 
-    def measure(name: str) -> dict:
-        result, _ = evaluate(judge, val[: args.eval_limit], 50, args.max_tokens, progress="evaluation")
-        tqdm.write(summary(name, result))
+    def measure(step: int) -> dict:
+        """Greedy answers to the evaluation set; the first six as a picture, so that steps can be laid side by side."""
+        result, rows = evaluate(judge, val[: args.eval_limit], 50, args.max_tokens, progress="evaluation")
+        tqdm.write(summary(f"step {step}", result))
+        tiles = [
+            overlay(sample, [row["box"]], f"step {step}: IoU {row['iou']:.2f}", side=180)
+            for sample, row in zip(val[:6], rows[:6], strict=True)
+        ]
+        sheet(tiles, 6).save(out / f"sheet-{step:06d}.png")
         return result
 
     def write_evaluation() -> None:
@@ -472,7 +478,7 @@ def main() -> None:
     if not val:
         tqdm.write("no evaluation: name records with --val")
     elif first == 0:
-        evaluation["start"] = measure("start")
+        evaluation["start"] = measure(0)
         write_evaluation()
     if "exact_sft" in evaluation:
         tqdm.write(summary("exact SFT, for comparison (the start was made coarse on purpose)", evaluation["exact_sft"]))
@@ -519,7 +525,7 @@ def main() -> None:
             write_samples(out, done, roll, tau)
         last = done == args.steps
         if val and (last or args.eval_every and done % args.eval_every == 0):
-            evaluation["history"].append({"step": done, **measure(f"step {done}")})
+            evaluation["history"].append({"step": done, **measure(done)})
             if last:
                 evaluation["final"] = {k: v for k, v in evaluation["history"][-1].items() if k != "step"}
             write_evaluation()

@@ -127,6 +127,8 @@ BAD = {
     json.dumps(RECORD | {"bbox": [1, 2, float("inf"), 4]}): "field 'bbox' must be four finite numbers",
     json.dumps(RECORD | {"bbox": [1, 2, 10**400, 4]}): "field 'bbox' must be four finite numbers",
     json.dumps(RECORD | {"bbox": [3, 2, 3, 4]}): r"field 'bbox' \[3, 2, 3, 4\] is an empty or inverted box",
+    json.dumps(RECORD | {"bbox": [1, 4, 3, 4]}): "field 'bbox' .* is an empty or inverted box",
+    json.dumps(RECORD | {"bbox": [1, -2, 3, 4]}): "field 'bbox' .* reaches outside the image",
     json.dumps(RECORD | {"bbox": [1, 5, 3, 4]}): "field 'bbox' .* is an empty or inverted box",
     json.dumps(RECORD | {"bbox": [-1, 2, 3, 4]}): "field 'bbox' .* reaches outside the image",
     json.dumps(RECORD | {"width": 60}): "field 'height' is missing",
@@ -315,6 +317,12 @@ def test_a_template_of_its_own_is_used_and_qwens_stands_in_for_none(folder, toke
     two = data.load_tokenizer(write_tokenizer(folder / "two", template=short + "<|image_pad|>"))
     with pytest.raises(InputError, match="chat template writes 2 image tokens"):
         build_prompt(sample, two, ImageConfig(), "answer")
+
+
+def test_the_scale_follows_the_configured_patch(folder, tokenizer):
+    config = ImageConfig(patch_size=8, min_pixels=256, max_pixels=10_000)
+    prompt = build_prompt(load_jsonl(write(folder, RECORD))[0], tokenizer, config, "answer")
+    assert prompt.grid == (1, 4, 8) and prompt.scale == (60 / 64, 40 / 32)
 
 
 def test_prompts_are_refused_never_cut(folder, tokenizer):
