@@ -1,4 +1,4 @@
-"""The GRPO family as pure functions: ratio, clip, KL, aggregation (METHODS section 3).
+"""The GRPO family as pure functions: ratio, clip, KL, aggregation.
 
     rho = exp(logp - logp_old)
     token loss = -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + beta KL

@@ -1,6 +1,6 @@
 """Rewards: the text of an answer -> a box -> numbers (IoU, GIoU, valid, format), and their weighted sum.
 
-METHODS sections 3 to 5. Answers are read tolerantly, because a box that stands there and is not found is a reward stuck
+Answers are read tolerantly, because a box that stands there and is not found is a reward stuck
 at 0 with no word why: ints, floats, exponents, JSON or a bare list, any key, corners as two points, line breaks
 anywhere. What cannot be read has a named reason (REASONS). One regular expression finds the lists of numbers in one
 linear pass; the text need not be JSON, since many answers of an untrained policy are not.
@@ -177,7 +177,7 @@ def score(texts: list[str], targets: Tensor, scale: Tensor) -> Scores:
 
 
 def combine(parts: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """Several rewards -> one, before normalisation (METHODS section 3: weighted sum, then normalise).
+    """Several rewards -> one, before normalisation (as VLM-R1: weighted sum, then normalise).
 
     parts: name -> rewards, all of one shape; weights: name -> factor. A part without a weight counts for nothing.
     Raises InputError for a weight whose reward does not exist, and for no weights at all.

@@ -326,7 +326,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         clip_high="1 + this is the largest, where A > 0",
         format_weight="of the reward for <think>...</think><answer>...</answer>, beside 1 for the box",
     )
-    flags("reward schedule (METHODS and marks in scheduler.py)", schedule="how IoU becomes reward", **SCHEDULE_HELP)
+    flags(
+        "reward schedule (what each is and where it comes from: scheduler.py)",
+        schedule="how IoU becomes reward",
+        **SCHEDULE_HELP,
+    )
     flags(
         "watching",
         eval_every="steps between greedy evaluations; 0: at the start and the end",
@@ -463,7 +467,7 @@ def main() -> None:
         tqdm.write(summary(f"step {step}", result))
         tiles = [
             overlay(sample, [row["box"]], f"step {step}: IoU {row['iou']:.2f}", side=180)
-            for sample, row in zip(val[:6], rows[:6], strict=True)
+            for sample, row in zip(val[:6], rows, strict=False)
         ]
         sheet(tiles, 6).save(out / f"sheet-{step:06d}.png")
         return result

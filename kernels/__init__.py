@@ -23,7 +23,7 @@ def token_logprob(
     The gradient is computed in fp32, comes in the logits' dtype and costs one tensor of the logits' size. Rows whose
     incoming gradient is 0 get exact zeros and are not read. A logit of -inf is a token of probability 0 (log-prob -inf
     if it was the chosen one); a row of nothing but -inf is no distribution and gives NaN. Old, reference and policy
-    log-probs all take the sampling temperature (METHODS section 3).
+    log-probs all take the sampling temperature.
     Raises ValueError for shapes that do not fit and for a temperature that is not above 0.
     """
     if logits.ndim != 2 or tokens.shape != logits.shape[:1]:
@@ -50,7 +50,7 @@ def box_iou(a: Tensor, b: Tensor, giou: bool = False) -> Tensor:
 
 
 def group_advantage(rewards: Tensor, scale: str = "std", eps: float = 1e-4) -> Tensor:
-    """GRPO's advantages (METHODS section 3): how much better a completion is than its group; no gradient.
+    """GRPO's advantages: how much better a completion is than its group; no gradient.
 
     rewards (B, G), one row per prompt, any real dtype -> (B, G) in fp32 (fp64 for fp64):
         scale="std":  (r - mean) / (std + eps), std with ddof 1     (GRPO, DAPO)

@@ -1,6 +1,6 @@
 """Group-relative advantages: the PyTorch reference (the Triton kernel, one program per group, will stand beside it).
 
-The naive formula, per group (METHODS section 3; ddof 1 as in TRL and VLM-R1):
+The naive formula, per group (DeepSeekMath, arXiv 2402.03300; ddof 1 as in TRL and VLM-R1):
 
     (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + eps)
 
