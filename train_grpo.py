@@ -64,10 +64,10 @@ DEFAULTS = dict(
 )
 RECIPES = {
     "nano": dict(
-        steps=100,
+        steps=200,
         batch_size=16,  # prompts per optimiser step
         micro_batch=16,  # prompts per forward pass
-        lr=2e-4,
+        lr=1e-4,  # 2e-4 ends .04 lower in mIoU, 4e-4 .14
         warmup=5,
         temperature=1.0,
         beta=0.0,  # no KL: the start is meant to be left behind

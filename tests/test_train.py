@@ -97,7 +97,7 @@ def test_a_run_writes_all_that_it_promises(whole):
     assert all(math.isfinite(row[key]) for row in rows for key in METRICS)
     config = json.loads((whole / "config.json").read_text())
     assert (
-        config["arguments"]["lr"] == 2e-4 and config["arguments"]["tau_start"] == 0.1 and "torch" in config["versions"]
+        config["arguments"]["lr"] == 1e-4 and config["arguments"]["tau_start"] == 0.1 and "torch" in config["versions"]
     )
     report = json.loads((whole / "eval.json").read_text())
     for part in (report["start"], report["final"]):
@@ -163,7 +163,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(name, records, tmp_path):
 
 def test_a_used_folder_is_not_overwritten(whole, records):
     assert "is not empty" in grpo(whole, records, "--steps", "6", expect=2)
-    assert "--resume goes on with --lr 0.0002" in run(
+    assert "--resume goes on with --lr 0.0001" in run(
         train_grpo, "--resume", "--out", str(whole), "--lr", "0.1", expect=2
     )
     assert len(lines(whole / "metrics.jsonl")) == 6
