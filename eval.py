@@ -155,7 +155,7 @@ def summary(name: str, m: dict) -> str:
 TRUTH, ANSWER = (40, 220, 90), (255, 70, 60)  # colours: ground truth, answers
 
 
-def overlay(sample: Sample, boxes: list[Box | None], caption: str, side: int = 280) -> Image.Image:
+def overlay(sample: Sample, boxes: list[Box | None], caption: str, side: int = 280, truth: bool = True) -> Image.Image:
     """The picture scaled to `side` pixels of width, ground truth in green, answers in red; boxes in original pixels."""
     image, target = load(sample)
     scale = side / image.width
@@ -167,7 +167,8 @@ def overlay(sample: Sample, boxes: list[Box | None], caption: str, side: int = 2
             draw.rectangle(
                 (x1, y1, x2 - 1, y2 - 1) if x2 - 1 > x1 and y2 - 1 > y1 else (x1, y1, x2, y2), outline=ANSWER
             )
-    draw.rectangle([v * scale - (i > 1) for i, v in enumerate(target)], outline=TRUTH, width=2)
+    if truth:
+        draw.rectangle([v * scale - (i > 1) for i, v in enumerate(target)], outline=TRUTH, width=2)
     framed = Image.new("RGB", (side, canvas.height + 16), "white")
     framed.paste(canvas, (0, 16))
     ImageDraw.Draw(framed).text((2, 2), caption, fill="black")
@@ -272,7 +273,7 @@ def main() -> None:
         (row,) = score_rows([sample], [text], [prompt.box], [prompt.scale])
         print(text)
         print(f"box in original pixels: {row['box'] or 'none: ' + row['reason']}")
-        overlay(sample, [row["box"]], args.query).save(out / "overlay.png")
+        overlay(sample, [row["box"]], args.query, truth=False).save(out / "overlay.png")
         return
     samples = load_samples(args.data, seed=0, split="test")[: args.limit]
     if args.predictions:

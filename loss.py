@@ -104,12 +104,12 @@ def grpo_loss(
         if beta != 0:
             token_loss = token_loss + beta * token_kl
 
-    with torch.no_grad():
+    with torch.no_grad():  # at masked positions rho is 1 and the KL 0: they add to no sum
         stats = LossStats(
             tokens=mask.sum(),
-            kl=(token_kl * mask).sum(),
-            clip_low=(mask & (a < 0) & (rho < 1 - clip_low)).sum(),
-            clip_high=(mask & (a > 0) & (rho > 1 + clip_high)).sum(),
+            kl=token_kl.sum(),
+            clip_low=((a < 0) & (rho < 1 - clip_low)).sum(),
+            clip_high=((a > 0) & (rho > 1 + clip_high)).sum(),
         )
     sums = (token_loss * mask).sum(-1)  # (B, G)
     if kind == "grpo":

@@ -26,7 +26,7 @@ def reference(a: Tensor, b: Tensor, giou: bool) -> Tensor:
     value = inner / union
     if giou:
         value = value - (hull - union).clamp(min=0) / hull  # clamp: GIoU <= IoU also where hull == union rounds apart
-    # NaN fails every comparison. Areas are compared as well as sides, since two tiny sides can multiply to 0; the hull
-    # is no smaller than either area, so with 2 * hull finite no sum above overflowed.
-    boxes = ((size_a > 0) & (size_b > 0)).all(1) & (area_a > 0) & (area_b > 0) & (2 * hull < torch.inf)
+    # NaN fails every comparison. Areas are compared as well as sides, since two tiny sides can multiply to 0. The hull
+    # is no smaller than either area, so it is infinite if one of them is.
+    boxes = ((size_a > 0) & (size_b > 0)).all(1) & (area_a > 0) & (area_b > 0) & (hull < torch.inf)
     return value.where(boxes, 0.0)

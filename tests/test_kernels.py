@@ -266,6 +266,11 @@ def test_iou_does_not_change_under_translation(a, b, dx, dy):
         assert pair(moved(a), moved(b), giou) == pair(a, b, giou)  # whole numbers below 2^24: exactly
 
 
+def test_giou_never_exceeds_iou_where_hull_and_union_round_apart():
+    inner, outer = [0.9, 0.0, 1.2, 0.7], [0.9, -0.1, 1.2, 0.8]  # the hull is the outer box, and so is the union
+    assert pair(inner, outer, giou=True) == pair(inner, outer)
+
+
 GOOD = [0.0, 0.0, 4.0, 4.0]
 NOT_BOXES = [
     *([NAN if i == k else v for i, v in enumerate(GOOD)] for k in range(4)),
@@ -293,7 +298,7 @@ def test_iou_keeps_rows_apart_and_dtypes_known():
     a = torch.tensor([GOOD, [NAN] * 4, GOOD])
     assert box_iou(a, torch.tensor([GOOD] * 3)).tolist() == [1, 0, 1]
     assert box_iou(a.bfloat16(), a.bfloat16()).dtype == torch.float32
-    assert box_iou(a.double(), a).dtype == torch.float64
+    assert box_iou(a.double(), a).dtype == box_iou(a, a.double()).dtype == torch.float64
     whole = torch.tensor([[0, 0, 2, 2]])
     assert box_iou(whole, whole).tolist() == [1] and box_iou(whole, whole).dtype == torch.float32
     assert box_iou(torch.zeros(0, 4), torch.zeros(0, 4), giou=True).shape == (0,)
@@ -366,10 +371,14 @@ def test_a_group_of_one_is_zero_without_a_warning():
 
 
 def test_groups_do_not_touch_each_other():
-    rewards = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.5, 0.5], [NAN, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    rewards = torch.tensor([[0.0, 1.0] + [0.0] * 5, [0.1] * 7, [1.0] + [0.0] * 6])
     advantage = group_advantage(rewards)
-    assert (advantage[1] == 0).all() and advantage[2].isnan().all()
-    assert torch.equal(advantage[0], group_advantage(rewards[:1])[0]) and torch.equal(advantage[3, 0], advantage[0, 1])
+    assert (advantage[1] == 0).all()
+    for row in range(3):
+        assert torch.equal(advantage[row], group_advantage(rewards[row : row + 1])[0])
+    rewards[2, 3] = NAN
+    spoilt = group_advantage(rewards)
+    assert torch.equal(spoilt[:2], advantage[:2]) and spoilt[2].isnan().all()
 
 
 def test_advantage_of_hits_and_misses_of_any_dtype():

@@ -29,7 +29,7 @@ def whole(mask, max_tokens: int = 8) -> BatchTotals:
 
 
 def naive(logp, logp_old, logp_ref, advantage, mask, kind, clip_low, clip_high, beta, kl, max_tokens):
-    """The formulas of METHODS section 3, token by token. (loss, d loss / d logp by hand, clipped low, clipped high)"""
+    """The formulas of the docstring, token by token. (loss, d loss / d logp by hand, clipped low, clipped high)"""
     n_seq, n_tok = mask.shape[0] * mask.shape[1], int(mask.sum())
     loss, grad, low, high, kl_sum = 0.0, torch.zeros_like(logp), 0, 0, 0.0
     for b in range(mask.shape[0]):

@@ -142,6 +142,16 @@ def test_every_option_of_the_loop_runs_together(records, tmp_path):
     assert [h["step"] for h in json.loads((out / "eval.json").read_text())["history"]] == [1, 2]
 
 
+def test_bfloat16_trains_float32_weights(records, tmp_path):
+    """The arithmetic is bfloat16, a step of 1e-6 is not lost in it, and rollouts follow the updated weights."""
+    out = tmp_path / "run"
+    grpo(out, records, "--steps", "2", "--dtype", "bfloat16", "--lr", "1e-6", "--schedule", "raw")
+    start, end = Policy.from_folder(evaluation.NANO), Policy.from_folder(out / "step-000002")
+    moved = [(a - b).abs().max().item() for a, b in zip(start.parameters(), end.parameters(), strict=True)]
+    assert 1e-7 < max(moved) < 1e-5
+    assert all(row["kl"] == 0 and row["clip_high"] == 0 for row in lines(out / "metrics.jsonl"))
+
+
 REFUSALS = {
     "unknown flag": (["--lerning-rate", "1"], "unrecognized arguments: --lerning-rate"),
     "unknown schedule": (["--schedule", "easy"], "invalid choice: 'easy'"),
