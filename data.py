@@ -11,11 +11,14 @@ up to 0.41 at edges), ids to its chat template, positions to get_rope_index; tes
 
 Left out: several images or boxes per record, video, DICOM, augmentation, worker processes (140x140 takes about 1 ms).
 Bad input is an InputError that names file, line and field; nothing is clipped, truncated or skipped in silence.
+Headers of pictures are read with their records, pixels when a sample is loaded.
 """
 
 import json
 import math
+import os
 import re
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from errors import InputError
@@ -35,7 +38,9 @@ Box = tuple[float, float, float, float]
 IMAGE_TOKEN = "<|image_pad|>"  # names, never ids: the nano policy has ids of its own
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # of damaged or absurd files
+BLANK = b"\xef\xbb\xbf \t\r\n"  # what may stand around a record: the UTF-8 byte order mark and JSON's white space
+MAX_LINE = 1_000_000  # bytes of a JSONL line: a record has a few hundred, so a longer line is another kind of file
+MAX_TEXT = 10_000  # characters of a query: more than any prompt holds, and the tokenizer is not kept busy with it
 MAX_ASPECT = 200  # Qwen's limit: beyond it one side would be a single token
 
 TRAIN_PHANTOMS = 20_000
@@ -82,14 +87,33 @@ class Sample:
     dataset: str
     task: str = "ground"
     source: str = ""  # "train.jsonl:17", for messages
-    size: tuple[int, int] | None = None  # (width, height) that the record states, checked when the image is opened
+    size: tuple[int, int] | None = None  # (width, height) in the original frame, from the file's header; phantoms: None
+    query_field: str = "query"  # where the record holds its query, for messages
 
 
-def load_samples(spec: str, seed: int, split: str) -> list[Sample]:
+class BadRecords:
+    """The records that were left out, each with its sentence; one more than allowed is an InputError."""
+
+    def __init__(self, allowed: int = 0):
+        self.allowed = allowed
+        self.sentences: dict[str, str] = {}  # source, such as "train.jsonl:17" -> sentence
+
+    def add(self, source: str, error: InputError) -> None:
+        """Leave out the record at source because of error; a record that fails twice counts once."""
+        self.sentences.setdefault(source, str(error))
+        if len(self.sentences) > self.allowed:
+            hint = "--skip-bad N leaves up to N such records out"
+            if self.allowed:
+                hint = f"this is bad record number {len(self.sentences)}, --skip-bad allows {self.allowed}"
+            raise InputError(f"{error} ({hint})") from error
+
+
+def load_samples(spec: str, seed: int, split: str, bad: BadRecords | None = None) -> list[Sample]:
     """Read --data: "phantoms", "phantoms:<kind>" or a JSONL/JSON file; several of them separated by commas.
 
     seed picks the training phantoms. split is "train" or "test" and matters to phantoms only (a file is its own split):
-    the test phantoms are the same for every seed and disjoint from all training ones.
+    the test phantoms are the same for every seed and disjoint from all training ones. bad takes the records that cannot
+    be used; without it the first one is an InputError.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
@@ -100,7 +124,7 @@ def load_samples(spec: str, seed: int, split: str) -> list[Sample]:
         if name == "phantoms":
             samples += phantom_samples(kind if colon else None, *series)
         else:
-            samples += load_jsonl(part.strip())
+            samples += load_jsonl(part.strip(), bad)
     return samples
 
 
@@ -116,24 +140,25 @@ def phantom_samples(kind: str | None, seed: int, start: int, count: int, size: i
     return samples
 
 
-def load_jsonl(path: str | Path) -> list[Sample]:
+def load_jsonl(path: str | Path, bad: BadRecords | None = None) -> list[Sample]:
     """Read a file of records; image paths are relative to its folder, boxes are in the original frame.
 
     Ours, one per line:   {"image", "query", "bbox": [x1, y1, x2, y2], "width"?, "height"?, "dataset"?, "task"?}
     VLM-R1, one per line: {"image", "conversations": [{"value": "<image>question"}, {"value": box, list or string}]}
     VLM-R1, older:        a JSON list of {"image", "problem", "solution"}
-    InputError names file, line (or record of a list) and field. The pictures must exist; they are opened later.
+    Of each picture the header is read. A record that cannot be used goes to bad with a sentence that names file, line
+    (or record of a list) and field; without bad it is an InputError, and so is a file with no usable record.
     """
-    path, samples = Path(path), []
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a UTF-8 text file of records ({error})") from error
-    for source, record in _records(text, path):
-        with _named(source):
-            samples.append(_sample(record, path, source))
+    path, bad, samples = Path(path), bad or BadRecords(), []
+    name = repr(str(path))[1:-1]  # as it is, but on one line, whatever characters it has
+    for source, record in _records(path, name):
+        try:
+            with _named(source):
+                samples.append(_sample(record, path, source))
+        except InputError as error:
+            bad.add(source, error)
     if not samples:
-        raise InputError(f"{path}: holds no records; write one JSON object per line")
+        raise InputError(f"{name}: holds no usable records; write one JSON object per line")
     return samples
 
 
@@ -146,30 +171,61 @@ def _named(source: str | Path) -> Iterator[None]:
         raise InputError(f"{source}: {error}") from error
 
 
-def _records(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, parsed JSON) of each record."""
-    if text.lstrip().startswith("["):
-        with _named(path):
-            records = _parse(text)
-        yield from ((f"{path} record {i}", record) for i, record in enumerate(records, 1))
-        return
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): it would cut a string at U+2028
-        if line.strip():
-            with _named(f"{path}:{number}"):
-                record = _parse(line)
-            yield f"{path}:{number}", record
-
-
-def _parse(text: str) -> Any:
+def _records(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    """(where, record) of each record: of JSONL the bytes of a line, so that each is parsed, and fails, on its own."""
+    first = True
     try:
-        return json.loads(text)
+        with open(path, "rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
+                if first and line.lstrip(BLANK)[:1] == b"[":
+                    with _named(name):
+                        records = _parse(line + file.read(), "a file that begins with [ must be one JSON list")
+                    yield from ((f"{name} record {i}", record) for i, record in enumerate(records, 1))
+                    return
+                rest = line
+                while len(rest) > MAX_LINE and rest[-1:] != b"\n":  # keep the beginning only
+                    rest = file.readline(MAX_LINE + 1)
+                if line.strip(BLANK) or len(line) > MAX_LINE:
+                    first = False
+                    yield f"{name}:{number}", line
+    except (OSError, ValueError) as error:  # ValueError: no file can have that name
+        raise InputError(f"{name}: cannot be read ({_why(error)}); name a JSONL file of records") from error
+
+
+def _parse(text: str | bytes, remedy: str) -> Any:
+    try:
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"not valid JSON ({error})") from error
+        why = str(error).replace("line 1 ", "").partition(";")[0]  # behind ; Python advises on its limit of digits
+        raise InputError(f"not valid JSON in UTF-8 ({_shown(why)}); {remedy}") from error
+
+
+_REPR = reprlib.Repr()  # bounded for values of any size and depth, where repr() takes long or hits the recursion limit
+_REPR.maxlevel, _REPR.maxstring = 3, 80
+
+
+def _short(value: Any) -> str:
+    """A value of the user's for a message: one line of at most 80 characters, with nothing but printable ones."""
+    return _REPR.repr(value)[:80]
+
+
+def _shown(text: Path | str) -> str:
+    """The same without quotes, for paths and the words of other libraries; it is the end of a path that matters."""
+    line = repr(str(text))[1:-1]
+    return line if len(line) <= 90 else "..." + line[-87:]
+
+
+def _why(error: Exception) -> str:
+    return _shown(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
 def _sample(record: Any, path: Path, source: str) -> Sample:
+    if isinstance(record, bytes):
+        if len(record) > MAX_LINE:
+            raise InputError(f"the line is longer than {MAX_LINE} bytes; write one JSON object per line")
+        record = _parse(record.rstrip(b"\r\n"), "write one JSON object per line")
     if not isinstance(record, dict):
-        raise InputError(f"a record must be a JSON object, not {record!r:.80}")
+        raise InputError(f"a record must be a JSON object with image, query and bbox, not {_short(record)}")
     if "conversations" in record:
         query_field, box_field = "conversations[0].value", "conversations[1].value"
         turns = record["conversations"]
@@ -187,54 +243,63 @@ def _sample(record: Any, path: Path, source: str) -> Sample:
             query.removeprefix(before).removesuffix(after) if query.startswith(before) else query, query_field
         )
         if isinstance(box, str):
-            with _named(f"field {box_field!r} {box!r:.80}"):
-                box = _parse(re.sub(r"</?answer>", "", box))
+            with _named(f"field {box_field!r} {_short(box)}"):
+                box = _parse(re.sub(r"</?answer>", "", box), "write [x1, y1, x2, y2]")
 
-    image = path.parent / _text(_required(record, "image"), "image")
-    if not image.is_file():
-        raise InputError(f"field 'image' names {image}, which is not a file; paths are relative to {path.parent}")
-    size = None
-    if "width" in record or "height" in record:
-        size = _required(record, "width"), _required(record, "height")
-        if not all(type(side) is int and side > 0 for side in size):
-            raise InputError(f"fields 'width' and 'height' must be positive integers, not {size!r:.80}")
-    box = _box(box, box_field)
-    _check_inside(box, size, box_field)
+    image, size = _image(record, path.parent)
+    box = _box(box, box_field, size)
     dataset = _text(record.get("dataset") or path.stem, "dataset")
-    return Sample(image, query, box, dataset, _text(record.get("task", "ground"), "task"), source, size)
+    return Sample(image, query, box, dataset, _text(record.get("task", "ground"), "task"), source, size, query_field)
+
+
+def _image(record: dict, folder: Path) -> tuple[Path, tuple[int, int]]:
+    """The path of a record's picture and its size as displayed, held against the size that the record states."""
+    name = _text(_required(record, "image"), "image")
+    image, shown = folder / name, _short(name)
+    if not os.path.isfile(image):  # unlike Path.is_file, False also for names that no file can have
+        raise InputError(f"field 'image' names {shown}, which is not a file; paths are relative to {_shown(folder)}")
+    with _named("field 'image'"):
+        size = displayed_size(image)
+    if "width" in record or "height" in record:
+        stated = _required(record, "width"), _required(record, "height")
+        if not all(type(side) is int and 0 < side < 1e9 for side in stated):
+            raise InputError(f"fields 'width' and 'height' must be positive integers, not {_short(stated)}")
+        if stated != size:
+            raise InputError(
+                f"fields 'width' and 'height' say {stated[0]}x{stated[1]}, but {shown} is {size[0]}x{size[1]} as "
+                "displayed (after EXIF rotation): the box is in another frame; give size and box as displayed"
+            )
+    return image, size
 
 
 def _required(record: dict, field: str) -> Any:
     if field not in record:
-        raise InputError(f"field {field!r} is missing; the record has {', '.join(map(repr, record)) or 'none'}")
+        raise InputError(f"field {field!r} is missing, add it; the record has {_short(list(record))}")
     return record[field]
 
 
 def _text(value: Any, field: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"field {field!r} must be a non-empty string, not {value!r:.80}")
+        raise InputError(f"field {field!r} must be a non-empty string, not {_short(value)}")
+    if len(value) > MAX_TEXT:
+        raise InputError(f"field {field!r} has {len(value)} characters; shorten it to at most {MAX_TEXT}")
+    if re.search("[\ud800-\udfff]", value):  # JSON can escape half a character, which UTF-8 cannot hold
+        raise InputError(f"field {field!r} {_short(value)} holds half a surrogate pair; write the whole character")
     return value.strip()
 
 
-def _box(value: Any, field: str) -> Box:
+def _box(value: Any, field: str, size: tuple[int, int]) -> Box:
     # The bound also refuses NaN, infinities and integers beyond floats; a bool is an int to Python, but no coordinate.
     numbers = isinstance(value, list) and [type(v) in (int, float) and abs(v) < 1e9 for v in value]
     if numbers != [True] * 4:
-        raise InputError(f"field {field!r} must be four finite numbers [x1, y1, x2, y2], not {value!r:.80}")
+        raise InputError(f"field {field!r} must be four finite numbers [x1, y1, x2, y2], not {_short(value)}")
     x1, y1, x2, y2 = map(float, value)
     if x2 <= x1 or y2 <= y1:
-        raise InputError(f"field {field!r} {value} is an empty or inverted box; write x1 < x2 and y1 < y2")
+        raise InputError(f"field {field!r} {_short(value)} is an empty or inverted box; write x1 < x2 and y1 < y2")
+    if x1 < 0 or y1 < 0 or x2 > size[0] or y2 > size[1]:
+        outside = f"reaches outside the {size[0]}x{size[1]} image"
+        raise InputError(f"field {field!r} {_short(value)} {outside}; write pixels of the displayed image")
     return x1, y1, x2, y2
-
-
-def _check_inside(box: Box, size: tuple[int, int] | None, field: str) -> None:
-    """A size that is not known yet is no limit, but below zero is outside of any."""
-    width, height = size or (math.inf, math.inf)
-    if box[0] < 0 or box[1] < 0 or box[2] > width or box[3] > height:
-        frame = f"the {width}x{height} image" if size else "the image"
-        raise InputError(
-            f"field {field!r} {list(box)} reaches outside {frame}; boxes are pixels of the displayed image"
-        )
 
 
 # ---------------------------------------------------------------- images
@@ -250,11 +315,32 @@ def load(sample: Sample) -> tuple[Image.Image, Box]:
         image = open_image(sample.image)
         if sample.size not in (None, image.size):
             raise InputError(
-                f"fields 'width' and 'height' say {sample.size[0]}x{sample.size[1]}, but {sample.image} is "
-                f"{image.width}x{image.height} as displayed (after EXIF rotation): the box is in another frame"
+                f"field 'image': {_shown(sample.image)} is {image.width}x{image.height} as displayed, but was "
+                f"{sample.size[0]}x{sample.size[1]} when its record was read; leave pictures as they are during a run"
             )
-        _check_inside(sample.box, image.size, "box")
     return image, sample.box
+
+
+@contextmanager
+def _picture(path: Path) -> Iterator[Image.Image]:
+    """The opened file; whatever PIL says about it inside becomes one sentence."""
+    try:
+        with Image.open(path) as file:
+            yield file
+    except Exception as error:  # PIL's plugins raise all kinds on damaged files, down to NotImplementedError
+        why = "no picture format that PIL knows" if isinstance(error, UnidentifiedImageError) else _why(error)
+        raise InputError(f"image {_shown(path)} cannot be read ({why}); replace it") from error
+
+
+def displayed_size(path: Path) -> tuple[int, int]:
+    """(width, height) of the picture that open_image returns, from the file's header: no pixel is decoded."""
+    with _picture(path) as file:
+        if file.format == "PNG":
+            # EXIF may stand behind the pixels; step over them, since getexif() of PIL's PNGs would decode them.
+            file.load_prepare()
+            file.load_end()
+        turned = Image.Image.getexif(file).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return file.size[::-1] if turned and file.format != "TIFF" else file.size  # a TIFF's size is turned already
 
 
 def open_image(path: Path) -> Image.Image:
@@ -264,17 +350,14 @@ def open_image(path: Path) -> Image.Image:
     to 0 .. 255: PIL's convert("RGB") would clip at 255 and return a white picture. Transparency is laid over white, as
     transformers and qwen-vl-utils do.
     """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            image.load()
-    except PIL_ERRORS as error:
-        raise InputError(f"image {path} cannot be read ({error})") from error
+    with _picture(path) as file:
+        image = ImageOps.exif_transpose(file)
+        image.load()
     if image.mode[0] in "IF":
         gray = np.asarray(image, np.float32)
         low, span = gray.min(), np.ptp(gray)
         if not np.isfinite(span):
-            raise InputError(f"image {path} has pixels that are not finite numbers")
+            raise InputError(f"image {_shown(path)} has pixels that are not finite numbers; replace it")
         image = Image.fromarray(np.rint((gray - low) * (255 / (span or 1))).astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -328,6 +411,19 @@ class ImageConfig:
         values = {key: v for source in (stated, given) for key, v in source.items() if v is not None}
         return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
 
+    def write_max_pixels(self, folder: str | Path) -> None:
+        """Write our limit into the folder's processor files, under each of the names that readers look for."""
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            path = Path(folder) / name
+            if path.is_file():
+                whole = _read_json(path)
+                config = whole["image_processor"] if "image_processor" in whole else whole
+                if isinstance(config.get("size"), dict) and "longest_edge" in config["size"]:
+                    config["size"]["longest_edge"] = self.max_pixels
+                if "max_pixels" in config or "size" not in config:
+                    config["max_pixels"] = self.max_pixels
+                path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+
 
 def _read_json(path: Path) -> Any:
     try:
@@ -335,7 +431,7 @@ def _read_json(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read; is its folder a whole checkpoint? ({error})") from error
     with _named(path):
-        return _parse(text)
+        return _parse(text, "restore it from its checkpoint")
 
 
 def smart_resize(
@@ -419,6 +515,7 @@ class Prompt:
     positions: torch.Tensor  # (3, P) int64: M-RoPE time, row, column
     next_position: int  # of the first completion token: largest position + 1
     scale: tuple[float, float]  # model frame * scale = original frame
+    size: tuple[int, int]  # (width, height) of the picture in the original frame
     box: Box  # original frame
     sample: Sample
     text: str  # the rendered chat, with one image token
@@ -455,29 +552,56 @@ def build_prompt(
     InputError, never a cut prompt, when it is longer than max_prompt_tokens or the query holds a special token.
     """
     image, box = load(sample)
+    text, ids = _render(sample, image.size, tokenizer, image_config, style, max_prompt_tokens)
+    patches, grid = image_to_patches(image, image_config)
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    with _named(sample.source):
-        patches, grid = image_to_patches(image, image_config)
-        if special := [token for token in tokenizer.get_added_vocab() if token in sample.query]:
-            raise InputError(f"the query {sample.query!r} holds the special token {special[0]}; remove it")
-        text = _chat(PROMPTS[style].format(query=sample.query), tokenizer)
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        if ids.count(image_token_id) != 1:
-            raise InputError(
-                f"the tokenizer's chat template writes {ids.count(image_token_id)} image tokens for one image"
-            )
-        at = ids.index(image_token_id)
-        ids[at : at + 1] = [image_token_id] * (math.prod(grid) // image_config.merge_size**2)
-        if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
-            raise InputError(
-                f"the prompt has {len(ids)} tokens, more than max_prompt_tokens {max_prompt_tokens}; "
-                f"raise that or lower max_pixels {image_config.max_pixels}"
-            )
     ids = torch.tensor(ids)
     positions, next_position = mrope_positions(ids, [grid], image_token_id, image_config.merge_size)
     _, gh, gw = grid
     scale = image.width / (gw * image_config.patch_size), image.height / (gh * image_config.patch_size)
-    return Prompt(ids, patches, grid, positions, next_position, scale, box, sample, text)
+    return Prompt(ids, patches, grid, positions, next_position, scale, image.size, box, sample, text)
+
+
+def check_prompt(
+    sample: Sample,
+    tokenizer: PreTrainedTokenizerBase,
+    image_config: ImageConfig,
+    style: str,
+    max_prompt_tokens: int | None,
+    decode: bool = False,
+) -> None:
+    """Raise the InputError that build_prompt would, from the size and the query alone; with decode the picture too."""
+    p = sample.image
+    size = (p.size, p.size) if isinstance(p, PhantomImage) else sample.size
+    if decode or size is None:
+        size = load(sample)[0].size
+    _render(sample, size, tokenizer, image_config, style, max_prompt_tokens)
+
+
+def _render(sample, size, tokenizer, config, style, max_prompt_tokens) -> tuple[str, list[int]]:
+    """The rendered chat and its ids (P,), as build_prompt; size: (width, height) of the picture, original frame."""
+    image_token_id, field = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), sample.query_field
+    with _named(sample.source):
+        with _named("field 'image'"):
+            h, w = smart_resize(size[1], size[0], config.factor, config.min_pixels, config.max_pixels)
+        if special := [token for token in tokenizer.get_added_vocab() if token in sample.query]:
+            raise InputError(f"field {field!r} {_short(sample.query)} holds the special token {special[0]}; remove it")
+        text = _chat(PROMPTS[style].format(query=sample.query), tokenizer)
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if ids.count(image_token_id) != 1:
+            raise InputError(
+                f"the tokenizer's chat template writes {ids.count(image_token_id)} image tokens for one image; "
+                "use the template of a Qwen2.5-VL checkpoint"
+            )
+        at, image_tokens = ids.index(image_token_id), h * w // config.factor**2
+        ids[at : at + 1] = [image_token_id] * image_tokens
+        if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens ({image_tokens} for field 'image', the rest for the template and "
+                f"field {field!r}), but {max_prompt_tokens} are allowed; lower --max-pixels or --max-tokens or shorten "
+                "the query"
+            )
+    return text, ids
 
 
 def _chat(question: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -532,8 +656,11 @@ class Sampler:
 
     def indices(self, step: int) -> list[int]:
         """The batch_size indices in [0, n) of a step, counted from 0."""
-        first = step * self.batch_size
-        return [int(self._order_of(k // self.n)[k % self.n]) for k in range(first, first + self.batch_size)]
+        return self.take(step * self.batch_size, self.batch_size)
+
+    def take(self, first: int, count: int) -> list[int]:
+        """The indices at places first .. first + count - 1 of the endless stream."""
+        return [int(self._order_of(k // self.n)[k % self.n]) for k in range(first, first + count)]
 
     def _order_of(self, epoch: int) -> np.ndarray:
         """The permutation (n,) of an epoch; only the latest is kept."""

@@ -3,15 +3,27 @@
 import sys
 from collections.abc import Callable
 
+# How torch says it, on CUDA and on a CPU; looked for in words, so that this file needs no torch.
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
 
 class InputError(Exception):
     """The user's input cannot be used. The message is one sentence for a person; a traceback would add nothing."""
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a script's main(): an InputError ends it with exit code 2 and its sentence on stderr."""
+def run(main: Callable[[], None], when_memory_ends: str = "ask for less at a time") -> None:
+    """Run a script's main(). An InputError, or the end of the memory, ends it with one sentence on stderr, exit code 2;
+    `when_memory_ends` names the flags that help."""
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sentence = str(error)
+    except (MemoryError, RuntimeError) as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        if not isinstance(error, MemoryError) and not any(words in first_line.lower() for words in NO_MEMORY):
+            raise
+        sentence = f"not enough memory ({first_line:.120}): {when_memory_ends}"
+    else:
+        return
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)

@@ -23,7 +23,19 @@ from tqdm import tqdm
 
 import errors
 import rewards
-from data import PROMPTS, Box, ImageConfig, Prompt, Sample, build_prompt, load, load_samples, load_tokenizer
+from data import (
+    PROMPTS,
+    BadRecords,
+    Box,
+    ImageConfig,
+    Prompt,
+    Sample,
+    build_prompt,
+    check_prompt,
+    load,
+    load_samples,
+    load_tokenizer,
+)
 from errors import InputError
 from model import Policy, collate, read_json
 from scheduler import hit
@@ -36,13 +48,41 @@ THRESHOLDS = [round(0.5 + 0.05 * i, 2) for i in range(10)]  # of pmAP
 class Task:
     """A policy together with what turns samples into its prompts and its tokens into text."""
 
-    def __init__(self, policy: Policy, folder: Path, prompt: str, max_prompt_tokens: int | None = None):
+    def __init__(
+        self,
+        policy: Policy,
+        folder: Path,
+        prompt: str,
+        max_prompt_tokens: int | None = None,
+        max_pixels: int | None = None,  # of the model frame; None: what the folder says
+    ):
         self.policy, self.style, self.max_prompt_tokens = policy, prompt, max_prompt_tokens
         self.tokenizer = load_tokenizer(folder)
-        self.image_config = ImageConfig.from_folder(folder)
+        self.image_config = ImageConfig.from_folder(folder, max_pixels=max_pixels)
 
     def prompt(self, sample: Sample) -> Prompt:
         return build_prompt(sample, self.tokenizer, self.image_config, self.style, self.max_prompt_tokens)
+
+    def usable(self, samples: list[Sample], bad: BadRecords, decode: bool = False) -> list[Sample]:
+        """The samples that prompt() accepts, found without decoding their pictures unless asked to; `bad` takes the
+        others, or ends the run."""
+        kept, known = [], set()  # phantoms ask one question of one size twenty thousand times
+        for sample in samples:
+            key = (sample.query, sample.size)
+            try:
+                if key not in known or (decode and sample.size):
+                    arguments = self.tokenizer, self.image_config, self.style, self.max_prompt_tokens
+                    check_prompt(sample, *arguments, decode=decode)
+            except InputError as error:
+                bad.add(sample.source, error)
+            else:
+                known.add(key)
+                kept.append(sample)
+        if samples and not kept:
+            raise InputError(
+                f"none of {len(samples)} records can be used; the first: {bad.sentences[samples[0].source]}"
+            )
+        return kept
 
     def texts(self, ids: torch.Tensor, lengths: torch.Tensor) -> list[str]:
         """ids (N, T), lengths (N,) -> N texts, special tokens such as the final EOS left out."""
@@ -50,8 +90,9 @@ class Task:
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """The policy's Hugging Face folder, and the prompt that it is used to."""
+        """The policy's Hugging Face folder, the prompt that it is used to, and the size of the pictures it has seen."""
         self.policy.save_folder(folder, dtype)
+        self.image_config.write_max_pixels(folder)
         (folder / PROMPT_FILE).write_text(json.dumps({"prompt": self.style}) + "\n")
 
     def answer(self, prompts: list[Prompt], max_tokens: int) -> list[str]:
@@ -297,4 +338,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(main, "lower --batch-size or --max-tokens")

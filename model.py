@@ -21,6 +21,7 @@ Left out: video, sliding-window text attention (no published Qwen2.5-VL uses it)
 import json
 import math
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -128,11 +129,24 @@ class ModelConfig:
 # -------------------------------------------------------------------------------------------------------- small pieces
 
 
+def recomputed(function: Callable, *inputs, when: bool = True):
+    """function(*inputs). Nothing between inputs and outputs is kept for the backward pass, which computes it again
+    (gradient checkpointing, arXiv 1604.06174). The random state is not kept either: nothing here draws numbers."""
+    if when and torch.is_grad_enabled():
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return function(*inputs)
+
+
 class Linear(nn.Linear):
     """nn.Linear that computes in the dtype of its input: fp32 master weights, bf16 arithmetic."""
 
+    def __init__(self, size: int, out: int, bias: bool = True):
+        super().__init__(size, out, bias)
+        self.adapter: nn.Module | None = None  # lora.py hangs one here
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class RMSNorm(nn.Module):
@@ -286,7 +300,7 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
         self.merger = PatchMerger(config)
 
-    def forward(self, patches: Tensor, grids: tuple[tuple[int, int], ...]) -> Tensor:
+    def forward(self, patches: Tensor, grids: tuple[tuple[int, int], ...], checkpointing: bool = False) -> Tensor:
         """patches (N, C * 2 * 14 * 14) of all images, unit by unit; grids in patches -> (N / 4, H) tokens."""
         config = self.config
         unit = config.spatial_merge_size**2
@@ -298,7 +312,8 @@ class VisionTower(nn.Module):
 
         x = self.patch_embed(patches.view(-1, unit, patches.shape[-1])[layout.order].flatten(0, 1))  # (N, hidden)
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, layout.groups, full=i in config.fullatt_block_indexes)
+            full = i in config.fullatt_block_indexes
+            x = recomputed(block, x, cos, sin, layout.groups, full, when=checkpointing)
         return self.merger(x)[layout.inverse]
 
 
@@ -466,6 +481,7 @@ class Policy(nn.Module):
         super().__init__()
         self.config, self.eos_ids = config, eos_ids
         self.compute_dtype = torch.float32  # of activations; --dtype sets it
+        self.checkpointing = False  # compute each block again in the backward pass instead of keeping what is inside
         self.source: Path | None = None  # folder it was loaded from
         self.raw_config: dict = {}  # its config.json as read, carried on when saved
         self.visual = VisionTower(config.vision)
@@ -495,13 +511,13 @@ class Policy(nn.Module):
     def prefix(self, batch: PromptBatch) -> Prefix:
         """Vision tower and prompt, once per prompt. Gradients flow if they are enabled."""
         x = self.embed(batch.ids)  # (B, P, H)
-        image_tokens = self.visual(batch.patches.to(self.compute_dtype), batch.grids)
+        image_tokens = self.visual(batch.patches.to(self.compute_dtype), batch.grids, self.checkpointing)
         is_image = batch.ids == self.config.image_token_id
         x = x.masked_scatter(is_image[..., None], image_tokens)  # images stand in the order of their prompts
         cos, sin = self.rotary(batch.positions)
         keys, values = [], []
         for layer in self.model.layers:
-            x, k, v = layer.prefix(x, cos, sin)
+            x, k, v = recomputed(layer.prefix, x, cos, sin, when=self.checkpointing)
             keys.append(k)
             values.append(v)
         last = torch.tensor(batch.lengths, device=x.device) - 1
@@ -527,7 +543,7 @@ class Policy(nn.Module):
             positions = (prefix.next_position[:, None] + steps).repeat_interleave(g, 0)  # (B * G, T - 1)
             cos, sin = self.rotary(positions.expand(3, -1, -1))
             for layer, k, v in zip(self.model.layers, prefix.keys, prefix.values, strict=True):
-                x = layer.suffix(x, cos, sin, k, v, prefix.spans)
+                x = recomputed(layer.suffix, x, cos, sin, k, v, prefix.spans, when=self.checkpointing)
             hidden = torch.cat((hidden, self.model.norm(x)), dim=1)  # (B * G, T, H)
         real = torch.arange(t, device=ids.device) < lengths.flatten()[:, None]  # by position, never by token id
         logp, ent = self._head(hidden[real], ids.flatten(0, 1)[real], temperature, entropy)
@@ -542,10 +558,7 @@ class Policy(nn.Module):
         def rows(h: Tensor, y: Tensor):
             return kernels.token_logprob(self.logits(h), y, temperature, entropy)
 
-        parts = [
-            checkpoint(rows, h, y, use_reentrant=False)
-            for h, y in zip(hidden.split(HEAD_ROWS), tokens.split(HEAD_ROWS), strict=True)
-        ]
+        parts = [recomputed(rows, h, y) for h, y in zip(hidden.split(HEAD_ROWS), tokens.split(HEAD_ROWS), strict=True)]
         if not entropy:
             return torch.cat(parts), None
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
@@ -554,7 +567,7 @@ class Policy(nn.Module):
         """The naive equivalent of logprobs(prefix(batch), ...): one full row per completion, nothing shared."""
         order = batch.order.to(ids.device)
         out = torch.zeros(ids.shape, dtype=torch.promote_types(self.compute_dtype, torch.float32), device=ids.device)
-        images = self.visual(batch.patches.to(self.compute_dtype), batch.grids)
+        images = self.visual(batch.patches.to(self.compute_dtype), batch.grids, self.checkpointing)
         is_image = batch.ids == self.config.image_token_id
         prompts = self.embed(batch.ids).masked_scatter(is_image[..., None], images)
         for row, caller in enumerate(order.tolist()):
@@ -566,7 +579,7 @@ class Policy(nn.Module):
                 text = (batch.next_position[row] + torch.arange(n, device=ids.device)).expand(3, -1)
                 cos, sin = self.rotary(torch.cat((batch.positions[:, row, :p], text), dim=1)[:, None])
                 for layer in self.model.layers:
-                    x, _, _ = layer.prefix(x, cos, sin)
+                    x, _, _ = recomputed(layer.prefix, x, cos, sin, when=self.checkpointing)
                 logits = self.logits(self.model.norm(x[0, p - 1 : p + n - 1]))
                 logp = kernels.token_logprob(logits, tokens, temperature)
                 out[caller, member, :n] = logp
@@ -687,6 +700,21 @@ class Policy(nn.Module):
         policy.source, policy.raw_config = folder, raw
         return policy
 
+    def adapters(self) -> dict[str, nn.Parameter]:
+        """The adapters' own tensors by name (lora.py). Published checkpoints have none, nor has save_folder's."""
+        return {name: parameter for name, parameter in self.named_parameters() if ".adapter." in name}
+
+    @torch.no_grad()
+    def published(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Published names and tensors, on the CPU: an adapter is in the weight that it hangs on."""
+        linears = {f"{path}.weight": module for path, module in self.named_modules() if isinstance(module, Linear)}
+        for name, parameter in self.named_parameters():
+            if ".adapter." in name:
+                continue
+            adapter = linears[name].adapter if name in linears else None
+            tensor = parameter if adapter is None else adapter.merged(parameter)
+            yield name, tensor.detach().to("cpu", dtype or parameter.dtype).contiguous()
+
     def save_folder(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a Hugging Face folder that transformers, vLLM and from_folder load: weights, config, and the companions
         of the folder this policy came from (tokenizer, preprocessor, generation config)."""
@@ -694,8 +722,7 @@ class Policy(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         shards: list[dict[str, Tensor]] = [{}]
         size = total = 0
-        for name, parameter in self.named_parameters():
-            tensor = parameter.detach().to("cpu", dtype or parameter.dtype).contiguous()
+        for name, tensor in self.published(dtype):
             if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
                 shards.append({})
                 size = 0

@@ -8,10 +8,12 @@ linear pass; the text need not be JSON, since many answers of an untrained polic
 Frames: an answer is in pixels of the MODEL frame (the resized image), a target in pixels of the ORIGINAL image, and IoU
 is taken in the original.
 
-Left out: thresholds (the schedules decide hits), normalisation (kernels.group_advantage), rewards of other tasks.
+Left out: thresholds (the schedules decide hits), normalisation (kernels.group_advantage), rewards of other tasks (enter
+yours in REWARDS).
 """
 
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import isfinite
 from typing import NamedTuple
@@ -176,14 +178,54 @@ def score(texts: list[str], targets: Tensor, scale: Tensor) -> Scores:
     )
 
 
-def combine(parts: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """Several rewards -> one, before normalisation (as VLM-R1: weighted sum, then normalise).
+# Rewards beside the one for the box: name -> function(texts, scores, samples) -> (N,) tensor, any range. N answers,
+# their Scores and the data.Sample that each answers; a sample's `task` and `dataset` can choose what is rewarded.
+REWARDS: dict[str, Callable[[list[str], Scores, list], Tensor]] = {
+    "format": lambda texts, scores, samples: scores.format,
+}
 
-    parts: name -> rewards, all of one shape; weights: name -> factor. A part without a weight counts for nothing.
-    Raises InputError for a weight whose reward does not exist, and for no weights at all.
+
+def read_weights(text: str) -> dict[str, float]:
+    """ "box=1,format=0.5" -> name -> weight. InputError for what is not a known reward and a finite number."""
+    weights = {}
+    for part in text.split(","):
+        name, _, number = part.strip().partition("=")
+        if name not in ("box", *REWARDS):
+            raise InputError(f"no reward is called {name!r}; there are box, {', '.join(REWARDS)}")
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            raise InputError(f"{part!r} must be NAME=WEIGHT, such as box=1") from None
+        if not isfinite(weights[name]):
+            raise InputError(f"{part!r} must have a finite weight")
+    if not any(weights.values()):
+        raise InputError(f"{text!r} gives every reward the weight 0; one must count")
+    return weights
+
+
+def parts_of_reward(
+    names: Iterable[str], texts: list[str], scores: Scores, samples: list, schedule
+) -> dict[str, Tensor]:
+    """name -> (N,) rewards on the CPU: "box" is the schedule's, under its present threshold; the others are REWARDS'.
+
+    InputError where one of them does not give a finite number to each answer.
     """
-    unknown = sorted(set(weights) - set(parts))
-    if unknown or not weights:
-        wrong = f"no reward is called {', '.join(unknown)}" if unknown else "no reward has a weight"
-        raise InputError(f"reward weights: {wrong}; choose from {', '.join(sorted(parts))}")
+    parts = {}
+    for name in names:
+        if name == "box":
+            rows = zip(scores.iou.tolist(), scores.giou.tolist(), scores.valid.tolist(), strict=True)
+            part = torch.tensor([schedule.reward(*row) for row in rows])
+        else:
+            part = torch.as_tensor(REWARDS[name](texts, scores, samples), dtype=torch.float32).cpu()
+        if part.shape != (len(texts),) or not part.isfinite().all():
+            raise InputError(
+                f"reward {name!r} must give {len(texts)} finite numbers, one an answer; "
+                f"it gave {tuple(part.shape)}, {int((~part.isfinite()).sum())} of them not finite"
+            )
+        parts[name] = part
+    return parts
+
+
+def combine(parts: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """Several rewards -> one, before normalisation (as VLM-R1: weighted sum, then normalise)."""
     return sum(weight * parts[name] for name, weight in weights.items())

@@ -23,7 +23,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from statistics import fmean, pstdev
 
 from errors import InputError
@@ -33,6 +33,7 @@ MIN_DELTA = 0.02  # linear and cosine steps shrink towards 0 and would never rea
 REFRESH = {"half": 1 / 2, "full": 1.0, "quarter": 1 / 4, "none": 0.0}  # share of the window that a raise drops
 VTRIUNE_PHASES = ((0.10, 0.85), (0.25, 0.95), (math.inf, 0.99))  # (until this share of the steps, eps), its own code
 PROGRESS_ENDS = {"progress": 0.7, "progress-conservative": 0.6, "progress-moderate": 0.7, "progress-aggressive": 0.8}
+WATCHING = ("window", "unit", "stale")  # switches of the window, which every schedule keeps
 CHOICES = {
     "unit": ("group", "step"),
     "stale": ("current", "old"),
@@ -211,8 +212,11 @@ class Schedule:
     """What all schedules share: a subclass says where tau goes and what a box earns, by default 1[u >= tau].
 
     `tau` is what the next step is rewarded under, None if there is none. Every schedule keeps the window, so that the
-    statistics of, say, a fixed threshold can be logged beside MedLoc-R1's.
+    statistics of, say, a fixed threshold can be logged beside MedLoc-R1's. A schedule of your own: subclass, say where
+    tau goes or what a box earns, and enter it in SCHEDULES.
     """
+
+    own: tuple[str, ...] = ()  # the fields of ScheduleConfig that it goes by, WATCHING aside
 
     def __init__(self, name: str, config: ScheduleConfig, total_steps: int) -> None:
         self.name, self.config, self.total_steps = name, config, total_steps
@@ -270,6 +274,8 @@ class Schedule:
 class MedLoc(Schedule):
     """1[u >= tau]; medloc_decision raises tau."""
 
+    own = tuple(f.name for f in fields(ScheduleConfig) if f.name not in (*WATCHING, "soft_scale", "fixed_tau"))
+
     def tau_at(self, step: int) -> float:
         return self.config.tau_start  # at step 0; from there on decide() moves it
 
@@ -283,12 +289,16 @@ class MedLoc(Schedule):
 class MedLocSoft(MedLoc):
     """sigmoid((u - tau)/s), so that near misses differ; the window still counts 1[u >= tau]. Ours, not the paper's."""
 
+    own = (*MedLoc.own, "soft_scale")
+
     def box_reward(self, iou: float, giou: float) -> float:
         return (1 + math.tanh((iou - self.tau) / self.config.soft_scale / 2)) / 2  # the sigmoid, without overflow
 
 
 class Fixed(Schedule):
     """1[u >= tau], one tau for ever."""
+
+    own = ("fixed_tau",)
 
     def tau_at(self, step: int) -> float:
         return self.config.fixed_tau
@@ -328,23 +338,24 @@ class VTriune(ByShareOfSteps):
 class Progress(ByShareOfSteps):
     """1[u >= tau], tau rising on a line from tau_start to the preset's end (?), whatever the policy can do."""
 
+    own = ("tau_start",)
+
     def tau_at(self, step: int) -> float:
         start, end = self.config.tau_start, PROGRESS_ENDS[self.name]
         return round(start + (end - start) * min(step / self.total_steps, 1), 6)
 
 
-CLASSES = {"medloc": MedLoc, "medloc-soft": MedLocSoft, "fixed": Fixed, "raw": Raw, "giou": GIoU, "vtriune": VTriune}
-CLASSES |= dict.fromkeys(PROGRESS_ENDS, Progress)
-SCHEDULES = tuple(CLASSES)
+SCHEDULES = {"medloc": MedLoc, "medloc-soft": MedLocSoft, "fixed": Fixed, "raw": Raw, "giou": GIoU, "vtriune": VTriune}
+SCHEDULES |= dict.fromkeys(PROGRESS_ENDS, Progress)
 
 
 def make_schedule(name: str, config: ScheduleConfig, total_steps: int) -> Schedule:
     """The schedule `name` for a run of total_steps optimiser steps. InputError names the flag that makes no sense."""
-    _require(name in CLASSES, "schedule", f"one of {', '.join(SCHEDULES)}", name)
+    _require(name in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", name)
     _require(total_steps >= 1, "steps", "at least 1", total_steps)
     end = PROGRESS_ENDS.get(name, 1)
     _require(config.tau_start <= end, "tau_start", f"<= {end} for --schedule {name}", config.tau_start)
-    return CLASSES[name](name, config, total_steps)
+    return SCHEDULES[name](name, config, total_steps)
 
 
 def _below(value: float, bound: float) -> bool:

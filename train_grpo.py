@@ -3,27 +3,24 @@
     torchrun train_grpo.py --schedule=medloc                          the nano policy on phantoms: minutes on a laptop
     python train_grpo.py --model FOLDER --data train.jsonl --val val.jsonl --out out-run
 
-A step: sample B prompts -> roll out G answers each -> score boxes against the truth -> the schedule turns IoU into
+A step: draw B prompts -> roll out G answers each -> score boxes against the truth -> the schedule turns IoU into
 reward and may tighten its threshold for the NEXT step -> advantage over the group -> clipped loss -> AdamW. Two verbs,
-rollout() and update(), and one dataclass between them. GRPO: arXiv 2402.03300; the schedule: MedLoc-R1, 2603.28120.
+rollout() and update(), and one dataclass between them. GRPO: arXiv 2402.03300; the schedule: MedLoc-R1, 2603.28120;
+dynamic sampling: DAPO, 2503.14476. Every flag, its default and the reason for it: config.py.
 
 Randomness follows from (seed, step, sample), never from wall clock or state: a resumed run goes on as if never stopped.
 Left out here: learned reward models, a critic, top-p sampling (the sampled policy must be the trained one).
 """
 
-import argparse
 import copy
 import json
 import math
 import os
-import platform
 import resource
-import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,62 +31,23 @@ from tqdm import tqdm
 import checkpoint
 import errors
 import kernels
+import lora
 import rewards
-from data import PROMPTS, Prompt, Sampler, load_samples
+from config import describe, parse_arguments
+from data import BadRecords, Prompt, Sample, Sampler, load_samples
+from diagnose import Watch
 from errors import InputError
 from eval import NANO, Task, default_prompt, evaluate, model_folder, overlay, sheet, summary
-from loss import BatchTotals, LossStats, completion_mask, grpo_loss
+from logs import open_log
+from loss import BatchTotals, LossStats, completion_mask, grpo_loss, mask_overlong
 from model import Policy, collate, read_json
-from scheduler import CHOICES, SCHEDULES, Schedule, ScheduleConfig, make_schedule
+from scheduler import Schedule, ScheduleConfig, make_schedule
 
-DEFAULTS = dict(
-    model="nano",  # runs anywhere, no download
-    data="phantoms",
-    val=None,  # held-out phantoms for phantoms; for files it must be named
-    out="out",
-    prompt=None,  # the one the policy was trained with, else think
-    schedule="medloc",
-    group_size=8,  # G, as in the paper
-    inner_steps=1,  # optimiser steps per rollout; 1 is on policy, and needs no pass for the old log-probs
-    clip_low=0.2,
-    clip_high=0.2,  # .28 is DAPO's clip-higher
-    grad_clip=1.0,
-    eval_every=0,  # 0: at the start and the end only
-    eval_limit=None,
-    samples_every=20,
-    save_every=100,
-    seed=0,
-    device="cuda" if torch.cuda.is_available() else "cpu",
-    dtype=None,  # of the arithmetic: bfloat16 on CUDA, float32 on a CPU; trained weights are float32 on both
-)
-RECIPES = {
-    "nano": dict(
-        steps=200,
-        batch_size=16,  # prompts per optimiser step
-        micro_batch=16,  # prompts per forward pass
-        lr=1e-4,  # mIoU after 100 steps, seed 0: .718; 2e-4 .680, 4e-4 .581
-        warmup=5,
-        temperature=1.0,
-        beta=0.0,  # no KL: the start is meant to be left behind
-        max_tokens=24,  # a bare box is 16
-        format_weight=0.0,
-    ),
-    "paper": dict(
-        steps=500,
-        batch_size=8,
-        micro_batch=1,
-        lr=1e-6,
-        warmup=10,
-        temperature=0.9,
-        beta=0.04,  # of the code that the paper builds on; one summary says .4
-        max_tokens=512,
-        format_weight=1.0,
-    ),
-}
-# What a resumed run may change: nothing here decides what is learned. More --steps is a longer run (the learning rate
-# is constant after the warm-up); schedules that go by the share of the steps refuse it themselves.
-FREE_ON_RESUME = {"resume", "out", "steps", "device", "eval_every", "eval_limit", "samples_every", "save_every"}
 PATIENCE = 5  # steps with a non-finite loss or gradient in a row before the run stops
+MEMORY = (
+    "lower --micro-batch, then --max-pixels, --max-tokens or --group-size; --checkpointing trades time for memory, "
+    "--lora-rank 64 needs no optimiser state or reference copy of all weights, --beta 0 no reference at all"
+)
 
 
 @dataclass
@@ -106,10 +64,74 @@ class Rollout:
     iou: Tensor  # (B, G) CPU
     valid: Tensor  # (B, G) bool, CPU
     reasons: list[list[str]]  # why an answer has no box, "" if it has
-    reward: Tensor  # (B, G) CPU
+    parts: dict[str, Tensor]  # reward's name -> (B, G), unweighted; CPU
+    reward: Tensor  # (B, G) their weighted sum; CPU
     advantage: Tensor  # (B, G)
     logp_old: Tensor | None  # (B, G, T); None with one inner step, where it equals the policy's own
     logp_ref: Tensor | None  # (B, G, T); None with beta = 0
+
+    @property
+    def spread(self) -> Tensor:
+        """(B,) bool: groups whose answers differ in reward; in the others every advantage is exactly 0."""
+        return self.reward.amax(1) > self.reward.amin(1)
+
+    def select(self, rows: Tensor) -> "Rollout":
+        """The groups where rows (B,) bool, CPU, is True."""
+
+        def of(value):
+            if isinstance(value, dict):
+                return {name: of(part) for name, part in value.items()}
+            if isinstance(value, list):
+                return [item for item, keep in zip(value, rows.tolist(), strict=True) if keep]
+            return None if value is None else value[rows.to(value.device)]
+
+        return Rollout(**{f.name: of(getattr(self, f.name)) for f in fields(self)})
+
+
+def join(rolls: list[Rollout]) -> Rollout:
+    """Rollouts of one step one behind the other, padded to one T: nothing behind a completion's length is ever read."""
+
+    def of(values: list):
+        first = values[0]
+        if isinstance(first, dict):
+            return {name: of([value[name] for value in values]) for name in first}
+        if isinstance(first, list):
+            return [item for value in values for item in value]
+        if first is None:
+            return None
+        widest = max(value.shape[-1] for value in values) if first.ndim == 3 else 0
+        return torch.cat([torch.nn.functional.pad(v, (0, widest - v.shape[-1])) if widest else v for v in values])
+
+    return Rollout(**{f.name: of([getattr(roll, f.name) for roll in rolls]) for f in fields(Rollout)})
+
+
+class Stream:
+    """The endless stream of training prompts. Its only state is `drawn`: how many places of it are used up."""
+
+    def __init__(self, samples: list[Sample], task: Task, bad: BadRecords, args, drawn: int = 0):
+        self.samples, self.task, self.bad, self.args, self.drawn = samples, task, bad, args, drawn
+        self.sampler = Sampler(len(samples), args.batch_size, args.seed)
+
+    def draw(self, step: int, slot: int, count: int) -> tuple[list[Prompt], Tensor]:
+        """The next `count` prompts, which take places slot, slot + 1 ... in the step's batch, and their luck.
+
+        A picture that cannot be decoded makes room for the next prompt, as long as --skip-bad allows.
+        """
+        prompts, indices, failures = [], [], 0
+        while len(prompts) < count:
+            (index,) = self.sampler.take(self.drawn, 1)
+            try:
+                prompts.append(self.task.prompt(self.samples[index]))
+                indices.append(index)
+            except InputError as error:
+                failures += 1
+                self.bad.add(self.samples[index].source, error)
+                if failures > len(self.samples):
+                    raise InputError(f"no picture of --data can be read any more; the last one: {error}") from error
+                tqdm.write(f"left out: {error}")
+            self.drawn += 1
+        slots = list(range(slot, slot + count))
+        return prompts, uniforms(self.args.seed, step, slots, indices, self.args.group_size, self.args.max_tokens)
 
 
 def uniforms(seed: int, step: int, slots: list[int], indices: list[int], group: int, tokens: int) -> Tensor:
@@ -122,94 +144,126 @@ def uniforms(seed: int, step: int, slots: list[int], indices: list[int], group: 
 
 
 @torch.no_grad()
-def rollout(
-    actor: Policy, reference: Policy | None, task: Task, prompts: list[Prompt], noise: Tensor, schedule: Schedule, args
-) -> Rollout:
-    """Sample G answers to each prompt, and score them under the schedule's present threshold."""
+def roll_groups(actor: Policy, task: Task, prompts: list[Prompt], noise: Tensor, schedule: Schedule, args) -> Rollout:
+    """One forward pass's worth of prompts: G answers to each, scored under the schedule's present threshold."""
     device = next(actor.parameters()).device
-    parts, olds, refs = [], [], []
-    for i in range(0, len(prompts), args.micro_batch):
-        batch = collate(prompts[i : i + args.micro_batch], device)
-        prefix = actor.prefix(batch)
-        part = actor.generate(
-            prefix, args.group_size, args.max_tokens, args.temperature, noise[i : i + args.micro_batch]
-        )
-        parts.append(part)
-        if args.inner_steps > 1:
-            olds.append(actor.logprobs(prefix, part.ids, part.lengths, args.temperature))
-        if reference is not None:
-            refs.append(reference.logprobs(reference.prefix(batch), part.ids, part.lengths, args.temperature))
-    longest = max(part.ids.shape[2] for part in parts)
-
-    def join(tensors: list[Tensor]) -> Tensor:  # pad to one T: nothing behind a completion's length is ever read
-        return torch.cat([torch.nn.functional.pad(t, (0, longest - t.shape[2])) for t in tensors])
-
-    ids, lengths = join([p.ids for p in parts]), torch.cat([p.lengths for p in parts])
-    b, g = lengths.shape
-    texts = task.texts(ids.flatten(0, 1), lengths.flatten())
+    prefix = actor.prefix(collate(prompts, device))
+    done = actor.generate(prefix, args.group_size, args.max_tokens, args.temperature, noise)
+    b, g = done.lengths.shape
+    texts = task.texts(done.ids.flatten(0, 1), done.lengths.flatten())
     targets = torch.tensor([p.box for p in prompts]).repeat_interleave(g, 0)
     scores = rewards.score(texts, targets, torch.tensor([p.scale for p in prompts]).repeat_interleave(g, 0))
-    rows = zip(scores.iou.tolist(), scores.giou.tolist(), scores.valid.tolist(), strict=True)
-    parts_of_reward = {"iou": torch.tensor([schedule.reward(*row) for row in rows]), "format": scores.format}
-    reward = rewards.combine(parts_of_reward, {"iou": 1.0, "format": args.format_weight}).view(b, g)
+    weights = rewards.read_weights(args.rewards)
+    samples = [p.sample for p in prompts for _ in range(g)]
+    parts = rewards.parts_of_reward(weights, texts, scores, samples, schedule)
+    reward = rewards.combine(parts, weights).view(b, g)
     return Rollout(
         prompts=prompts,
-        ids=ids,
-        lengths=lengths,
-        truncated=torch.cat([p.truncated for p in parts]),
+        ids=done.ids,
+        lengths=done.lengths,
+        truncated=done.truncated,
         texts=[texts[i * g : (i + 1) * g] for i in range(b)],
         boxes=scores.boxes.view(b, g, 4),
         iou=scores.iou.view(b, g),
         valid=scores.valid.view(b, g),
         reasons=[scores.reasons[i * g : (i + 1) * g] for i in range(b)],
+        parts={name: part.view(b, g) for name, part in parts.items()},
         reward=reward,
-        advantage=kernels.group_advantage(reward).to(device),
-        logp_old=join(olds) if olds else None,
-        logp_ref=join(refs) if refs else None,
+        advantage=kernels.group_advantage(reward, "none" if args.loss == "dr-grpo" else "std").to(device),
+        logp_old=actor.logprobs(prefix, done.ids, done.lengths, args.temperature) if args.inner_steps > 1 else None,
+        logp_ref=None,
     )
+
+
+def rollout(
+    actor: Policy, reference: Policy | None, task: Task, stream: Stream, step: int, schedule: Schedule, args
+) -> tuple[Rollout, Rollout]:
+    """Sample G answers to each of B prompts -> (all that was rolled out, what the update is to learn from).
+
+    The two differ with dynamic sampling: groups without spread are replaced by fresh prompts, in K rounds at most, and
+    what has no spread then is dropped. The schedule has to see all: without the groups that hit throughout, a hit rate
+    of .8 may never come.
+    """
+    rolls, useful = [], 0
+    for _ in range(1 + args.dynamic_sampling):
+        missing = args.batch_size - useful
+        for first in range(0, missing, args.micro_batch):
+            slot = sum(len(roll.prompts) for roll in rolls)
+            prompts, noise = stream.draw(step, slot, min(args.micro_batch, missing - first))
+            rolls.append(roll_groups(actor, task, prompts, noise, schedule, args))
+            useful += int(rolls[-1].spread.sum())
+        if useful == args.batch_size:
+            break
+    seen = join(rolls)
+    used = seen.select(seen.spread) if args.dynamic_sampling else seen
+    if reference is not None and used.prompts:
+        used = replace(used, logp_ref=reference_logprobs(reference, used, args))
+    return seen, used
+
+
+@torch.no_grad()
+def reference_logprobs(reference: Policy, roll: Rollout, args) -> Tensor:
+    """(B, G, T) under the starting policy: a frozen copy, or with adapters the policy itself without them."""
+    logps, device = [], next(reference.parameters()).device
+    with lora.disabled(reference):
+        for i in range(0, len(roll.prompts), args.micro_batch):
+            rows = slice(i, i + args.micro_batch)
+            prefix = reference.prefix(collate(roll.prompts[rows], device))
+            logps.append(reference.logprobs(prefix, roll.ids[rows], roll.lengths[rows], args.temperature))
+    return torch.cat(logps)
 
 
 def update(policy: Policy, optimizer: torch.optim.Optimizer, roll: Rollout, args) -> dict:
     """Inner steps of GRPO on one rollout -> metrics. A step whose loss or gradient is not finite changes nothing."""
+    if not roll.prompts:  # dynamic sampling found no group with spread
+        return dict.fromkeys(("loss", "grad_norm", "kl", "clip_low", "clip_high", "entropy")) | {"skipped": 0}
     device = next(policy.parameters()).device
-    totals = BatchTotals(roll.lengths.numel(), int(roll.lengths.sum()), args.max_tokens)
+    mask = completion_mask(roll.lengths, roll.ids.shape[2])  # (B, G, T)
+    tokens = int(mask.sum())
+    if args.overlong == "mask":
+        mask = mask_overlong(mask, roll.truncated)
+    totals = BatchTotals(roll.lengths.numel(), int(mask.sum()), args.max_tokens)
+    trained = [p for p in policy.parameters() if p.requires_grad]
     stats, losses, norms, entropy, skipped = None, [], [], 0.0, 0
     for inner in range(args.inner_steps):
         optimizer.zero_grad(set_to_none=True)
         loss_sum = 0.0
         for i in range(0, len(roll.prompts), args.micro_batch):
             rows = slice(i, i + args.micro_batch)
-            ids, lengths = roll.ids[rows], roll.lengths[rows]
             prefix = policy.prefix(collate(roll.prompts[rows], device))
-            logp, rows_entropy = policy.logprobs(prefix, ids, lengths, args.temperature, entropy=True)
+            logp, rows_entropy = policy.logprobs(
+                prefix, roll.ids[rows], roll.lengths[rows], args.temperature, entropy=True
+            )
             loss, sums = grpo_loss(
                 logp,
                 logp.detach() if roll.logp_old is None else roll.logp_old[rows],
                 None if roll.logp_ref is None else roll.logp_ref[rows],
                 roll.advantage[rows],
-                completion_mask(lengths, ids.shape[2]),
+                mask[rows],
                 totals,
+                kind=args.loss,
                 clip_low=args.clip_low,
                 clip_high=args.clip_high,
                 beta=args.beta,
+                kl=args.kl,
             )
             loss.backward()
             loss_sum += loss.detach()
             stats = sums if stats is None else stats + sums
             if inner == 0:
                 entropy += rows_entropy.sum()
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip)
         losses.append(float(loss_sum))
         norms.append(float(norm))
         if math.isfinite(losses[-1]) and math.isfinite(norms[-1]):
             optimizer.step()
         else:
             skipped += 1
-    return loss_metrics(stats, losses, norms, float(entropy) / totals.tokens) | {"skipped": skipped}
+    return loss_metrics(stats, losses, norms, float(entropy) / tokens) | {"skipped": skipped}
 
 
 def loss_metrics(stats: LossStats, losses: list[float], norms: list[float], entropy: float) -> dict:
-    n = int(stats.tokens)
+    n = max(int(stats.tokens), 1)  # 0 where every completion was masked out
     return {
         "loss": sum(losses) / len(losses),
         "grad_norm": sum(norms) / len(norms),
@@ -220,18 +274,22 @@ def loss_metrics(stats: LossStats, losses: list[float], norms: list[float], entr
     }
 
 
-def rollout_metrics(roll: Rollout) -> dict:
-    quartiles = roll.iou.flatten().quantile(torch.tensor([0.25, 0.75])).tolist()
-    spread = roll.reward.amax(1) > roll.reward.amin(1)  # (B,)
-    return {
-        "iou_mean": roll.iou.mean().item(),
+def rollout_metrics(seen: Rollout, used: Rollout) -> dict:
+    """Of all that was rolled out; `dropped` groups did not get into the update."""
+    quartiles = seen.iou.flatten().quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    parts = {f"reward_{name}": part.mean().item() for name, part in seen.parts.items()}
+    return parts | {
+        "iou_mean": seen.iou.mean().item(),
         "iou_q25": quartiles[0],
-        "iou_q75": quartiles[1],
-        "reward_mean": roll.reward.mean().item(),
-        "zero_spread": 1 - spread.float().mean().item(),
-        "parse_failures": 1 - roll.valid.float().mean().item(),
-        "truncated": roll.truncated.float().mean().item(),
-        "tokens": int(roll.lengths.sum()),
+        "iou_q50": quartiles[1],
+        "iou_q75": quartiles[2],
+        "reward_mean": seen.reward.mean().item(),
+        "zero_spread": 1 - seen.spread.float().mean().item(),
+        "parse_failures": 1 - seen.valid.float().mean().item(),
+        "truncated": seen.truncated.float().mean().item(),
+        "tokens": int(seen.lengths.sum()),
+        "groups": len(seen.prompts),
+        "dropped": len(seen.prompts) - len(used.prompts),
     }
 
 
@@ -270,150 +328,14 @@ def write_samples(out: Path, step: int, roll: Rollout, tau: float | None) -> Non
     sheet(tiles, 2).save(out / f"overlay-{step:06d}.png")
 
 
-# -------------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------------------------- run
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Explicit flags > the resumed run's > the recipe's > DEFAULTS. Unknown or contradictory flags end the program."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
-    )
-    known = DEFAULTS | RECIPES["nano"] | asdict(ScheduleConfig())
-
-    def flags(title: str, **helps: str) -> None:
-        group = parser.add_argument_group(title)
-        for name, text in helps.items():
-            default = known[name]
-            kind = {"val": str, "prompt": str, "dtype": str, "eval_limit": int}.get(name, type(default))
-            options: dict = {"help": f"{text} (default {default})"}
-            if kind is bool:
-                options["action"] = argparse.BooleanOptionalAction
-            elif kind is tuple:
-                options |= {"type": float, "nargs": len(default)}
-            else:
-                options["type"] = kind
-            choices = CHOICES | {"schedule": SCHEDULES, "prompt": tuple(PROMPTS), "dtype": ("float32", "bfloat16")}
-            if name in choices:
-                options["choices"] = choices[name]
-            group.add_argument("--" + name.replace("_", "-"), **options)
-
-    recipe = "the nano one with --model nano, else the paper's"
-    parser.add_argument("--recipe", choices=tuple(RECIPES), help=f"defaults of what follows (default: {recipe})")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    flags(
-        "what",
-        model="checkpoint folder, or nano",
-        data="JSONL files, or phantoms[:dermoscopy|xray|ultrasound]",
-        val="records to evaluate on",
-        out="folder for everything the run writes; must be empty or new",
-        prompt="wording of the question",
-        seed="of data order, phantoms and sampling",
-    )
-    flags(
-        "GRPO",
-        steps="rollouts",
-        group_size="G, completions per prompt",
-        batch_size="prompts per rollout",
-        micro_batch="prompts per forward pass: less memory, same result",
-        inner_steps="optimiser steps per rollout",
-        lr="learning rate of AdamW",
-        warmup="steps of linear warm-up; constant afterwards",
-        grad_clip="largest gradient norm",
-        temperature="of sampling, and of all log-probs",
-        max_tokens="longest completion",
-        beta="weight of the KL to the starting policy; 0 keeps no copy of it",
-        clip_low="1 - this is the smallest ratio that still has a gradient, where A < 0",
-        clip_high="1 + this is the largest, where A > 0",
-        format_weight="of the reward for <think>...</think><answer>...</answer>, beside 1 for the box",
-    )
-    flags(
-        "reward schedule (what each is and where it comes from: scheduler.py)",
-        schedule="how IoU becomes reward",
-        **SCHEDULE_HELP,
-    )
-    flags(
-        "watching",
-        eval_every="steps between greedy evaluations; 0: at the start and the end",
-        eval_limit="samples per evaluation",
-        samples_every="steps between samples.jsonl lines and overlays; 0: never",
-        save_every="steps between checkpoints; the last step is always saved",
-    )
-    flags("machine", device="cpu or cuda", dtype="of the arithmetic; weights are trained in float32")
-    explicit = vars(parser.parse_args(argv))
-
-    saved = {}
-    if explicit.get("resume"):
-        saved = read_json(Path(explicit.get("out", DEFAULTS["out"])) / "config.json").get("arguments", {})
-        for name in sorted(explicit.keys() & saved.keys() - FREE_ON_RESUME):
-            given = list(explicit[name]) if isinstance(explicit[name], tuple) else explicit[name]
-            if given != saved[name]:
-                flag = "--" + name.replace("_", "-")
-                parser.error(f"--resume goes on with {flag} {saved[name]}, not {given}: drop {flag} or start a new run")
-    model = explicit.get("model", saved.get("model", DEFAULTS["model"]))
-    chosen = explicit.get("recipe", saved.get("recipe", "nano" if model == "nano" else "paper"))
-    merged = asdict(ScheduleConfig()) | DEFAULTS | RECIPES[chosen] | saved | explicit
-    args = argparse.Namespace(**merged | {"recipe": chosen, "resume": bool(explicit.get("resume"))})
-    for name in ("steps", "group_size", "batch_size", "micro_batch", "inner_steps", "max_tokens", "save_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("lr", "temperature", "grad_clip"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
-    for name in ("warmup", "beta", "clip_low", "clip_high", "format_weight", "eval_every", "samples_every", "seed"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name.replace('_', '-')} must not be negative")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        parser.error("this version trains in one process: start torchrun without --nproc-per-node")
-    return args
-
-
-SCHEDULE_HELP = dict(
-    tau_start="threshold at the start",
-    tau_target="threshold that is never passed",
-    window="N, what decisions look back on",
-    unit="what the window counts",
-    stale="which tau judges groups that a raise left in the window",
-    refresh="share of the window that a raise drops",
-    check_reward="hit rate >= P(tau)",
-    check_stability="sigma <= S(tau)",
-    check_margin="margin >= --min-margin",
-    stages="tau from which the second and third of the next two hold",
-    min_hit_rate="P(tau)",
-    max_sigma="S(tau)",
-    min_margin="Delta",
-    delta_schedule="how far a raise goes",
-    beta1="piecewise: .15 below",
-    beta2="piecewise: .10 below, .05 above",
-    delta0="linear and cosine: the first raise",
-    soft_scale="medloc-soft: s of sigmoid((IoU - tau)/s)",
-    fixed_tau="fixed: its threshold",
-)
-
-
-def describe(args: argparse.Namespace) -> dict:
-    """config.json: what was asked for, and with what it ran."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    packages = {name: version(name) for name in ("torch", "transformers", "safetensors", "numpy", "pillow")}
-    return {
-        "arguments": {name: value for name, value in vars(args).items() if name != "resume"},
-        "versions": {"python": platform.python_version(), **packages},
-        "git": git.stdout.strip() or None,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def open_out(args: argparse.Namespace) -> Path:
+def check_out(args) -> Path:
+    """--out as a path that a run may write to; nothing is created yet, so that a refused run leaves nothing behind."""
     out = Path(args.out)
     if not args.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} is not empty: name a new folder, or go on with the run in it by --resume")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(describe(args), indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error})") from None
     return out
 
 
@@ -424,42 +346,83 @@ def keep_until(file: Path, step: int) -> None:
         file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
-def main() -> None:
-    args = parse_arguments()
-    folder = model_folder(args.model)
-    args.prompt = args.prompt or default_prompt(folder)
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    config = ScheduleConfig(**{f.name: getattr(args, f.name) for f in fields(ScheduleConfig)})
-    schedule = make_schedule(args.schedule, config, args.steps)
-    samples = load_samples(args.data, args.seed, "train")
-    val = load_samples(args.val or args.data, args.seed, "test") if args.val or args.data.startswith("phantoms") else []
-    out = open_out(args)
+def json_line(row: dict) -> str:
+    """One line of strict JSON: a number that is not finite becomes null."""
+    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
 
-    start_folder = checkpoint.newest(out) if args.resume else folder
-    policy = Policy.from_folder(start_folder, args.device)
-    policy.compute_dtype = getattr(torch, args.dtype)
-    # In bfloat16 a copy of that dtype does all that needs no gradient; a cast per decoded token would cost more.
-    actor = policy if policy.compute_dtype == torch.float32 else copy.deepcopy(policy).to(policy.compute_dtype)
+
+def make_policies(args, base: Path, start: Path) -> tuple[Policy, Policy, Policy | None]:
+    """(policy, actor, reference): what is trained, what rolls out, what the KL is to. base is --model's folder, start
+    the one that the run goes on from.
+
+    In full training the weights are float32, and what needs no gradient is done by a copy in the arithmetic's dtype,
+    refreshed once a step: a cast of all weights per decoded token would cost more. With adapters there is one frozen
+    copy of the weights in that dtype for all three.
+    """
+    dtype = getattr(torch, args.dtype)
+    policy = Policy.from_folder(
+        base if args.lora_rank else start, args.device, dtype if args.lora_rank else torch.float32
+    )
+    policy.compute_dtype, policy.checkpointing = dtype, args.checkpointing
+    if args.lora_rank:
+        lora.add(policy, args.lora_rank, args.lora_alpha, args.seed)
+        return policy, policy, policy if args.beta > 0 else None
+    policy.visual.requires_grad_(not args.freeze_vision)
+    actor = policy if dtype == torch.float32 else copy.deepcopy(policy).to(dtype)
     reference = None
     if args.beta > 0:
-        reference = Policy.from_folder(folder, args.device, policy.compute_dtype).requires_grad_(False)
-        reference.compute_dtype = policy.compute_dtype
+        reference = Policy.from_folder(base, args.device, dtype).requires_grad_(False)
+        reference.compute_dtype = dtype
+    return policy, actor, reference
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    base = model_folder(args.model)
+    args.prompt = args.prompt or default_prompt(base)
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    schedule_config = ScheduleConfig(**{f.name: getattr(args, f.name) for f in fields(ScheduleConfig)})
+    schedule = make_schedule(args.schedule, schedule_config, args.steps)
+    out = check_out(args)
+    start = checkpoint.newest(out) if args.resume else base
+
+    bad = BadRecords(args.skip_bad)
+    samples = load_samples(args.data, args.seed, "train", bad)
+    val = load_samples(args.val or args.data, args.seed, "test", bad) if args.val or "phantoms" in args.data else []
+    policy, actor, reference = make_policies(args, base, start)
     room = policy.config.max_position_embeddings - args.max_tokens
-    task = Task(policy, start_folder, args.prompt, max_prompt_tokens=room)
+    if room < 1:
+        raise InputError(
+            f"--max-tokens {args.max_tokens}: the model has {room + args.max_tokens} positions in all; lower it"
+        )
+    task = Task(policy, base, args.prompt, room, args.max_pixels)
+    samples, val = task.usable(samples, bad), task.usable(val, bad, decode=True)
     judge = copy.copy(task)  # evaluates with the actor: what is measured is what would be deployed
     judge.policy = actor
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    sampler = Sampler(len(samples), args.batch_size, args.seed)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0, fused=True)
+    stream = Stream(samples, task, bad, args)
     first, bad_in_a_row, evaluation = 0, 0, {"start": None, "final": None, "history": []}
     if args.resume:
-        state = checkpoint.load(start_folder, policy, optimizer)
+        state = checkpoint.load(start, policy, optimizer)
         first, bad_in_a_row, evaluation = state["step"], state["bad_in_a_row"], state["evaluation"]
+        stream.drawn = state["drawn"]
         schedule.load_state_dict(state["schedule"])
         for name in ("metrics.jsonl", "samples.jsonl"):
             keep_until(out / name, first)
-    elif folder == NANO and args.data == "phantoms" and not args.val:
+    elif base == NANO and args.data == "phantoms" and not args.val:
         # The nano policy was made coarse on purpose; what plain supervision on exact boxes reaches stands beside.
         evaluation["exact_sft"] = read_json(NANO / "eval.json")["exact"]
+    config = describe(args)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        log = open_log(args.log, out, config, first) if args.log else None
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error}); name another folder") from None
 
     def measure(step: int) -> dict:
         """Greedy answers to the evaluation set; the first six as a picture, so that steps can be laid side by side."""
@@ -475,10 +438,21 @@ def main() -> None:
     def write_evaluation() -> None:
         (out / "eval.json").write_text(json.dumps(evaluation, indent=2) + "\n")
 
-    changed = {name: value for name, value in vars(args).items() if value is not None and not hasattr(config, name)}
-    tqdm.write(" ".join(f"{name}={value}" for name, value in changed.items()))
-    parameters = sum(p.numel() for p in policy.parameters())
-    tqdm.write(f"{parameters / 1e6:.1f} M parameters, {len(samples)} training samples, {len(val)} to evaluate on")
+    def save(step: int, drawn: int) -> None:
+        state = {"schedule": schedule.state_dict(), "bad_in_a_row": bad_in_a_row, "drawn": drawn}
+        checkpoint.save(out, step, task, optimizer, state | {"evaluation": evaluation})
+
+    asked = {k: v for k, v in vars(args).items() if v is not None and not hasattr(schedule_config, k)}
+    tqdm.write(" ".join(f"{name}={value}" for name, value in asked.items()))
+    for sentence in bad.sentences.values():
+        tqdm.write(f"left out: {sentence}")
+    count = f"{sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters"
+    count += (
+        f" ({sum(p.numel() for p in trained) / 1e6:.1f} M trained)"
+        if len(trained) < len(list(policy.parameters()))
+        else ""
+    )
+    tqdm.write(f"{count}, {len(samples)} training samples, {len(val)} to evaluate on")
     if not val:
         tqdm.write("no evaluation: name records with --val")
     elif first == 0:
@@ -487,34 +461,42 @@ def main() -> None:
     if "exact_sft" in evaluation:
         tqdm.write(summary("exact SFT, for comparison (the start was made coarse on purpose)", evaluation["exact_sft"]))
 
+    watch = Watch()
     metrics_file = open(out / "metrics.jsonl", "a", encoding="utf-8")
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=args.schedule, unit="step")
     for step in bar:
-        started = time.perf_counter()
+        started, drawn = time.perf_counter(), stream.drawn
         lr = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        indices = sampler.indices(step)
-        prompts = [task.prompt(samples[index]) for index in indices]
-        noise = uniforms(args.seed, step, list(range(len(indices))), indices, args.group_size, args.max_tokens)
         tau = schedule.tau
-        roll = rollout(actor, reference, task, prompts, noise, schedule, args)
-        decision = schedule.observe(roll.iou.tolist())
+        try:
+            seen, used = rollout(actor, reference, task, stream, step, schedule, args)
+        except InputError as error:  # a picture that cannot be decoded, found on the way: keep what was learned
+            save(step, drawn)
+            raise InputError(f"{error}. All up to step {step} is saved: repair it and go on by --resume") from error
+        decision = schedule.observe(seen.iou.tolist())
         rolled = time.perf_counter()
-        losses = update(policy, optimizer, roll, args)
+        losses = update(policy, optimizer, used, args)
         if actor is not policy:
             with torch.no_grad():
                 torch._foreach_copy_(list(actor.parameters()), list(policy.parameters()))
         ended = time.perf_counter()
 
         done = step + 1
+        last = done == args.steps
         row = {"step": done, "tau": tau, "hit_rate": decision.hit_rate, "sigma": decision.sigma}
-        row |= {"margin": decision.margin, "decision": str(decision), "lr": lr} | rollout_metrics(roll) | losses
+        row |= {"margin": decision.margin, "decision": str(decision), "lr": lr, "drawn": stream.drawn}
+        row |= rollout_metrics(seen, used) | losses
         row |= {"seconds": ended - started, "seconds_rollout": rolled - started, "seconds_update": ended - rolled}
         row |= {"peak_mb": peak_megabytes(args.device)}
-        print(json.dumps(row), file=metrics_file, flush=True)
+        print(json_line(row), file=metrics_file, flush=True)
+        if log:
+            log.write(row)
         if decision.tighten and args.schedule.startswith("medloc"):
             tqdm.write(f"step {done}: {decision}")
+        if paragraph := watch.add(seen, tau, last):
+            tqdm.write(f"step {done}: {paragraph}")
         shown = {"tau": "-" if tau is None else f"{tau:.2f}", "iou": f"{row['iou_mean']:.3f}"}
         shown |= {"hits": "-" if decision.hit_rate is None else f"{decision.hit_rate:.2f}"}
         shown |= {"flat": f"{row['zero_spread']:.2f}", "tok/s": f"{row['tokens'] / row['seconds']:.0f}"}
@@ -523,25 +505,25 @@ def main() -> None:
         bad_in_a_row = bad_in_a_row + 1 if losses["skipped"] else 0
         if bad_in_a_row:
             tqdm.write(f"step {done}: loss {row['loss']}, gradient norm {row['grad_norm']}: not finite, step skipped")
-        if bad_in_a_row == PATIENCE:
+        if bad_in_a_row >= PATIENCE:
             raise InputError(f"{PATIENCE} steps in a row had a non-finite loss or gradient; lower --lr or --grad-clip")
         if args.samples_every and (done % args.samples_every == 0 or done == 1):
-            write_samples(out, done, roll, tau)
-        last = done == args.steps
+            write_samples(out, done, seen, tau)
         if val and (last or args.eval_every and done % args.eval_every == 0):
             evaluation["history"].append({"step": done, **measure(done)})
             if last:
                 evaluation["final"] = {k: v for k, v in evaluation["history"][-1].items() if k != "step"}
             write_evaluation()
         if last or done % args.save_every == 0:
-            state = {"schedule": schedule.state_dict(), "bad_in_a_row": bad_in_a_row, "evaluation": evaluation}
-            checkpoint.save(out, done, task, optimizer, state)
+            save(done, stream.drawn)
     metrics_file.close()
-    failures = Counter(reason for group in roll.reasons for reason in group if reason) if first < args.steps else {}
+    if log:
+        log.close()
+    failures = Counter(reason for group in seen.reasons for reason in group if reason) if first < args.steps else {}
     if failures:
         tqdm.write("last step, answers without a box: " + ", ".join(f"{n} x {r}" for r, n in failures.most_common()))
     tqdm.write(f"done: {out}/eval.json, metrics.jsonl, samples.jsonl, overlay-*.png, step-{args.steps:06d}/")
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(main, MEMORY)

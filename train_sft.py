@@ -285,4 +285,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(main, "lower --micro-batch")

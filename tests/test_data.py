@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import struct
+import tracemalloc
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +20,19 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 import data
-from data import ImageConfig, Sampler, answer_text, build_prompt, load, load_jsonl, load_samples, mrope_positions
+from data import (
+    BadRecords,
+    ImageConfig,
+    Sampler,
+    answer_text,
+    build_prompt,
+    check_prompt,
+    load,
+    load_jsonl,
+    load_samples,
+    mrope_positions,
+    open_image,
+)
 from errors import InputError
 from phantoms import KINDS, QUERIES, phantom
 
@@ -60,7 +75,9 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A data folder with one 60x40 picture."""
+    """A data folder with one 60x40 picture, a text file under a picture's name and a folder."""
+    (tmp_path / "text.png").write_text("this is no picture")
+    (tmp_path / "folder.png").mkdir()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(tmp_path / "a.png")
     return tmp_path
 
@@ -81,7 +98,7 @@ def test_our_record_and_its_defaults(folder):
     path = write(folder, RECORD, "", full, RECORD | {"dataset": ""}, RECORD | {"query": " x\u2028y "})
     first, second, third, fourth = load_jsonl(path)
     assert (first.image, first.query, first.box) == (folder / "a.png", "the lesion", (1.0, 2.5, 30.0, 40.0))
-    assert (first.dataset, first.task, first.size, first.source) == ("train", "ground", None, f"{path}:1")
+    assert (first.dataset, first.task, first.size, first.source) == ("train", "ground", (60, 40), f"{path}:1")
     assert (second.dataset, second.task, second.size, second.source) == ("isic", "classify", (60, 40), f"{path}:3")
     assert third.dataset == "train" and fourth.query == "x\u2028y"
     assert first == replace(first) and hash(first) == hash(replace(first))
@@ -108,15 +125,28 @@ def test_vlm_r1_records(folder, answer):
 
 
 TURN = {"from": "human", "value": "where?"}
+OLDER = {"image": "a.png", "problem": "it", "solution": [1, 2, 3, 4]}
 BAD = {
-    '{"image": ': "not valid JSON",
-    '"text"': "a record must be a JSON object, not 'text'",
-    json.dumps({"image": "a.png", "bbox": [1, 2, 3, 4]}): "field 'query' is missing; the record has 'image', 'bbox'",
-    json.dumps({"query": "it", "bbox": [1, 2, 3, 4]}): "field 'image' is missing",
+    '{"image": ': r"not valid JSON in UTF-8 \(Expecting value: column 11 .*; write one JSON object per line",
+    "[" * 100_000: "not valid JSON in UTF-8 .maximum recursion depth",
+    "9" * 5000: "not valid JSON in UTF-8 .*value has 5000 digits.; write",
+    '"text"': "a record must be a JSON object with image, query and bbox, not 'text'",
+    json.dumps({"image": "a.png", "bbox": [1, 2, 3, 4]}): r"field 'query' is missing, .* has \['image', 'bbox'\]",
+    json.dumps({"query": "it", "bbox": [1, 2, 3, 4]}): "field 'image' is missing, add it",
     json.dumps({"image": "a.png", "query": "it"}): "field 'bbox' is missing",
+    json.dumps({f"{i}\n" * 9: i for i in range(9999)}): r"field 'query' is missing, add it; the record has \['0\\n0",
     json.dumps(RECORD | {"image": 3}): "field 'image' must be a non-empty string, not 3",
-    json.dumps(RECORD | {"image": "b.png"}): "field 'image' names .*b.png, which is not a file; paths are relative to",
+    json.dumps(
+        RECORD | {"image": "b.png"}
+    ): "field 'image' names 'b.png', which is not a file; paths are relative to /",
+    json.dumps(RECORD | {"image": "b\n\0.png"}): r"field 'image' names 'b\\n\\x00.png', which is not a file",
+    json.dumps(RECORD | {"image": "b" * 5000}): "field 'image' names 'bbb.*bbb', which is not a file",
+    json.dumps(RECORD | {"image": "folder.png"}): "field 'image' names 'folder.png', which is not a file",
+    json.dumps(RECORD | {"image": "\ud800.png"}): "field 'image' .* holds half a surrogate pair; write the whole",
+    json.dumps(RECORD | {"image": "text.png"}): "field 'image': image .*text.png cannot be read .no picture format",
     json.dumps(RECORD | {"query": " "}): "field 'query' must be a non-empty string",
+    json.dumps(RECORD | {"query": "a \udfff lesion"}): r"field 'query' 'a \\udfff lesion' holds half a surrogate pair",
+    json.dumps(RECORD | {"query": "x" * 10_001}): "field 'query' has 10001 characters; shorten it to at most 10000",
     json.dumps(RECORD | {"dataset": 7}): "field 'dataset' must be a non-empty string, not 7",
     json.dumps(RECORD | {"task": None}): "field 'task' must be a non-empty string, not None",
     json.dumps(RECORD | {"bbox": [1, 2, 3]}): r"field 'bbox' must be four finite numbers .* not \[1, 2, 3\]",
@@ -126,60 +156,179 @@ BAD = {
     json.dumps(RECORD | {"bbox": [1, 2, float("nan"), 4]}): "field 'bbox' must be four finite numbers",
     json.dumps(RECORD | {"bbox": [1, 2, float("inf"), 4]}): "field 'bbox' must be four finite numbers",
     json.dumps(RECORD | {"bbox": [1, 2, 10**400, 4]}): "field 'bbox' must be four finite numbers",
-    json.dumps(RECORD | {"bbox": [3, 2, 3, 4]}): r"field 'bbox' \[3, 2, 3, 4\] is an empty or inverted box",
+    json.dumps(RECORD | {"bbox": {"x\n" * 500: 10**4000}}): "field 'bbox' must be four finite numbers",
+    json.dumps(RECORD | {"bbox": 0}).replace("0}", "[" * 900 + "]" * 900 + "}"): "field 'bbox' must be four finite",
+    json.dumps(RECORD | {"bbox": [3, 2, 3, 4]}): r"field 'bbox' \[3, 2, 3, 4\] is an empty or inverted box; write x1 <",
     json.dumps(RECORD | {"bbox": [1, 4, 3, 4]}): "field 'bbox' .* is an empty or inverted box",
-    json.dumps(RECORD | {"bbox": [1, -2, 3, 4]}): "field 'bbox' .* reaches outside the image",
+    json.dumps(RECORD | {"bbox": [1, -2, 3, 4]}): "field 'bbox' .* reaches outside the 60x40 image; write pixels of",
     json.dumps(RECORD | {"bbox": [1, 5, 3, 4]}): "field 'bbox' .* is an empty or inverted box",
-    json.dumps(RECORD | {"bbox": [-1, 2, 3, 4]}): "field 'bbox' .* reaches outside the image",
+    json.dumps(RECORD | {"bbox": [-1, 2, 3, 4]}): "field 'bbox' .* reaches outside the 60x40 image",
+    json.dumps(RECORD | {"bbox": [1, 2, 60.5, 40]}): r"field 'bbox' \[1, 2, 60.5, 40\] reaches outside the 60x40 image",
+    json.dumps(RECORD | {"bbox": [1, 2, 60, 40.5]}): "field 'bbox' .* reaches outside the 60x40 image",
     json.dumps(RECORD | {"width": 60}): "field 'height' is missing",
     json.dumps(RECORD | {"width": 60.0, "height": 40}): "fields 'width' and 'height' must be positive integers",
     json.dumps(RECORD | {"width": 60, "height": 0}): "fields 'width' and 'height' must be positive integers",
-    json.dumps(RECORD | {"width": 29, "height": 40}): "field 'bbox' .* reaches outside the 29x40 image",
-    json.dumps(RECORD | {"width": 60, "height": 39}): "field 'bbox' .* reaches outside the 60x39 image",
+    json.dumps(RECORD | {"width": 10**4000, "height": 1}): "fields 'width' and 'height' must be positive integers",
+    json.dumps(
+        RECORD | {"width": 120, "height": 80}
+    ): "fields .* say 120x80, but 'a.png' is 60x40 as displayed .*; give",
+    json.dumps(RECORD | {"width": 40, "height": 60}): "fields 'width' and 'height' say 40x60, but",
     json.dumps({"image": "a.png", "conversations": [TURN]}): "field 'conversations' must be a question and an answer",
     json.dumps(
         {"image": "a.png", "conversations": [TURN, TURN]}
-    ): r"field 'conversations\[1\].value' 'where\?': not valid",
-    json.dumps({"image": "a.png", "conversations": [{"value": "<image>"}, {"value": [1, 2, 3, 4]}]}): r"\[0\].value",
+    ): r"field 'conversations\[1\].value' 'where\?': not valid JSON .*; write \[x1, y1, x2, y2\]",
+    json.dumps(
+        {"image": "a.png", "conversations": [{"value": "<image>"}, {"value": [1, 2, 3, 4]}]}
+    ): r"field 'conversations\[0\].value' must be a non-empty string",
+    json.dumps(
+        {"image": "a.png", "conversations": [TURN, {"value": [1, 2, 99, 4]}]}
+    ): r"field 'conversations\[1\].value' \[1, 2, 99, 4\] reaches outside",
     json.dumps({"image": "a.png", "problem": "it"}): "field 'solution' is missing",
-    json.dumps({"image": "a.png", "problem": "it", "solution": [4, 3, 2, 1]}): "field 'solution' .* inverted",
+    json.dumps(OLDER | {"problem": "\ud800"}): "field 'problem' .* holds half a surrogate pair",
+    json.dumps(OLDER | {"solution": [4, 3, 2, 1]}): "field 'solution' .* inverted",
+    json.dumps(OLDER | {"solution": "<answer>" + "[" * 5000}): r"field 'solution' '<answer>\[\[.*': not valid JSON",
 }
 
 
 @pytest.mark.parametrize("line, message", BAD.items(), ids=range(len(BAD)))
 def test_bad_records_name_file_line_and_field(folder, line, message):
     path = write(folder, RECORD, line, RECORD)
-    with pytest.raises(InputError, match=f"^{path}:2: .*{message}") as caught:
+    with pytest.raises(InputError, match=f"^{path}:2: {message}") as caught:
         load_jsonl(path)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+    assert str(caught.value).isprintable() and len(str(caught.value)) - len(str(path)) < 300
+    assert [s.source for s in load_jsonl(path, BadRecords(1))] == [f"{path}:1", f"{path}:3"]
+
+
+def test_bad_json_on_line_17_is_named_and_can_be_skipped(folder):
+    lines = [json.dumps(RECORD | {"query": f"lesion {n}"}).encode() for n in range(1, 31)]
+    for bad_line in (lines[16][:-1], lines[16] + b"}", lines[16].replace(b"17", b"\xff"), lines[16] + lines[17]):
+        path = folder / "train.jsonl"
+        path.write_bytes(b"\r\n".join([*lines[:16], bad_line, *lines[17:]]))
+        with pytest.raises(InputError, match=f"^{path}:17: not valid JSON in UTF-8 .*--skip-bad N"):
+            load_jsonl(path)
+        bad = BadRecords(1)
+        samples = load_samples(f"{path}", 0, "train", bad)
+        assert [s.query for s in samples] == [f"lesion {n}" for n in range(1, 31) if n != 17]
+        assert [s.source for s in samples][15:17] == [f"{path}:16", f"{path}:18"]
+        assert list(bad.sentences) == [f"{path}:17"]
+        assert bad.sentences[f"{path}:17"].startswith(f"{path}:17: not valid JSON in UTF-8 (")
+        assert "--skip-bad" not in bad.sentences[f"{path}:17"]
+
+
+def test_bad_records_count_sources_once_and_stop_at_one_too_many(folder):
+    bad = BadRecords(2)
+    for source in ("a:1", "a:2", "a:1", "a:2"):
+        bad.add(source, InputError(f"{source}: no"))
+    assert bad.sentences == {"a:1": "a:1: no", "a:2": "a:2: no"}
+    with pytest.raises(InputError, match="^b:1: no .this is bad record number 3, --skip-bad allows 2.$"):
+        bad.add("b:1", InputError("b:1: no"))
+    with pytest.raises(InputError, match="^b:1: no .--skip-bad N leaves up to N such records out.$"):
+        BadRecords().add("b:1", InputError("b:1: no"))
+    two, one = write(folder, RECORD, "{", "{", name="two.jsonl"), write(folder, RECORD, "{", name="one.jsonl")
+    assert len(load_samples(f"{two},{one}", 0, "train", BadRecords(3))) == 2  # the bound is one for all files
+    with pytest.raises(InputError, match=f"^{one}:2: .* bad record number 3, --skip-bad allows 2"):
+        load_samples(f"{two},{one}", 0, "train", BadRecords(2))
+
+
+def test_a_line_of_100_mb_is_refused_without_reading_it_whole(folder):
+    path, good = folder / "train.jsonl", json.dumps(RECORD).encode()
+    with open(path, "wb") as file:
+        file.write(good + b'\n{"query": "')
+        file.seek(100_000_000)  # a hole: takes no room on the disk
+        file.write(b'"}\n' + good + b"\n" + good.ljust(data.MAX_LINE - 1) + b"\n" + good.ljust(data.MAX_LINE) + b"\n")
+    tracemalloc.start()
+    bad = BadRecords(2)
+    samples = load_jsonl(path, bad)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [s.source for s in samples] == [f"{path}:1", f"{path}:3", f"{path}:4"] and peak < 10_000_000
+    assert list(bad.sentences) == [f"{path}:2", f"{path}:5"]
+    with pytest.raises(
+        InputError, match=f"^{path}:2: the line is longer than 1000000 bytes; write one JSON object per"
+    ):
+        load_jsonl(path)
 
 
 def test_bad_files(folder):
-    with pytest.raises(InputError, match="none.jsonl: cannot be read"):
-        load_jsonl(folder / "none.jsonl")
-    with pytest.raises(InputError, match="a.png: cannot be read as a UTF-8 text"):
+    for name, why in [("none.jsonl", "No such file"), ("folder.png", "Is a directory"), ("n" * 300, "name too long")]:
+        with pytest.raises(InputError, match=f"^{folder}/{name}: cannot be read .*{why}.*; name a JSONL file"):
+            load_jsonl(folder / name)
+    with pytest.raises(InputError, match=r"^a\\x00\\n: cannot be read"):
+        load_jsonl("a\0\n")
+    with pytest.raises(InputError, match="a.png:1: not valid JSON in UTF-8 .*can't decode byte 0x89"):
         load_jsonl(folder / "a.png")
-    with pytest.raises(InputError, match="train.jsonl: holds no records"):
+    with pytest.raises(InputError, match="train.jsonl: holds no usable records; write one"):
         load_jsonl(write(folder, "", " "))
-    with pytest.raises(InputError, match="old.json: not valid JSON"):
-        load_jsonl(write(folder, "[{", name="old.json"))
-    with pytest.raises(InputError, match="old.json: holds no records"):
-        load_jsonl(write(folder, "[]", name="old.json"))
-    with pytest.raises(InputError, match="old.json record 2: field 'query' is missing"):
-        load_jsonl(write(folder, json.dumps([RECORD, {}]), name="old.json"))
-
-
-def test_the_picture_is_held_against_the_record_when_it_is_opened(folder):
-    image, box = load(load_jsonl(write(folder, RECORD | {"width": 60, "height": 40}))[0])
-    assert image.size == (60, 40) and image.mode == "RGB" and box == (1.0, 2.5, 30.0, 40.0)
-    wrong = load_jsonl(write(folder, RECORD | {"width": 120, "height": 80}))[0]
-    with pytest.raises(InputError, match=r"train.jsonl:1: fields .* say 120x80, but .*a.png is 60x40 as displayed"):
-        load(wrong)
-    outside = load_jsonl(write(folder, RECORD | {"bbox": [1, 2, 61, 40]}))[0]
+    with pytest.raises(InputError, match="train.jsonl: holds no usable records"):
+        load_jsonl(write(folder, "{", "{"), BadRecords(9))
+    odd = write(folder, "{", name="new\nline.jsonl")
+    with pytest.raises(InputError, match=r"/new\\nline.jsonl:1: not valid JSON"):
+        load_jsonl(odd)
     with pytest.raises(
-        InputError, match=r"train.jsonl:1: field 'box' \[1.0, 2.0, 61.0, 40.0\] reaches outside the 60x40"
+        InputError, match="old.json: not valid JSON .*line 2 column 1.*; a file that begins with . must"
     ):
-        load(outside)
+        load_jsonl(write(folder, "[{}", "{}]", name="old.json"), BadRecords(9))
+    with pytest.raises(InputError, match="old.json: holds no usable records"):
+        load_jsonl(write(folder, "[]", name="old.json"))
+    listed = write(folder, json.dumps([RECORD, {}, RECORD]), name="old.json")
+    with pytest.raises(InputError, match="old.json record 2: field 'query' is missing"):
+        load_jsonl(listed)
+    assert [s.source for s in load_jsonl(listed, BadRecords(1))] == [f"{listed} record 1", f"{listed} record 3"]
+
+
+def test_a_picture_that_may_not_be_read_is_named(folder, monkeypatch):
+    def refuse(path):  # what the system says to anybody but root
+        raise PermissionError(13, "Permission denied", str(path))
+
+    path = write(folder, RECORD)
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(
+        InputError, match=f"^{path}:1: field 'image': image .*a.png cannot be read .Permission denied.; "
+    ):
+        load_jsonl(path)
+
+
+def png_with_late_exif(exif):
+    """A 60x40 PNG whose EXIF stands behind the pixels, where some tools write it."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 60, 40, 8, 0, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(61 * 40)))]
+    chunks += [(b"eXIf", exif.tobytes()[6:]), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_from_the_header_is_the_size_of_the_picture(folder, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("e.png", "e.jpg", "e.tif", "e.webp"):
+        Image.open(folder / "a.png").save(folder / name, exif=exif)
+    Image.open(folder / "a.png").save(folder / "lzw.tif", exif=exif, compression="tiff_lzw")
+    (folder / "late.png").write_bytes(png_with_late_exif(exif))
+    for name in ("e.png", "e.jpg", "e.tif", "e.webp", "lzw.tif", "late.png"):
+        sample = load_jsonl(write(folder, RECORD | {"image": name, "bbox": [1, 2, 30, 30]}))[0]
+        assert sample.size == open_image(folder / name).size == ((60, 40) if orientation < 5 else (40, 60)), name
+        load(sample)
+
+
+def test_pixels_are_not_decoded_with_the_record_and_their_damage_is_named_later(folder):
+    for name in ("cut.png", "cut.jpg"):
+        Image.open(folder / "a.png").save(folder / name)
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) * 2 // 3])
+        sample = load_jsonl(write(folder, RECORD | {"image": name}))[0]
+        assert sample.size == (60, 40)
+        with pytest.raises(InputError, match=f"^{sample.source}: image .*{name} cannot be read .*; replace it"):
+            load(sample)
+
+
+def test_a_picture_that_changed_after_its_record_was_read_is_refused(folder):
+    sample = load_jsonl(write(folder, RECORD))[0]
+    image, box = load(sample)
+    assert image.size == (60, 40) and image.mode == "RGB" and box == (1.0, 2.5, 30.0, 40.0)
+    Image.new("RGB", (40, 60)).save(folder / "a.png")
+    with pytest.raises(InputError, match="train.jsonl:1: field 'image': .*a.png is 40x60 as displayed, but was 60x40"):
+        load(sample)
 
 
 def test_load_samples_reads_several_files(folder):
@@ -330,16 +479,49 @@ def test_prompts_are_refused_never_cut(folder, tokenizer):
     n = len(build_prompt(sample, tokenizer, ImageConfig(), "answer").ids)
     assert len(build_prompt(sample, tokenizer, ImageConfig(), "answer", max_prompt_tokens=n).ids) == n
     with pytest.raises(
-        InputError, match=f"train.jsonl:1: the prompt has {n} tokens, more than max_prompt_tokens {n - 1}"
+        InputError,
+        match=f"train.jsonl:1: the prompt has {n} tokens .6 for field 'image', .* field 'query'., but {n - 1} are "
+        "allowed; lower --max-pixels or --max-tokens or shorten the query",
     ):
         build_prompt(sample, tokenizer, ImageConfig(), "answer", max_prompt_tokens=n - 1)
     for token in SPECIAL:
-        with pytest.raises(InputError, match="train.jsonl:1: the query .* holds the special token"):
+        with pytest.raises(InputError, match="train.jsonl:1: field 'query' .* holds the special token .*; remove it"):
             build_prompt(replace(sample, query=f"the {token} lesion"), tokenizer, ImageConfig(), "answer")
     Image.new("RGB", (402, 2)).save(folder / "a.png")
     sliver = load_jsonl(write(folder, RECORD | {"bbox": [0, 0, 2, 2]}))[0]
-    with pytest.raises(InputError, match="train.jsonl:1: one side of a 402x2 image"):
+    with pytest.raises(InputError, match="train.jsonl:1: field 'image': one side of a 402x2 image.*; crop it"):
         build_prompt(sliver, tokenizer, ImageConfig(), "answer")
+
+
+def test_prompts_are_checked_without_their_pictures(folder, tokenizer):
+    older = {"image": "a.png", "problem": "<image>Where?", "solution": [1, 2, 3, 4]}
+    talk = {"image": "a.png", "conversations": [{"value": "Where?"}, {"value": [1, 2, 3, 4]}]}
+    path = write(folder, RECORD, older, talk)
+    first, second, third = load_jsonl(path)
+    n = len(build_prompt(first, tokenizer, ImageConfig(), "answer").ids)
+    (folder / "a.png").unlink()
+    check_prompt(first, tokenizer, ImageConfig(), "answer", n)
+    check_prompt(first, tokenizer, ImageConfig(), "answer", None)
+    with pytest.raises(InputError, match="train.jsonl:1: image .*a.png cannot be read .No such file"):
+        check_prompt(first, tokenizer, ImageConfig(), "answer", n, decode=True)
+    for sample, field in [(first, "query"), (second, "problem"), (third, r"conversations\[0\].value")]:
+        with pytest.raises(
+            InputError, match=f"^{sample.source}: the prompt has .* field '{field}'.*, but 9 are allowed"
+        ):
+            check_prompt(sample, tokenizer, ImageConfig(), "answer", 9)
+        with pytest.raises(InputError, match=f"^{sample.source}: field '{field}' .* special token"):
+            check_prompt(replace(sample, query="a <|im_end|>"), tokenizer, ImageConfig(), "answer", 99)
+
+
+def test_phantoms_are_checked_without_drawing(tokenizer, monkeypatch):
+    sample = data.phantom_samples("xray", 0, 0, 1, size=112)[0]
+    n = len(build_prompt(sample, tokenizer, ImageConfig(), "answer").ids)
+    monkeypatch.delattr(data, "phantom")
+    check_prompt(sample, tokenizer, ImageConfig(), "answer", n)
+    with pytest.raises(
+        InputError, match=f"phantoms:xray seed 0 index 0: the prompt has {n} tokens .16 for field 'image'"
+    ):
+        check_prompt(sample, tokenizer, ImageConfig(), "answer", n - 1)
 
 
 def test_tokenizer_errors_name_the_folder(tmp_path):
@@ -416,6 +598,15 @@ def test_a_step_needs_no_history(n, batch_size, seed, step):
     assert batch == Sampler(n, batch_size, seed).indices(step)
     ones = Sampler(n, 1, seed)
     assert batch == [ones.indices(step * batch_size + k)[0] for k in range(batch_size)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(0, 1000), st.integers(0, 500), st.integers(0, 200))
+def test_take_cuts_the_same_stream_anywhere(n, batch_size, seed, first, count):
+    sampler = Sampler(n, batch_size, seed)
+    steps = -(-(first + count) // batch_size)
+    stream = [i for step in range(steps) for i in sampler.indices(step)]
+    assert sampler.take(first, count) == stream[first : first + count]
 
 
 def test_order_depends_on_seed_and_epoch_and_never_changes():

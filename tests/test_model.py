@@ -1,6 +1,7 @@
 """model.py against transformers' Qwen2.5-VL, and the shared prefix against plain full rows."""
 
 import json
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -217,8 +218,7 @@ def test_names_and_shapes_of_the_published_sizes(size):
 @pytest.mark.parametrize("group", [1, 8])
 def test_prefix_equals_full_rows(pair, prompts, group):
     """In float64: log-probs to 1e-10 and the gradient of every parameter to 1e-9; unequal prompts and completions."""
-    policy = Policy.from_folder(pair[2], dtype=torch.float64)
-    policy.compute_dtype = torch.float64
+    policy = in_float64(pair[2])
     batch = collate(prompts)
     ids, lengths = random_completions(len(prompts), group, 6)
     weights = torch.randn(ids.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -232,6 +232,114 @@ def test_prefix_equals_full_rows(pair, prompts, group):
     for name, p in policy.named_parameters():
         assert p.grad.abs().max() > 0, name
         assert (gradients[name] - p.grad).abs().max() < 1e-9, name
+
+
+def backward(policy: Policy, prompts: list[FakePrompt], group: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
+    """A loss that weighs every token's log-prob by chance -> the loss and the gradients by name."""
+    ids, lengths = random_completions(len(prompts), group, 6)
+    weights = torch.randn(ids.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    policy.zero_grad()
+    logp = policy.logprobs(policy.prefix(collate(prompts)), ids, lengths, temperature=0.9)
+    loss = (logp * weights).sum()
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours: tuple[Tensor, dict], theirs: tuple[Tensor, dict]) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    assert all(gradient.abs().max() > 1e-6 for gradient in ours[1].values())
+
+
+def in_float64(folder) -> Policy:
+    policy = Policy.from_folder(folder, dtype=torch.float64)
+    policy.compute_dtype = torch.float64
+    return policy
+
+
+def count_checkpoints(patch: pytest.MonkeyPatch) -> list:
+    calls, checkpoint = [], model.checkpoint
+    patch.setattr(
+        model, "checkpoint", lambda f, *inputs, **options: calls.append(f) or checkpoint(f, *inputs, **options)
+    )
+    return calls
+
+
+def test_checkpointing_changes_no_number(pair, prompts):
+    """Loss and every gradient; and every block takes part: 3 of the vision tower, 3 of the prompt, 3 of the
+    completions. The head does so always."""
+    policy = in_float64(pair[2])
+    plain = backward(policy, prompts)
+    policy.checkpointing = True
+    with pytest.MonkeyPatch.context() as patch:
+        calls = count_checkpoints(patch)
+        assert_same(backward(policy, prompts), plain)
+    assert len(calls) == 3 + 3 + 3 + 1
+    assert plain[1].keys() == dict(policy.named_parameters()).keys()
+
+
+@torch.no_grad()
+def test_without_gradient_nothing_is_checkpointed(pair, prompts, monkeypatch):
+    policy, calls = pair[0], count_checkpoints(monkeypatch)
+    monkeypatch.setattr(policy, "checkpointing", True)
+    prefix = policy.prefix(collate(prompts))
+    completions = policy.generate(prefix, 2, 4)
+    policy.logprobs(prefix, completions.ids, completions.lengths)
+    assert not calls
+
+
+def held_bytes(policy: Policy, forward) -> int:
+    """What autograd keeps of a forward pass until the backward pass, weights aside: distinct storages of saved tensors
+    and of the inputs of checkpoints."""
+    tensors, checkpoint = {}, model.checkpoint
+
+    def keep(tensor: Tensor) -> Tensor:
+        tensors[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        return tensor
+
+    def noting(function, *inputs, **options):
+        for tensor in inputs:
+            if isinstance(tensor, Tensor):
+                keep(tensor)
+        return checkpoint(function, *inputs, **options)
+
+    with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        patch.setattr(model, "checkpoint", noting)
+        assert forward().requires_grad
+    weights = {p.data_ptr() for p in policy.parameters()}
+    return sum(t.untyped_storage().nbytes() for address, t in tensors.items() if address not in weights)
+
+
+def test_checkpointing_holds_less_memory(pair, prompts):
+    """The whole pass, and the vision tower alone, which has a loop of its own."""
+    policy, batch = Policy.from_folder(pair[2]), collate(prompts)
+    policy.visual.patch_embed.requires_grad_(False)  # else the patches are kept for it, and outweigh these tiny blocks
+    ids, lengths = random_completions(len(prompts), 8, 20)
+
+    def both() -> tuple[int, int]:
+        return (
+            held_bytes(policy, lambda: policy.logprobs(policy.prefix(batch), ids, lengths)),
+            held_bytes(policy, lambda: policy.visual(batch.patches, batch.grids, policy.checkpointing)),
+        )
+
+    plain = both()
+    policy.checkpointing = True
+    whole, vision = both()
+    assert whole < plain[0] / 2 and vision < plain[1] / 2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_frozen_vision_tower_builds_no_graph(pair, prompts, checkpointing):
+    """And the gradients of all the rest are what they were."""
+    policy = in_float64(pair[2])
+    loss, gradients = backward(policy, prompts)
+    policy.visual.requires_grad_(False)
+    policy.checkpointing = checkpointing
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frozen = backward(policy, prompts)
+    assert_same(frozen, (loss, {name: g for name, g in gradients.items() if not name.startswith("visual.")}))
+    batch = collate(prompts)
+    assert not policy.visual(batch.patches.double(), batch.grids, checkpointing).requires_grad
 
 
 def test_order_of_prompts_does_not_matter(pair, prompts):

@@ -490,7 +490,7 @@ def test_tau_only_rises_within_the_target_and_by_decisions_alone(settings_, step
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(SCHEDULES), CONFIGS, STEPS, st.data())
+@given(st.sampled_from(sorted(SCHEDULES)), CONFIGS, STEPS, st.data())
 def test_a_saved_schedule_goes_on_identically(name, settings_, steps, data):
     cut = data.draw(st.integers(0, len(steps)), label="cut")
     whole, first, resumed = (make_schedule(name, settings_, len(steps)) for _ in range(3))

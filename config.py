@@ -1,0 +1,299 @@
+"""The command line of train_grpo.py: every flag with its default and the reason for it, and the two recipes.
+
+Explicit flags > the resumed run's > the recipe's > DEFAULTS. A flag that is unknown, or that would change nothing
+beside the others, ends the program: in a grid, two runs that differ in a dead flag look like a finding.
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import loss
+import rewards
+import scheduler
+from data import PROMPTS
+from errors import InputError
+from logs import LOGS
+from model import read_json
+from scheduler import ScheduleConfig
+
+DEFAULTS = dict(
+    model="nano",  # runs anywhere, no download
+    data="phantoms",
+    val=None,  # held-out phantoms for phantoms; for files it must be named
+    out="out",
+    prompt=None,  # the one the policy was trained with, else think, the paper's
+    max_pixels=None,  # what the checkpoint says; the published ones allow 16,384 tokens an image
+    schedule="medloc",
+    group_size=8,  # G, as in the paper
+    inner_steps=1,  # optimiser steps per rollout; 1 is on policy, and needs no pass for the old log-probs
+    loss="grpo",
+    clip_low=0.2,
+    clip_high=0.2,  # .28 is DAPO's clip-higher
+    kl="k3",  # what TRL and VLM-R1 have; k3+ has the right gradient
+    overlong="keep",  # an answer that was cut off has no box and learns so; mask is DAPO's
+    dynamic_sampling=0,  # off, as in the paper
+    grad_clip=1.0,
+    lora_rank=0,  # 0: all weights are trained
+    lora_alpha=64.0,  # adapters count alpha / rank
+    freeze_vision=False,
+    checkpointing=False,  # a third more time for a fraction of the memory
+    skip_bad=0,
+    eval_every=0,  # 0: at the start and the end only
+    eval_limit=None,
+    samples_every=20,
+    save_every=100,
+    log=None,  # metrics.jsonl alone
+    seed=0,
+    device="cuda" if torch.cuda.is_available() else "cpu",
+    dtype=None,  # of the arithmetic: bfloat16 on CUDA, float32 on a CPU; trained weights are float32 on both
+    deterministic=False,  # CPU runs are anyway; on CUDA it costs time
+)
+RECIPES = {
+    "nano": dict(
+        steps=200,
+        batch_size=16,  # prompts per optimiser step
+        micro_batch=16,  # prompts per forward pass
+        lr=1e-4,  # mIoU after 100 steps, seed 0: .718; 2e-4 .680, 4e-4 .581
+        warmup=5,
+        temperature=1.0,
+        beta=0.0,  # no KL: the start is meant to be left behind
+        max_tokens=24,  # a bare box is 16
+        rewards="box=1",
+    ),
+    "paper": dict(  # scheduler.py's marks: (s) of the paper's summaries, (?) ours
+        steps=500,  # (?)
+        batch_size=8,  # (?)
+        micro_batch=1,
+        lr=1e-6,  # (s)
+        warmup=10,  # (?)
+        temperature=0.9,  # (s)
+        beta=0.04,  # (?) of the code that the paper builds on; one summary says .4
+        max_tokens=512,  # (?)
+        rewards="box=1,format=1",  # (?)
+    ),
+}
+CHOICES = scheduler.CHOICES | {
+    "prompt": tuple(PROMPTS),
+    "dtype": ("float32", "bfloat16"),
+    "loss": loss.KINDS,
+    "kl": loss.KLS,
+    "overlong": ("keep", "mask"),
+    "log": tuple(LOGS),
+}
+TYPES = {"val": str, "prompt": str, "dtype": str, "log": str, "eval_limit": int, "max_pixels": int}  # default None
+# What a resumed run may change: nothing here decides what is learned. More --steps is a longer run (the learning rate
+# is constant after the warm-up); schedules that go by the share of the steps refuse it themselves.
+FREE_ON_RESUME = {"resume", "out", "steps", "device", "eval_every", "eval_limit", "samples_every", "save_every", "log"}
+FREE_ON_RESUME |= {"skip_bad", "checkpointing"}
+
+GROUPS = {  # title -> flag -> help
+    "what": dict(
+        model="checkpoint folder, or nano",
+        data="JSONL files, or phantoms[:dermoscopy|xray|ultrasound]",
+        val="records to evaluate on",
+        out="folder for everything the run writes; must be empty or new",
+        prompt="wording of the question",
+        max_pixels="largest picture that the policy sees, 784 pixels a token; larger ones are scaled down",
+        skip_bad="records that may be unusable; they are left out and listed",
+        seed="of data order, phantoms and sampling",
+    ),
+    "GRPO (formulas: loss.py)": dict(
+        steps="rollouts",
+        group_size="G, completions per prompt",
+        batch_size="prompts per rollout",
+        micro_batch="prompts per forward pass: less memory, same result",
+        inner_steps="optimiser steps per rollout",
+        loss="what the token losses are averaged over",
+        lr="learning rate of AdamW",
+        warmup="steps of linear warm-up; constant afterwards",
+        grad_clip="largest gradient norm",
+        temperature="of sampling, and of all log-probs",
+        max_tokens="longest completion",
+        overlong="completions without an end: keep them in the loss, or mask them out of it",
+        dynamic_sampling="K rounds at most of fresh prompts in place of groups without spread; what is left is dropped",
+        beta="weight of the KL to the starting policy; 0 keeps no copy of it",
+        kl="its estimator",
+        clip_low="1 - this is the smallest ratio that still has a gradient, where A < 0",
+        clip_high="1 + this is the largest, where A > 0",
+    ),
+    "reward schedule (what each is and where it comes from: scheduler.py)": dict(
+        rewards="weights; 0 logs a reward without counting it",
+        schedule="how IoU becomes the reward 'box'",
+        tau_start="threshold at the start",
+        tau_target="threshold that is never passed",
+        window="N, what decisions look back on",
+        unit="what the window counts",
+        stale="which tau judges groups that a raise left in the window",
+        refresh="share of the window that a raise drops",
+        check_reward="hit rate >= P(tau)",
+        check_stability="sigma <= S(tau)",
+        check_margin="margin >= --min-margin",
+        stages="tau from which the second and third of the next two hold",
+        min_hit_rate="P(tau)",
+        max_sigma="S(tau)",
+        min_margin="Delta",
+        delta_schedule="how far a raise goes",
+        beta1="piecewise: .15 below",
+        beta2="piecewise: .10 below, .05 above",
+        delta0="linear and cosine: the first raise",
+        soft_scale="medloc-soft: s of sigmoid((IoU - tau)/s)",
+        fixed_tau="fixed: its threshold",
+    ),
+    "watching": dict(
+        eval_every="steps between greedy evaluations; 0: at the start and the end",
+        eval_limit="samples per evaluation",
+        samples_every="steps between samples.jsonl lines and overlays; 0: never",
+        save_every="steps between checkpoints; the last step is always saved",
+        log="also to this package, which must be installed",
+    ),
+    "machine": dict(
+        device="cpu or cuda",
+        dtype="of the arithmetic; weights are trained in float32",
+        lora_rank="train adapters of this rank in the decoder (lora.py) and keep one frozen copy of all weights",
+        lora_alpha="adapters are scaled by alpha / rank",
+        freeze_vision="leave the vision tower as it is",
+        checkpointing="recompute activations in the backward pass",
+        deterministic="refuse operations that may differ from run to run",
+    ),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Only flags that were given end up in its namespace: what is missing comes from elsewhere."""
+    parser = argparse.ArgumentParser(
+        prog="train_grpo.py",
+        description="GRPO for visual grounding with a reward curriculum; what a step does: train_grpo.py",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    recipe = "the nano one with --model nano, else the paper's"
+    parser.add_argument("--recipe", choices=tuple(RECIPES), help=f"defaults of what follows (default: {recipe})")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    known = DEFAULTS | RECIPES["nano"] | asdict(ScheduleConfig())
+    for title, helps in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name, text in helps.items():
+            default = known[name]
+            if name in RECIPES["nano"]:
+                default = f"{default}, paper's recipe {RECIPES['paper'][name]}"
+            options: dict = {"help": f"{text} (default {default})"}
+            kind = TYPES.get(name, type(known[name]))
+            if kind is bool:
+                options["action"] = argparse.BooleanOptionalAction
+            elif kind is tuple:
+                options |= {"type": float, "nargs": len(known[name])}
+            else:
+                options["type"] = kind
+            choices = CHOICES | {
+                "schedule": tuple(scheduler.SCHEDULES)
+            }  # now: a fork's own schedule is registered late
+            if name in choices:
+                options["choices"] = choices[name]
+            group.add_argument(flag(name), **options)
+    return parser
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The resolved flags. Unknown, impossible and contradictory ones end the program with one sentence, exit code 2."""
+    parser = make_parser()
+    explicit = vars(parser.parse_args(argv))
+    saved = {}
+    if explicit.get("resume"):
+        file = Path(explicit.get("out", DEFAULTS["out"])) / "config.json"
+        if not file.is_file():
+            parser.error(
+                f"--resume: {file} does not exist, so there is no run to go on with; start it without --resume"
+            )
+        saved = read_json(file).get("arguments", {})
+        for name in sorted(explicit.keys() & saved.keys() - FREE_ON_RESUME):
+            given = list(explicit[name]) if isinstance(explicit[name], tuple) else explicit[name]
+            if given != saved[name]:
+                parser.error(
+                    f"--resume goes on with {flag(name)} {saved[name]}, not {given}: "
+                    f"drop {flag(name)} or start a new run"
+                )
+    model = explicit.get("model", saved.get("model", DEFAULTS["model"]))
+    recipe = explicit.get("recipe", saved.get("recipe", "nano" if model == "nano" else "paper"))
+    merged = asdict(ScheduleConfig()) | DEFAULTS | RECIPES[recipe] | saved | explicit
+    args = argparse.Namespace(**merged | {"recipe": recipe, "resume": bool(explicit.get("resume"))})
+    for sentence in wrong(args, explicit):
+        parser.error(sentence)
+    return args
+
+
+LEAST = {
+    1: "steps batch_size micro_batch inner_steps max_tokens save_every eval_limit max_pixels".split(),
+    0: (
+        "warmup beta clip_low clip_high eval_every samples_every seed dynamic_sampling skip_bad lora_rank lora_alpha"
+    ).split(),
+}
+
+
+def wrong(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
+    """What cannot be right about the flags, a sentence each; `explicit` holds those that were given."""
+    for least, names in LEAST.items():
+        for name in names:
+            if getattr(args, name) is not None and getattr(args, name) < least:
+                yield f"{flag(name)} must be at least {least}"
+    for name in ("lr", "temperature", "grad_clip"):
+        if not getattr(args, name) > 0:
+            yield f"{flag(name)} must be above 0"
+    if args.group_size < 2:
+        yield "--group-size must be at least 2: an answer alone has no group to be better than, its advantage is 0"
+    if args.clip_low >= 1:
+        yield "--clip-low must be below 1: ratios are above 0, so nothing would ever be clipped"
+    try:
+        rewards.read_weights(args.rewards)
+    except InputError as error:
+        yield f"--rewards: {error}"
+    if "phantoms" not in args.data and not args.val:
+        for name in explicit.keys() & {"eval_every", "eval_limit"}:
+            yield f"{flag(name)} needs --val: there is nothing to evaluate on"
+    # Flags that would change nothing.
+    idle = {
+        "kl": (args.beta == 0, "--beta 0: there is no KL"),
+        "clip_low": (args.inner_steps == 1, "--inner-steps 1: every ratio is exactly 1"),
+        "clip_high": (args.inner_steps == 1, "--inner-steps 1: every ratio is exactly 1"),
+        "lora_alpha": (args.lora_rank == 0, "--lora-rank 0: there are no adapters"),
+        "freeze_vision": (args.lora_rank > 0, "--lora-rank: only the adapters are trained"),
+    }
+    own = scheduler.SCHEDULES[args.schedule].own
+    for field in fields(ScheduleConfig):
+        if field.name not in (*scheduler.WATCHING, *own):
+            idle[field.name] = (True, f"--schedule {args.schedule}")
+    for name, (nothing, why) in idle.items():
+        if nothing and name in explicit:
+            yield f"{flag(name)} changes nothing beside {why}; drop it"
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        yield f"--device {args.device} is not to be had here ({str(error).splitlines()[0]:.80}); use --device cpu"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        yield "this version trains in one process: start torchrun without --nproc-per-node"
+
+
+def describe(args: argparse.Namespace) -> dict:
+    """config.json: what was asked for, and with what it ran."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    packages = {name: version(name) for name in ("torch", "transformers", "safetensors", "numpy", "pillow")}
+    return {
+        "arguments": {name: value for name, value in vars(args).items() if name != "resume"},
+        "versions": {"python": platform.python_version(), **packages},
+        "git": git.stdout.strip() or None,
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# MedLoc-R1's experiment on ONE 24 GB GPU: Qwen2.5-VL-3B with adapters. Never run on a GPU by us.
+#
+# The paper trains all weights on 4 x 80 GB; that does not fit here. Adapters of rank 64 in the decoder, one frozen bf16
+# copy of the weights (7.5 GB) that is policy, actor and reference at once, activations recomputed. By arithmetic: 7.5 GB
+# weights, 2 GB adapters with gradients and AdamW's moments, the rest for one prompt's group and its logits. Adapters take a
+# larger learning rate than whole weights: 1e-5 is a guess, the paper's is 1e-6.
+#
+#   MODEL   a folder with Qwen2.5-VL-3B-Instruct         TRAIN, VAL   records (README: "Your own images")
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python train_grpo.py --schedule=medloc --recipe=paper \
+  --model="${MODEL:-Qwen2.5-VL-3B-Instruct}" --data="${TRAIN:-train.jsonl}" --val="${VAL:-val.jsonl}" \
+  --out="${OUT:-out-medloc-3b}" \
+  --lora-rank=64 --lora-alpha=64 --lr=1e-5 --checkpointing \
+  --batch-size=8 --micro-batch=1 --max-tokens=256 --max-pixels=401408 \
+  --steps=500 --eval-every=100 --save-every=50

@@ -1,0 +1,112 @@
+"""config.py: what wins over what, and that flags which cannot be meant end the program by name."""
+
+import json
+from dataclasses import fields
+
+import pytest
+
+import config
+import scheduler
+from config import DEFAULTS, RECIPES, parse_arguments
+from scheduler import ScheduleConfig
+
+
+def refused(capsys, *flags: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        parse_arguments(list(flags))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "Traceback" not in error
+    return error
+
+
+def test_every_default_has_a_flag_and_every_flag_a_default():
+    flags = {name for helps in config.GROUPS.values() for name in helps}
+    assert flags == DEFAULTS.keys() | RECIPES["nano"].keys() | {f.name for f in fields(ScheduleConfig)}
+    assert RECIPES["nano"].keys() == RECIPES["paper"].keys()
+
+
+def test_the_recipe_follows_the_model_and_explicit_flags_win(tmp_path):
+    assert parse_arguments([]).recipe == "nano" and parse_arguments(["--model", str(tmp_path)]).recipe == "paper"
+    paper = parse_arguments(["--recipe", "paper"])
+    settings = (paper.lr, paper.group_size, paper.temperature, paper.beta, paper.rewards, paper.warmup > 0)
+    assert settings == (1e-6, 8, 0.9, 0.04, "box=1,format=1", True)
+    assert parse_arguments(["--recipe", "paper", "--lr", "3e-6"]).lr == 3e-6
+    assert parse_arguments(["--stages", "0.5", "0.7"]).stages == [0.5, 0.7]
+
+
+def test_a_resumed_run_keeps_its_flags_and_frees_some(tmp_path, capsys):
+    saved = {"lr": 0.5, "steps": 7, "recipe": "paper", "model": "nano", "loss": "dapo"}
+    (tmp_path / "config.json").write_text(json.dumps({"arguments": saved}))
+    resume = ["--resume", "--out", str(tmp_path)]
+    args = parse_arguments(resume)
+    assert (args.lr, args.steps, args.recipe, args.loss, args.batch_size) == (0.5, 7, "paper", "dapo", 8)
+    assert parse_arguments([*resume, "--steps", "9", "--loss", "dapo"]).steps == 9
+    assert "--resume goes on with --loss dapo, not grpo: drop --loss" in refused(capsys, *resume, "--loss", "grpo")
+    assert "config.json does not exist" in refused(capsys, "--resume", "--out", str(tmp_path / "new"))
+
+
+IMPOSSIBLE = {
+    "unknown flag": (["--lerning-rate", "1"], "unrecognized arguments: --lerning-rate"),
+    "abbreviated flag": (["--sched", "raw"], "unrecognized arguments: --sched"),
+    "unknown schedule": (["--schedule", "easy"], "--schedule: invalid choice: 'easy'"),
+    "unknown loss": (["--loss", "ppo"], "--loss: invalid choice: 'ppo'"),
+    "not a number": (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
+    "no steps": (["--steps", "0"], "--steps must be at least 1"),
+    "negative": (["--dynamic-sampling", "-1"], "--dynamic-sampling must be at least 0"),
+    "no temperature": (["--temperature", "0"], "--temperature must be above 0"),
+    "nan": (["--lr", "nan"], "--lr must be above 0"),
+    "no group": (["--group-size", "1"], "--group-size must be at least 2"),
+    "no clipping": (["--inner-steps", "2", "--clip-low", "1"], "--clip-low must be below 1"),
+    "unknown reward": (["--rewards", "box=1,bleu=1"], "--rewards: no reward is called 'bleu'; there are box, format"),
+    "half a reward": (["--rewards", "box"], "--rewards: 'box' must be NAME=WEIGHT"),
+    "no reward": (["--rewards", "box=0"], "gives every reward the weight 0"),
+    "infinite reward": (["--rewards", "box=inf"], "'box=inf' must have a finite weight"),
+    "no such device": (["--device", "cuda:99"], "--device cuda:99 is not to be had here"),
+    "no device at all": (["--device", "tpuu"], "--device tpuu is not to be had here"),
+    "kl without beta": (["--kl", "k3+"], "--kl changes nothing beside --beta 0"),
+    "clip on policy": (["--clip-high", "0.28"], "--clip-high changes nothing beside --inner-steps 1"),
+    "alpha without adapters": (["--lora-alpha", "32"], "--lora-alpha changes nothing beside --lora-rank 0"),
+    "frozen twice": (["--lora-rank", "8", "--freeze-vision"], "--freeze-vision changes nothing beside --lora-rank"),
+    "another schedule's": (
+        ["--schedule", "raw", "--tau-start", "0.2"],
+        "--tau-start changes nothing beside --schedule",
+    ),
+    "medloc's": (
+        ["--schedule", "fixed", "--no-check-margin"],
+        "--check-margin changes nothing beside --schedule fixed",
+    ),
+    "fixed's": (["--fixed-tau", "0.4"], "--fixed-tau changes nothing beside --schedule medloc"),
+    "nothing to evaluate": (["--data", "a.jsonl", "--eval-every", "5"], "--eval-every needs --val"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_impossible_and_idle_flags_are_refused_by_name(name, capsys):
+    flags, words = IMPOSSIBLE[name]
+    assert words in refused(capsys, *flags)
+
+
+@pytest.mark.parametrize("name", sorted(scheduler.SCHEDULES))
+def test_a_schedule_owns_just_the_switches_that_change_what_it_does(name):
+    """Turn each switch, feed both schedules the same steps: what it does not own changes neither reward nor tau."""
+    other = dict(
+        tau_start=0.2, tau_target=0.4, refresh="full", check_reward=False, check_stability=False, check_margin=False,
+        stages=(0.1, 0.2), min_hit_rate=(0.1,) * 3, max_sigma=(0.0,) * 3, min_margin=0.5, delta_schedule="linear",
+        beta1=0.1, beta2=0.9, delta0=0.05, soft_scale=0.3, fixed_tau=0.7,
+    )  # fmt: skip
+    for switch, value in other.items():
+        traces = []
+        for settings in ({}, {switch: value}):
+            schedule = scheduler.make_schedule(name, ScheduleConfig(window=2, **settings), 30)
+            trace = []
+            for step in range(30):
+                trace.append((schedule.tau, schedule.reward(0.45, 0.4, True)))
+                schedule.observe([[0.55 + 0.01 * (step % 3), 0.9 - 0.02 * (step % 5)]] * 2)
+            traces.append(trace)
+        if switch not in schedule.own:
+            assert traces[0] == traces[1], switch
+
+
+def test_several_ranks_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "one process" in refused(capsys)

@@ -1,0 +1,317 @@
+"""What a user gets wrong, as a user meets it: train_grpo.py ends with exit code 2 and one sentence that names file,
+line and field and says what to do. No traceback, nothing left in --out but what was learned."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_train import grpo, lines, run
+
+import eval as evaluation
+import train_grpo
+import train_sft
+from model import Policy
+
+GOOD = {"image": "a.png", "query": "the skin lesion", "bbox": [10, 10, 50, 40]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Eight 84x56 pictures."""
+    rng = np.random.default_rng(0)
+    for name in "abcdefgh":
+        Image.fromarray(rng.integers(0, 256, (56, 84, 3), np.uint8)).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def write(folder: Path, *records, name: str = "train.jsonl") -> Path:
+    rows = [record if isinstance(record, (str, bytes)) else json.dumps(record) for record in records]
+    (folder / name).write_bytes(b"\n".join(row if isinstance(row, bytes) else row.encode() for row in rows))
+    return folder / name
+
+
+def sentence(output: str) -> str:
+    """The error, which must be one line, and the last."""
+    last = output.strip().splitlines()[-1]
+    assert last.startswith(("error: ", "train_grpo.py: error: ")), output
+    return last
+
+
+# --------------------------------------------------------------------------------------------------------- records
+
+RECORDS = {  # what line 17 says: (field, words of the sentence with its remedy)
+    "broken JSON": ('{"image": "a.png", ', "not valid JSON"),
+    "not an object": ("[1, 2]", "a record must be a JSON object"),
+    "invalid UTF-8": (b'{"image": "a.png", "query": "\xff"}', "UTF-8"),
+    "missing key": ({"image": "a.png", "query": "it"}, "field 'bbox' is missing, add it; the record has ['image', 'query']"),
+    "wrong type": (GOOD | {"query": 7}, "field 'query' must be a non-empty string, not 7"),
+    "text for a box": (GOOD | {"bbox": "10,10,50,40"}, "field 'bbox' must be four finite numbers [x1, y1, x2, y2]"),
+    "several boxes": (GOOD | {"bbox": [[1, 2, 3, 4], [5, 6, 7, 8]]}, "field 'bbox' must be four finite numbers"),
+    "missing picture": (GOOD | {"image": "z.png"}, "field 'image' names"),
+    "no picture": (GOOD | {"image": "train.jsonl"}, "train.jsonl"),
+    "box outside": (GOOD | {"bbox": [10, 10, 85, 40]}, "field 'bbox' [10, 10, 85, 40] reaches outside the 84x56 image"),
+    "inverted box": (GOOD | {"bbox": [50, 10, 10, 40]}, "field 'bbox' [50, 10, 10, 40] is an empty or inverted box"),
+    "wrong frame": (GOOD | {"width": 840, "height": 560}, "fields 'width' and 'height' say 840x560"),
+    "long question": (GOOD | {"query": "where " * 800}, "field 'query'"),
+    "special token": (
+        GOOD | {"query": "the <|image_pad|>"},
+        "field 'query' 'the <|image_pad|>' holds the special token",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_bad_record_ends_the_run_by_name_or_is_skipped_and_listed(name, folder):
+    record, words = RECORDS[name]
+    file = write(folder, *[GOOD] * 16, record, GOOD)
+    place = f"{file}:17: "
+    for flag in ("--data", "--val"):
+        data = {"--data": str(folder / "good.jsonl"), "--val": str(folder / "good.jsonl"), flag: str(file)}
+        write(folder, *[GOOD] * 4, name="good.jsonl")
+        flags = [part for pair in data.items() for part in pair]
+        error = sentence(run(train_grpo, *flags, "--out", str(folder / "out"), expect=2))
+        assert place in error and words in error and len(error) < 500 + 2 * len(str(folder)), error
+        assert not (folder / "out").exists()
+    flags = ["--steps", "1", "--batch-size", "2", "--group-size", "2", "--eval-limit", "1", "--skip-bad", "1"]
+    output = grpo(folder / "out", file, *flags)  # the same file is evaluated on: one record, counted once
+    assert output.count(f"left out: {place}") == 1 and words in output
+    assert "17 training samples, 17 to evaluate on" in output
+
+
+def test_more_bad_records_than_allowed_end_the_run(folder):
+    file = write(folder, GOOD, "{", GOOD, {}, GOOD, "[]")
+    error = sentence(grpo(folder / "out", file, "--skip-bad", "2", expect=2))
+    assert f"{file}:6: " in error and "bad record number 3" in error and "--skip-bad allows 2" in error
+    assert "--skip-bad N" in sentence(grpo(folder / "out", file, expect=2))
+
+
+FILES = {
+    "missing": (None, "train.jsonl: cannot be read"),
+    "empty": (b"", "train.jsonl: holds no usable records; write one JSON object per line"),
+    "blank": (b"\n \n", "train.jsonl: holds no usable records"),
+    "broken list": (b'[{"image": 1}, ', "train.jsonl: not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_bad_file_is_named(name, folder):
+    content, words = FILES[name]
+    if content is not None:
+        (folder / "train.jsonl").write_bytes(content)
+    assert words in sentence(grpo(folder / "out", folder / "train.jsonl", "--skip-bad", "9", expect=2))
+
+
+def test_every_record_bad_is_said_though_they_may_be_skipped(folder):
+    file = write(folder, "{", "[]")
+    assert "train.jsonl" in sentence(grpo(folder / "out", file, "--skip-bad", "9", expect=2))
+    file = write(folder, GOOD | {"query": "<|im_end|>"})
+    assert "none of 1 records can be used" in sentence(grpo(folder / "out", file, "--skip-bad", "9", expect=2))
+
+
+def test_a_picture_that_breaks_on_the_way_saves_the_run_first(folder):
+    """Cut off behind its header, it is noticed when its turn comes: what was learned is saved, repair and --resume go
+    on as if nothing had been; with --skip-bad the next record takes its place."""
+    names = "abcdefgh"
+    file = write(folder, *[GOOD | {"image": f"{name}.png"} for name in names])
+    val = write(folder, GOOD, name="val.jsonl")
+    whole = {name: (folder / f"{name}.png").read_bytes() for name in names}
+    order = train_grpo.Sampler(8, 2, 0).take(0, 8)
+    victim = names[order[5]]  # in the third step
+    flags = ["--data", str(file), "--val", str(val), "--steps", "4", "--batch-size", "2", "--group-size", "2"]
+    flags += ["--schedule", "raw"]
+    run(train_grpo, *flags, "--out", str(folder / "straight"))
+
+    if victim != "a":
+        (folder / f"{victim}.png").write_bytes(whole[victim][:2000])
+    error = sentence(run(train_grpo, *flags, "--out", str(folder / "out"), expect=2))
+    assert f"{file}:{order[5] + 1}: " in error and f"{victim}.png" in error and "All up to step 2 is saved" in error
+    assert [f.name for f in (folder / "out").glob("step-*")] == ["step-000002"]
+    output = run(train_grpo, *flags, "--out", str(folder / "skipping"), "--skip-bad", "1")
+    assert f"left out: {file}:{order[5] + 1}: " in output
+    assert [row["drawn"] for row in lines(folder / "skipping" / "metrics.jsonl")] == [2, 4, 7, 9]
+
+    (folder / f"{victim}.png").write_bytes(whole[victim])
+    run(train_grpo, "--resume", "--out", str(folder / "out"))
+    ends = [Policy.from_folder(folder / out / "step-000004").parameters() for out in ("straight", "out")]
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_pictures_to_evaluate_on_are_decoded_before_the_first_step(folder):
+    (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:2000])
+    file = write(folder, GOOD)
+    val = write(folder, GOOD, GOOD | {"image": "b.png"}, name="val.jsonl")
+    error = sentence(run(train_grpo, "--data", str(file), "--val", str(val), "--out", str(folder / "out"), expect=2))
+    assert f"{val}:2: " in error and "b.png" in error and not (folder / "out").exists()
+
+
+# --------------------------------------------------------------------------------------------------- checkpoints, --out
+
+
+def broken_model(folder: Path, name: str) -> Path:
+    """A copy of the nano policy with one thing wrong."""
+    copy = shutil.copytree(evaluation.NANO, folder / "model")
+    if name == "foreign architecture":
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    elif name == "broken config":
+        (copy / "config.json").write_text('{"model_type": ')
+    elif name == "no weights":
+        (copy / "model.safetensors").unlink()
+    elif name == "weights cut off":
+        (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:9999])
+    elif name == "a tensor is missing":
+        tensors = load_file(copy / "model.safetensors")
+        del tensors["visual.merger.ln_q.weight"]
+        save_file(tensors, copy / "model.safetensors")
+    elif name == "a tensor is foreign":
+        tensors = load_file(copy / "model.safetensors")
+        save_file(tensors | {"transformer.h.0.attn.weight": torch.ones(1)}, copy / "model.safetensors")
+    elif name == "another shape":
+        tensors = load_file(copy / "model.safetensors")
+        save_file(tensors | {"model.norm.weight": torch.ones(3)}, copy / "model.safetensors")
+    elif name == "no tokenizer":
+        (copy / "tokenizer.json").unlink()
+    elif name == "broken tokenizer":
+        (copy / "tokenizer.json").write_text("{}")
+    elif name == "no preprocessor":
+        (copy / "preprocessor_config.json").unlink()
+    elif name == "unknown prompt":
+        (copy / "medloc.json").write_text('{"prompt": "sing"}')
+    return copy
+
+
+MODELS = {
+    "foreign architecture": "config.json: model_type is 'llama', only 'qwen2_5_vl' is implemented here",
+    "broken config": "config.json: not readable as JSON",
+    "no weights": "model.safetensors does not exist; the checkpoint is not whole",
+    "weights cut off": "model.safetensors: not a readable safetensors file",
+    "a tensor is missing": "1 tensors are missing, the first is visual.merger.ln_q.weight",
+    "a tensor is foreign": "tensor transformer.h.0.attn.weight is not one of Qwen2.5-VL's",
+    "another shape": "tensor model.norm.weight has shape (3,), config.json asks for (128,)",
+    "no tokenizer": "holds no tokenizer that transformers can load",
+    "broken tokenizer": "holds no tokenizer that transformers can load",
+    "no preprocessor": "cannot be read; is its folder a whole checkpoint?",
+    "unknown prompt": "medloc.json: field 'prompt' is 'sing'; there are",
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_unreadable_or_foreign_model_is_named(name, folder):
+    file = write(folder, GOOD)
+    model = broken_model(folder, name)
+    error = sentence(grpo(folder / "out", file, "--model", str(model), expect=2))
+    assert MODELS[name] in error and str(model) in error and not (folder / "out").exists()
+
+
+def test_a_folder_that_is_not_there_is_named(folder):
+    error = sentence(grpo(folder / "out", write(folder, GOOD), "--model", str(folder / "nowhere"), expect=2))
+    assert "nowhere/config.json does not exist; --model wants a folder of a Qwen2.5-VL checkpoint or 'nano'" in error
+
+
+def test_more_tokens_than_positions_are_refused(folder):
+    file = write(folder, GOOD)
+    error = sentence(grpo(folder / "out", file, "--max-tokens", "2048", expect=2))
+    assert "--max-tokens 2048: the model has 2048 positions" in error
+    error = sentence(grpo(folder / "out", file, "--max-tokens", "2040", expect=2))
+    assert f"{file}:1: " in error and "but 8 are allowed" in error and "--max-tokens" in error
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Path:
+    """A run of one step."""
+    folder = tmp_path_factory.mktemp("stopped")
+    Image.new("RGB", (84, 56), "gray").save(folder / "a.png")
+    grpo(folder / "run", write(folder, GOOD), "--steps", "1")
+    return folder / "run"
+
+
+def trainer(out: Path, **changes) -> None:
+    file = out / "step-000001" / "trainer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+BREAKS = {
+    "no checkpoint": (lambda out: shutil.rmtree(out / "step-000001"), "holds no checkpoint step-..."),
+    "cut-off state": (
+        lambda out: (out / "step-000001" / "trainer.json").write_text('{"format": 1, "st'),
+        "step-000001: the trainer's state cannot be read",
+    ),
+    "cut-off moments": (
+        lambda out: (out / "step-000001" / "trainer.safetensors").write_bytes(b"12345678"),
+        "step-000001: the trainer's state cannot be read",
+    ),
+    "another format": (lambda out: trainer(out, format=99), "trainer.json: format 99 is not"),
+    "no config": (lambda out: (out / "config.json").unlink(), "config.json does not exist"),
+    "broken config": (lambda out: (out / "config.json").write_text("{"), "config.json: not readable as JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_broken_checkpoint_is_named_on_resume(name, stopped, tmp_path):
+    damage, words = BREAKS[name]
+    out = shutil.copytree(stopped, tmp_path / "run")
+    damage(out)
+    assert words in sentence(run(train_grpo, "--resume", "--out", str(out), "--steps", "2", expect=2))
+    assert len(lines(out / "metrics.jsonl")) == 1
+
+
+def test_a_used_or_unwritable_folder_is_refused(stopped, folder):
+    file = write(folder, GOOD)
+    assert "is not empty: name a new folder, or go on" in sentence(grpo(stopped, file, expect=2))
+    assert "--resume goes on with --lr 0.0001, not 0.1" in sentence(
+        run(train_grpo, "--resume", "--out", str(stopped), "--lr", "0.1", expect=2)
+    )
+    assert "is not empty" in sentence(grpo(file, file, expect=2))  # a file, not a folder
+    assert "cannot be written" in sentence(grpo(file / "below", file, expect=2))
+
+
+# ---------------------------------------------------------------------------------------------------- rewards, memory
+
+
+def test_a_reward_that_gives_no_number_is_named(folder, monkeypatch):
+    file = write(folder, GOOD)
+    monkeypatch.setitem(train_grpo.rewards.REWARDS, "odd", lambda texts, scores, samples: [math.nan] * len(texts))
+    error = sentence(grpo(folder / "a", file, "--rewards", "box=1,odd=1", expect=2))
+    assert "reward 'odd' must give 8 finite numbers, one an answer" in error
+    monkeypatch.setitem(train_grpo.rewards.REWARDS, "odd", lambda texts, scores, samples: [1.0])
+    error = sentence(grpo(folder / "b", file, "--rewards", "box=1,odd=1", expect=2))
+    assert "reward 'odd' must give 8 finite numbers" in error and "(1,)" in error
+
+
+OUT_OF_MEMORY = {
+    "a real one of the CPU": lambda *_: torch.empty(1 << 60),
+    "CUDA's": lambda *_: (_ for _ in ()).throw(
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nx")
+    ),
+    "Python's": lambda *_: bytearray(1 << 62),
+    "numpy's": lambda *_: np.ones(1 << 59),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_MEMORY)
+def test_the_end_of_the_memory_is_one_sentence_with_the_flags_that_help(name, folder, monkeypatch):
+    monkeypatch.setattr(Policy, "generate", OUT_OF_MEMORY[name])
+    monkeypatch.setattr(Policy, "logprobs", OUT_OF_MEMORY[name])
+    file = write(folder, GOOD)
+    error = sentence(run(train_grpo, "--data", str(file), "--out", str(folder / "out"), expect=2))
+    assert error.startswith("error: not enough memory (") and "--micro-batch" in error and "--checkpointing" in error
+    error = sentence(run(train_sft, "--data", str(file), "--out", str(folder / "sft"), expect=2))
+    assert error.startswith("error: not enough memory (")
+
+
+def test_another_runtime_error_is_a_bug_and_keeps_its_traceback(folder, monkeypatch):
+    monkeypatch.setattr(Policy, "generate", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        run(train_grpo, "--data", str(write(folder, GOOD)), "--out", str(folder / "out"))
+
+
+def test_a_log_that_is_not_installed_is_named(folder, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)  # as if absent
+    error = sentence(grpo(folder / "out", write(folder, GOOD), "--log", "wandb", expect=2))
+    assert "--log wandb: the package is not installed (pip install wandb)" in error

@@ -1,0 +1,228 @@
+"""Whatever a file of records holds: good samples, or one sentence that begins with the file's name. Nothing else."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_data import SPECIAL, write_tokenizer
+
+from data import BadRecords, ImageConfig, build_prompt, check_prompt, load_jsonl, load_tokenizer
+from errors import InputError
+
+SIZES = {"a.png": (60, 40), "turned.jpg": (40, 60), "sliver.png": (402, 2), "cut.png": (60, 40)}  # as displayed
+RECORD = {"image": "a.png", "query": "the lesion", "bbox": [1, 2.5, 30, 40]}
+SETTINGS = settings(max_examples=150, deadline=None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pictures of SIZES, cut.png without half of its pixels, and a text file under a picture's name."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.effect_noise((60, 40), 50).save(folder / "a.png")
+    Image.new("L", (60, 40)).save(folder / "turned.jpg", exif=exif)
+    Image.new("L", (402, 2)).save(folder / "sliver.png")
+    (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:-1000])
+    (folder / "text.png").write_text("this is no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("fuzz_tokenizer")))
+
+
+# ---------------------------------------------------------------- what files hold
+
+anything = st.text(st.characters(exclude_categories=()), max_size=20)  # lone surrogates and control characters too
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.integers(10**300, 10**310) | st.floats() | anything,
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(anything, inner, max_size=3),
+    max_leaves=8,
+)
+numbers = st.integers(-2, 70) | st.floats(-2, 70) | st.floats()
+inside = st.tuples(*[st.floats(0, 19), st.floats(0, 19), st.floats(20, 40), st.floats(20, 40)]).map(list)
+boxes = inside | st.lists(numbers, min_size=3, max_size=5)
+answers = boxes | boxes.map(json.dumps) | boxes.map(lambda box: f"<answer>{json.dumps(box)}</answer>")
+queries = st.sampled_from(["the lesion", "<image>Where is it?", "<image>", " \n", "x" * 10_001, *SPECIAL]) | anything
+images = st.sampled_from([*SIZES, " a.png", "./a.png", "text.png", "b.png", ".", "..", "a\0", "b" * 300, "\udc80"])
+plausible = {
+    "image": images,
+    "query": queries,
+    "bbox": boxes,
+    "width": st.sampled_from([60, 40, 60.0, True, 0, 10**400]),
+    "height": st.sampled_from([40, 60, "40", None, -1]),
+    "dataset": queries,
+    "task": queries,
+    "problem": queries,
+    "solution": answers,
+    "conversations": st.lists(st.fixed_dictionaries({"value": queries | answers}), min_size=1, max_size=3)
+    | st.tuples(st.fixed_dictionaries({"value": queries}), st.fixed_dictionaries({"value": answers})).map(list),
+}
+valid = st.fixed_dictionaries(
+    {"image": st.sampled_from(["a.png", "turned.jpg"]), "query": st.text(min_size=1).filter(str.strip), "bbox": inside}
+)
+odd_records = st.builds(  # valid up to some fields, which are gone, hold something plausible, or anything at all
+    lambda base, removed, changed: {k: v for k, v in (base | changed).items() if k not in removed},
+    valid,
+    st.sets(st.sampled_from(["image", "query", "bbox"]), max_size=1),
+    st.fixed_dictionaries({}, optional=plausible)
+    | st.dictionaries(st.sampled_from(list(plausible)), values, max_size=2)
+    | st.sampled_from(list(plausible)).flatmap(lambda field: st.fixed_dictionaries({field: plausible[field]})),
+)
+
+
+def line(value, ascii_only=True):
+    """JSON in one line; lone surrogates, if not escaped, become bytes that are no UTF-8."""
+    return json.dumps(value, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+
+
+@st.composite
+def mutated(draw):
+    """A valid record with some bytes replaced, cut out or put in."""
+    text = bytearray(line(draw(valid)))
+    for _ in range(draw(st.integers(1, 4))):
+        at, length = draw(st.integers(0, len(text))), draw(st.integers(0, 5))
+        text[at : at + length] = draw(st.text('[]{}",:.-0123 \\u', max_size=3)).encode() or draw(st.binary(max_size=1))
+    return bytes(text)
+
+
+odd_lines = st.one_of(
+    st.builds(line, odd_records, st.booleans()),
+    st.builds(line, values, st.booleans()),
+    mutated(),
+    st.binary(max_size=99),
+)
+NASTY = [
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
+    line(RECORD)[:-1] + b',"x":' + b"[" * 900 + b"]" * 900 + b"}",
+    b'{"image": "a.png", "query": "it", "bbox": ' + b"[" * 900 + b"]" * 900 + b"}",
+    b'{"image": "a.png", "query": "it", "bbox": [1, 2, 3, ' + b"9" * 5000 + b"]}",
+    b'{"image": "a.png", "query": "it", "bbox": [1, 2, 3, 1e999]}',
+    line(RECORD).replace(b"{", b'{"bbox": 0, "query": 0, '),
+    line(RECORD).replace(b"}", b', "bbox": 0, "query": 0}'),
+    line(RECORD).replace(b"lesion", b"l\xc3\x28sion"),
+    line(RECORD).decode().encode("utf-16"),
+    line({"k\n" * 50 + str(i): i for i in range(5000)}),
+]
+
+# ---------------------------------------------------------------- records
+
+
+def read(folder, content, bad=None):
+    """The samples of a file with this content, or the InputError's sentence; either way held against the promise."""
+    path = folder / "f.jsonl"
+    path.write_bytes(content)
+    try:
+        samples = load_jsonl(path, bad)
+    except InputError as error:
+        sentences, samples = [str(error)], str(error)
+    else:
+        sentences = []
+        for sample in samples:
+            width, height = SIZES[sample.image.name]
+            x1, y1, x2, y2 = sample.box
+            assert sample.size == (width, height) and 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
+            assert sample.query.strip() == sample.query != "" and sample.query.encode() and len(sample.query) <= 10_000
+    for sentence in [*sentences, *(bad.sentences.values() if bad else [])]:
+        assert re.match(f"{re.escape(str(path))}(:[0-9]+| record [0-9]+)?: ", sentence), sentence
+        assert sentence.isprintable() and len(sentence) < 300 + len(str(path))
+    return samples
+
+
+@SETTINGS
+@given(st.binary(max_size=300) | st.text('[]{}",:0123 \n\\eEtrunlfas', max_size=60).map(str.encode))
+def test_bytes(folder, content):
+    read(folder, content)
+
+
+@pytest.mark.parametrize("content", NASTY, ids=range(len(NASTY)))
+def test_nasty_lines(folder, content):
+    samples = read(folder, content)
+    assert isinstance(samples, str) == (content not in (NASTY[2], NASTY[6])), (
+        samples
+    )  # of a field given twice the last counts
+
+
+@SETTINGS
+@given(values | st.lists(odd_records | values, max_size=4), st.booleans(), st.sampled_from([None, 0, 1]))
+def test_any_json(folder, value, ascii_only, indent):
+    read(folder, json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "surrogatepass"))
+
+
+@settings(SETTINGS, max_examples=300)
+@given(odd_records, st.booleans())
+def test_odd_records(folder, record, ascii_only):
+    read(folder, line(record, ascii_only))
+
+
+@SETTINGS
+@given(mutated())
+def test_mutated_records(folder, content):
+    read(folder, content)
+
+
+@SETTINGS
+@given(st.lists(odd_lines.map(lambda text: text.replace(b"\n", b"")) | st.sampled_from(NASTY[:5]), max_size=6))
+@example([b"\x00" * 1_000_001, b"\r", b"\xef\xbb\xbf" + line(RECORD)])
+def test_a_line_does_not_depend_on_its_neighbours(folder, lines):
+    """With bad lines allowed a file gives what its lines give one by one, and lists every bad one by its number."""
+    lines = [line(RECORD), *lines]  # one that begins with [ would make the file a JSON list
+    want, sources = [], []
+    for number, text in enumerate(lines, 1):
+        alone = read(folder, b"\n" * (number - 1) + line(RECORD) + b"\n" + text, BadRecords(1))[1:]
+        want += [replace(sample, source=f"{folder / 'f.jsonl'}:{number}") for sample in alone]
+        if not alone and text.strip(b"\xef\xbb\xbf \t\r\n"):
+            sources.append(f"{folder / 'f.jsonl'}:{number}")
+    bad = BadRecords(10**6)
+    assert read(folder, b"\n".join(lines), bad) == want and list(bad.sentences) == sources
+
+
+@SETTINGS
+@given(st.lists(st.one_of(valid, st.sampled_from(["", "{", '"x"', "{}", '{"image": "a.png"}', "7"])), max_size=12))
+def test_exactly_the_good_records_are_read(folder, rows):
+    rows = [RECORD, *rows]
+    bad = BadRecords(10**6)
+    samples = read(folder, b"\r\n".join(line(row) if isinstance(row, dict) else row.encode() for row in rows), bad)
+    good = [(n, row) for n, row in enumerate(rows, 1) if isinstance(row, dict)]
+    assert [(s.source, s.query, list(s.box), s.image.name) for s in samples] == [
+        (f"{folder / 'f.jsonl'}:{n}", row["query"].strip(), row["bbox"], row["image"]) for n, row in good
+    ]
+    assert list(bad.sentences) == [
+        f"{folder / 'f.jsonl'}:{n}" for n, row in enumerate(rows, 1) if row and not isinstance(row, dict)
+    ]
+
+
+# ---------------------------------------------------------------- prompts
+
+
+@SETTINGS
+@given(
+    st.sampled_from(list(SIZES)),
+    st.lists(anything | st.sampled_from(SPECIAL) | st.text("<|>imagepd_{}"), max_size=4).map("".join),
+    st.sampled_from(["answer", "think"]),
+    st.none() | st.integers(0, 300),
+)
+@example("cut.png", "it", "answer", None)
+@example("sliver.png", "it", "answer", None)
+def test_check_prompt_says_what_build_prompt_would(folder, tokenizer, image, query, style, most):
+    samples = read(folder, line(RECORD | {"image": image, "query": query, "bbox": [0, 0, 2, 2]}))
+    if isinstance(samples, str):
+        return
+    said = []
+    for call in (check_prompt, lambda *a: check_prompt(*a, decode=True), build_prompt):
+        try:
+            prompt = call(samples[0], tokenizer, ImageConfig(), style, most)
+            said.append("")
+        except InputError as error:
+            said.append(str(error))
+            assert said[-1].startswith(f"{folder / 'f.jsonl'}:1: ") and said[-1].isprintable() and len(said[-1]) < 400
+    assert said[1] == said[2] and (said[0] == said[2] or image == "cut.png")
+    if not said[2]:
+        assert len(prompt.ids) == prompt.positions.shape[1] and (most is None or len(prompt.ids) <= most)
