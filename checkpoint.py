@@ -1,7 +1,6 @@
 """What a run needs to go on exactly: the policy as a Hugging Face folder, and the trainer's state beside it.
 
-    out/step-000100/   model.safetensors (weights in the dtype they are held in: fp32 where trained; adapters merged),
-                       config.json, tokenizer ...: a Hugging Face folder
+    out/step-000100/   model.safetensors (fp32, adapters merged), config.json, tokenizer ...: a Hugging Face folder
                        trainer.safetensors   AdamW's two moments of every trained parameter; adapters, if there are any
                        trainer.json          format version, step, counters, state of the schedule
 
@@ -23,7 +22,7 @@ import lora
 from errors import InputError
 from model import Policy
 
-FORMAT = 1  # of trainer.json and trainer.safetensors
+FORMAT = 2  # of trainer.json and trainer.safetensors
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names
 
 

@@ -340,10 +340,11 @@ def check_out(args) -> Path:
 
 
 def keep_until(file: Path, step: int) -> None:
-    """Drop the lines of steps after `step`: a resumed run will write them again."""
+    """Drop the lines of steps after `step`, which a resumed run writes again, and a last one that a kill cut off."""
     if file.exists():
-        kept = [line for line in file.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
-        file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        whole = file.read_text(encoding="utf-8").split("\n")[:-1]
+        kept = [line + "\n" for line in whole if json.loads(line)["step"] <= step]
+        file.write_text("".join(kept), encoding="utf-8")
 
 
 def json_line(row: dict) -> str:

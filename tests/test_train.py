@@ -121,6 +121,8 @@ def test_resume_goes_on_as_if_never_stopped(whole, records, tmp_path):
     """Three steps, stop, resume to six: metrics equal line by line (times aside), weights bit by bit."""
     out = tmp_path / "run"
     grpo(out, records, "--steps", "3", *WHOLE)
+    with open(out / "metrics.jsonl", "a") as file:  # a kill came in step 5
+        file.write('{"step": 4, "loss": 0}\n{"step": 5, "lo')
     run(train_grpo, "--resume", "--out", str(out), "--steps", "6")
     assert without_times(lines(out / "metrics.jsonl")) == without_times(lines(whole / "metrics.jsonl"))
     assert lines(out / "samples.jsonl")[-1] == lines(whole / "samples.jsonl")[-1]
