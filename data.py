@@ -528,8 +528,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise InputError(f"{folder} is not a folder; a model is a Hugging Face checkpoint folder on this machine")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: holds no tokenizer that transformers can load ({error})") from error
+    except Exception as error:  # of a broken tokenizer.json: whatever the first thing that it misses raises
+        why = f"{type(error).__name__}: {_why(error)}"
+        raise InputError(f"{folder}: holds no tokenizer that transformers can load ({why}); restore it") from error
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         raise InputError(f"{folder}: its tokenizer has no {IMAGE_TOKEN}; a Qwen2.5-VL checkpoint is needed")
     ids = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), _read_json(folder / "config.json").get("image_token_id")

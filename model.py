@@ -746,15 +746,19 @@ class Policy(nn.Module):
 
 
 def sample(logits: Tensor, temperature: float, uniforms: Tensor | None) -> Tensor:
-    """logits (N, V), uniforms (N,) in [0, 1) -> tokens (N,). Greedy at temperature 0, else the inverse of the CDF.
-
-    The CDF is summed in whole numbers of 2^-52, so that it is the same in whatever order a GPU adds it up.
-    """
+    """logits (N, V), uniforms (N,) in [0, 1) -> tokens (N,). Greedy at temperature 0, else the inverse of the CDF."""
     if temperature == 0:
         return logits.argmax(-1)
-    cdf = (torch.softmax(logits.float() / temperature, dim=-1) * 2.0**52).long().cumsum(-1)  # (N, V)
-    target = (uniforms[:, None].double() * cdf[:, -1:]).long()  # below the last entry, as uniforms are below 1
-    return torch.searchsorted(cdf, target, right=True)[:, 0]  # first entry above: probability 0 is never drawn
+    p = torch.softmax(logits.float() / temperature, dim=-1)  # (N, V)
+    if torch.are_deterministic_algorithms_enabled():
+        # Whole numbers of 2^-52 have the same sums in whatever order a GPU adds them up; floats do not.
+        cdf = (p * 2.0**52).long().cumsum(-1).double()
+    else:
+        cdf = p.cumsum(-1)
+    total = cdf[:, -1:]  # 1, or 2^52, up to rounding
+    # Strictly below the total, and the first entry strictly above: a token of probability 0 is never drawn.
+    target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, target, right=True)[:, 0]
 
 
 def read_json(file: Path) -> dict:

@@ -49,7 +49,10 @@ RECORDS = {  # what line 17 says: (field, words of the sentence with its remedy)
     "broken JSON": ('{"image": "a.png", ', "not valid JSON"),
     "not an object": ("[1, 2]", "a record must be a JSON object"),
     "invalid UTF-8": (b'{"image": "a.png", "query": "\xff"}', "UTF-8"),
-    "missing key": ({"image": "a.png", "query": "it"}, "field 'bbox' is missing, add it; the record has ['image', 'query']"),
+    "missing key": (
+        {"image": "a.png", "query": "it"},
+        "field 'bbox' is missing, add it; the record has",
+    ),
     "wrong type": (GOOD | {"query": 7}, "field 'query' must be a non-empty string, not 7"),
     "text for a box": (GOOD | {"bbox": "10,10,50,40"}, "field 'bbox' must be four finite numbers [x1, y1, x2, y2]"),
     "several boxes": (GOOD | {"bbox": [[1, 2, 3, 4], [5, 6, 7, 8]]}, "field 'bbox' must be four finite numbers"),

@@ -392,11 +392,23 @@ def test_rollouts_depend_on_their_own_prompt_and_luck_only(pair, prompts):
     assert len({tuple(row) for row in together.ids[0].tolist()}) > 1  # and members of a group differ
 
 
-def test_sample_never_draws_probability_zero():
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_sample_never_draws_probability_zero(deterministic, monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(4, -1)
     luck = torch.tensor([0.0, 0.4999999, 0.5, 1 - 2**-24])
     assert sample(logits, 1.0, luck).tolist() == [1, 1, 3, 3]
     assert sample(logits[:1] + torch.tensor([0, 0, 0, 1.0, 0]), 0, None).tolist() == [3]
+
+
+def test_deterministic_sampling_draws_from_the_same_distribution(monkeypatch):
+    """Whole numbers instead of floats: the tokens differ only where a uniform falls on the rounding of a bound."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(4000, 151, generator=generator)
+    luck = torch.rand(4000, generator=generator)
+    floats = sample(logits, 0.9, luck)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert (sample(logits, 0.9, luck) != floats).sum() <= 2
 
 
 def test_completions_end_with_the_first_eos(pair, prompts):
