@@ -279,7 +279,11 @@ def test_bad_files(folder):
     assert [s.source for s in load_jsonl(listed, BadRecords(1))] == [f"{listed} record 1", f"{listed} record 3"]
 
 
-def test_a_picture_that_may_not_be_read_is_named(folder, monkeypatch):
+def test_a_picture_that_cannot_be_read_is_named(folder, monkeypatch):
+    (folder / "odd.dds").write_bytes(b"DDS \x7c".ljust(128, b"\0"))  # for these PIL raises a NotImplementedError
+    with pytest.raises(InputError, match="train.jsonl:1: field 'image': image .*odd.dds cannot be read .Unknown pixel"):
+        load_jsonl(write(folder, RECORD | {"image": "odd.dds"}))
+
     def refuse(path):  # what the system says to anybody but root
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -502,6 +506,7 @@ def test_prompts_are_checked_without_their_pictures(folder, tokenizer):
     path = write(folder, RECORD, older, talk)
     first, second, third = load_jsonl(path)
     n = len(build_prompt(first, tokenizer, ImageConfig(), "answer").ids)
+    check_prompt(replace(first, size=None), tokenizer, ImageConfig(), "answer", n)  # of no file: its picture is read
     (folder / "a.png").unlink()
     check_prompt(first, tokenizer, ImageConfig(), "answer", n)
     check_prompt(first, tokenizer, ImageConfig(), "answer", None)

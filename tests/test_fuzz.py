@@ -45,9 +45,9 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(anything, inner, max_size=3),
     max_leaves=8,
 )
-numbers = st.integers(-2, 70) | st.floats(-2, 70) | st.floats()
+numbers = st.sampled_from([0, 1, 39, 40, 40.5, 59, 60, 60.5]) | st.integers(-2, 70) | st.floats(-2, 70) | st.floats()
 inside = st.tuples(*[st.floats(0, 19), st.floats(0, 19), st.floats(20, 40), st.floats(20, 40)]).map(list)
-boxes = inside | st.lists(numbers, min_size=3, max_size=5)
+boxes = inside | st.lists(numbers, min_size=4, max_size=4) | st.lists(numbers, min_size=3, max_size=5)
 answers = boxes | boxes.map(json.dumps) | boxes.map(lambda box: f"<answer>{json.dumps(box)}</answer>")
 queries = st.sampled_from(["the lesion", "<image>Where is it?", "<image>", " \n", "x" * 10_001, *SPECIAL]) | anything
 images = st.sampled_from([*SIZES, " a.png", "./a.png", "text.png", "b.png", ".", "..", "a\0", "b" * 300, "\udc80"])
@@ -67,13 +67,18 @@ plausible = {
 valid = st.fixed_dictionaries(
     {"image": st.sampled_from(["a.png", "turned.jpg"]), "query": st.text(min_size=1).filter(str.strip), "bbox": inside}
 )
+fields = st.sampled_from(list(plausible))
 odd_records = st.builds(  # valid up to some fields, which are gone, hold something plausible, or anything at all
-    lambda base, removed, changed: {k: v for k, v in (base | changed).items() if k not in removed},
+    lambda base, removed, changed: {k: v for k, v in (base | changed).items() if k != removed},
     valid,
-    st.sets(st.sampled_from(["image", "query", "bbox"]), max_size=1),
-    st.fixed_dictionaries({}, optional=plausible)
-    | st.dictionaries(st.sampled_from(list(plausible)), values, max_size=2)
-    | st.sampled_from(list(plausible)).flatmap(lambda field: st.fixed_dictionaries({field: plausible[field]})),
+    st.sampled_from(["", "", "", "image", "query", "bbox"]),
+    st.one_of(
+        fields.flatmap(lambda field: st.fixed_dictionaries({field: plausible[field]})),
+        boxes.map(lambda box: {"bbox": box}),
+        st.fixed_dictionaries({"width": plausible["width"], "height": plausible["height"]}),
+        st.fixed_dictionaries({}, optional=plausible),
+        st.dictionaries(fields, values, max_size=2),
+    ),
 )
 
 
@@ -159,7 +164,10 @@ def test_any_json(folder, value, ascii_only, indent):
 @settings(SETTINGS, max_examples=300)
 @given(odd_records, st.booleans())
 def test_odd_records(folder, record, ascii_only):
-    read(folder, line(record, ascii_only))
+    samples = read(folder, line(record, ascii_only))
+    if not isinstance(samples, str):
+        width, height = samples[0].size
+        assert record.get("width", width) == width and record.get("height", height) == height
 
 
 @SETTINGS

@@ -281,4 +281,4 @@ def test_what_does_not_fit_the_run_is_refused(base, tmp_path):
     refuses(having, adapted(folder), f"{name} has shape (1, 3), this policy asks for (96, 3)")
     state = json.loads((having / "trainer.json").read_text()) | {"format": 0}
     (having / "trainer.json").write_text(json.dumps(state))
-    refuses(having, adapted(folder), "format 0 is not 1")
+    refuses(having, adapted(folder), "format 0 is not")

@@ -1,5 +1,6 @@
 """rewards.py: a table of answers, fuzz, time bounds, frames, IoU by counting pixels, the format, the weighted sum."""
 
+import math
 import time
 
 import pytest
@@ -8,7 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from errors import InputError
-from rewards import REASONS, combine, format_reward, parse_box, score
+from rewards import REASONS, REWARDS, combine, format_reward, parse_box, parts_of_reward, read_weights, score
+from scheduler import ScheduleConfig, make_schedule
 
 B = (10.0, 20.0, 30.0, 40.0)
 NO, CUT, MANY = "no box", "incomplete box", "too many numbers"
@@ -317,7 +319,41 @@ def test_combine_is_the_weighted_sum():
     assert combine(parts, {"iou": 1.0}).tolist() == [[1.0, 0.5]]
 
 
-@pytest.mark.parametrize("weights", [{"iuo": 1.0}, {"iou": 1.0, "bleu": 1.0}, {}])
-def test_combine_refuses_weights_without_a_reward(weights):
-    with pytest.raises(InputError, match="choose from format, iou"):
-        combine({"iou": torch.ones(2), "format": torch.ones(2)}, weights)
+def test_weights_are_read_from_one_string():
+    assert read_weights("box=1") == {"box": 1.0}
+    assert read_weights("box=1, format=-0.5") == {"box": 1.0, "format": -0.5}
+    assert read_weights("box=0,format=2") == {"box": 0.0, "format": 2.0}  # logged, not counted
+
+
+@pytest.mark.parametrize(
+    "text", ["", "iou=1", "box", "box=", "box=one", "box=nan", "box=inf", "box=1,,", "box=0,format=0"]
+)
+def test_other_weights_are_refused(text):
+    with pytest.raises(InputError):
+        read_weights(text)
+
+
+def test_parts_are_the_schedules_reward_and_registered_functions(monkeypatch):
+    samples = ["a", "b", "c"]  # stand-ins: passed on as they are
+    seen = []
+
+    def mine(texts, scores, records):
+        seen.append((texts, scores, records))
+        return [len(text) for text in texts]
+
+    monkeypatch.setitem(REWARDS, "mine", mine)
+    texts = ["<think>x</think><answer>[0,0,10,10]</answer>", "[0,0,10,20]", "nothing"]
+    scores = score(texts, torch.tensor([[0.0, 0, 10, 10]] * 3), torch.ones(3, 2))
+    schedule = make_schedule("fixed", ScheduleConfig(fixed_tau=0.6), 10)
+    parts = parts_of_reward(["box", "format", "mine"], texts, scores, samples, schedule)
+    assert parts["box"].tolist() == [1, 0, 0] and parts["format"].tolist() == [1, 0, 0]
+    assert parts["mine"].tolist() == [len(text) for text in texts] and seen == [(texts, scores, samples)]
+    assert list(parts_of_reward(["format"], texts, scores, samples, schedule)) == ["format"]
+
+
+@pytest.mark.parametrize("value", [[1.0], [[1.0], [2.0]], [1.0, math.nan], [1.0, math.inf]])
+def test_a_reward_without_a_finite_number_for_each_answer_is_refused_by_name(value, monkeypatch):
+    monkeypatch.setitem(REWARDS, "mine", lambda *_: value)
+    scores = score(["a", "b"], torch.ones(2, 4), torch.ones(2, 2))
+    with pytest.raises(InputError, match="reward 'mine' must give 2 finite numbers, one an answer"):
+        parts_of_reward(["mine"], ["a", "b"], scores, [None] * 2, None)

@@ -21,7 +21,7 @@ import train_grpo
 import train_sft
 from data import BadRecords, load, load_samples, phantom_samples
 from eval import Task, metrics
-from model import Policy, collate
+from model import ModelConfig, Policy, collate
 from scheduler import ScheduleConfig, make_schedule
 
 ROOT = Path(__file__).parent.parent
@@ -305,8 +305,11 @@ def test_master_weights_move_at_a_learning_rate_of_1e_6_and_bfloat16_ones_do_not
     """200 optimiser steps of the paper's size in bfloat16 arithmetic: next to all fp32 master weights have moved; of
     weights that are bfloat16 themselves next to none, as each step of 1e-6 is rounded away."""
     moved = {}
+    config = json.loads((evaluation.NANO / "config.json").read_text()) | {"hidden_size": 64, "intermediate_size": 64}
+    config |= {"num_hidden_layers": 2, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+    config["vision_config"] |= {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "out_hidden_size": 64}
     for dtype in (torch.float32, torch.bfloat16):
-        policy = Policy.from_folder(evaluation.NANO, dtype=dtype)
+        policy = Policy(ModelConfig.from_dict(config), (2,)).init_weights(0).to(dtype)
         policy.compute_dtype = torch.bfloat16
         own = Task(policy, evaluation.NANO, "answer", max_pixels=56 * 56)
         args = arguments(schedule="raw", group_size=2, max_tokens=6)
