@@ -25,7 +25,18 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm
 
 import errors
-from data import CLIP_MEAN, CLIP_STD, PROMPTS, Box, Sampler, answer_text, load_samples, phantom_samples, to_model
+from data import (
+    CLIP_MEAN,
+    CLIP_STD,
+    PROMPTS,
+    BadRecords,
+    Box,
+    Sampler,
+    answer_text,
+    load_samples,
+    phantom_samples,
+    to_model,
+)
 from errors import InputError
 from eval import NANO, Task, default_prompt, evaluate, model_folder, summary
 from model import ModelConfig, Policy, collate
@@ -222,6 +233,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", help="folder for the trained checkpoint, metrics.jsonl and eval.json")
     parser.add_argument("--prompt", choices=list(PROMPTS), help="default: the one it was trained with, else think")
+    parser.add_argument("--max-pixels", type=int, help="largest picture that the policy sees; default: its folder's")
+    parser.add_argument(
+        "--skip-bad", type=int, default=0, help="records that may be unusable; they are left out, listed"
+    )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=32, help="answers per optimiser step")
     parser.add_argument("--micro-batch", type=int, default=32, help="answers per forward pass")
@@ -256,9 +271,13 @@ def main() -> None:
     max_tokens = args.max_tokens or (24 if prompt == "answer" else 512)
     policy = Policy.from_folder(folder, args.device)
     policy.compute_dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    task = Task(policy, folder, prompt)
-    samples = load_samples(args.data, args.seed, "train")
-    val = load_samples(args.val or args.data, args.seed, "test") if args.val or "phantoms" in args.data else []
+    bad = BadRecords(args.skip_bad)
+    samples = load_samples(args.data, args.seed, "train", bad)
+    val = load_samples(args.val or args.data, args.seed, "test", bad) if args.val or "phantoms" in args.data else []
+    task = Task(policy, folder, prompt, policy.config.max_position_embeddings - max_tokens, args.max_pixels)
+    samples, val = task.usable(samples, bad), task.usable(val, bad, decode=True)
+    for sentence in bad.sentences.values():
+        tqdm.write(f"left out: {sentence}")
     os.makedirs(out, exist_ok=True)
     (out / "config.json").write_text(json.dumps(vars(args), indent=2) + "\n")
     results = {}

@@ -85,6 +85,11 @@ def test_a_bad_record_ends_the_run_by_name_or_is_skipped_and_listed(name, folder
     output = grpo(folder / "out", file, *flags)  # the same file is evaluated on: one record, counted once
     assert output.count(f"left out: {place}") == 1 and words in output
     assert "17 training samples, 17 to evaluate on" in output
+    if name in ("broken JSON", "special token"):  # found when read, and when a prompt is made of it
+        sft = ["--data", str(file), "--steps", "1", "--batch-size", "2"]
+        assert place in sentence(run(train_sft, *sft, "--out", str(folder / "a"), expect=2))
+        output = run(train_sft, *sft, "--out", str(folder / "a"), "--skip-bad", "1")
+        assert output.count(f"left out: {place}") == 1
 
 
 def test_more_bad_records_than_allowed_end_the_run(folder):
