@@ -42,7 +42,7 @@ class Launch:
 @dataclass(frozen=True)
 class Figures:
     """What one thread of a compiled kernel does. "Loop": every innermost loop that loads from global memory, the worst
-    of them where there are several; for a kernel without one, the whole program."""
+    of them where there are several. A kernel without one counts whole: all branches, and helpers it may never call."""
 
     warps: int
     registers: int  # per thread
@@ -73,15 +73,20 @@ class _NoDevice:
 
 
 @contextmanager
-def _pretend(target, hook):
+def _pretend(target, hook: Callable):
+    """Inside, Triton and torch.version speak of `target`, and the JIT hands every launch to `hook`."""
+    import torch
     from triton import knobs
     from triton.runtime import driver
 
+    hip = torch.version.hip
+    torch.version.hip = "pretended" if target.backend == "hip" else None
     driver.set_active(_NoDevice(target))
     knobs.runtime.jit_cache_hook = hook
     try:
         yield
     finally:
+        torch.version.hip = hip
         knobs.runtime.jit_cache_hook = None
         driver.set_active(None)  # the next use looks for a real one
 
@@ -115,7 +120,11 @@ def launches(call: Callable[[], object], target: str) -> list[Launch]:
 
 
 def figures(launch: Launch, target: str, element_bytes: int) -> Figures:
-    """Compile a launch and read its figures; `element_bytes` is what a thread loads from global memory per element."""
+    """Compile a launch and read its figures.
+
+    How many elements a thread handles: in a loop, by the bytes it loads there, `element_bytes` each; without one, by the
+    kernel's constant BLOCK, the elements of a program.
+    """
     import triton
     from triton.compiler import ASTSource
 
@@ -126,7 +135,9 @@ def figures(launch: Launch, target: str, element_bytes: int) -> Figures:
     else:
         program, registers, spills = read_amd(compiled.asm["amdgcn"])
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
-    return Figures(warps, registers, spills, shared, **summarise(program, element_bytes))
+    block = launch.constants.get((launch.function.arg_names.index("BLOCK"),)) if "BLOCK" in launch.signature else None
+    elements = block and max(1, block // (warps * TARGETS[target][2]))
+    return Figures(warps, registers, spills, shared, **summarise(program, element_bytes, elements))
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
@@ -173,23 +184,20 @@ class Program:
         return [self.instructions[a : b + 1] for a, b in inner]
 
 
-def summarise(program: Program, element_bytes: int) -> dict:
-    """The part of Figures that is read from the instructions."""
+def summarise(program: Program, element_bytes: int, elements: int | None) -> dict:
+    """The part of Figures that is read from the instructions; `elements` per thread, for a program without a loop."""
     whole, loops = program.instructions, program.loops()
     loading = [loop for loop in loops if any(i.load for i in loop)]
     storing = [loop for loop in loops if any(i.store for i in loop)]
-    per_element = []
-    for part in loading or [whole]:
-        loaded = sum(i.load for i in part)
-        if loaded < element_bytes:
-            raise Unreadable(f"{loaded} bytes loaded from global memory, not even one element of {element_bytes}")
-        per_element.append(len(part) * element_bytes / loaded)
+    loaded = [sum(i.load for i in loop) / element_bytes for loop in loading] or [elements]
+    if not all(loaded) or min(loaded) < 1:
+        raise Unreadable(f"a thread handles {loaded} elements: neither the loads of the loop nor BLOCK say how many")
     return dict(
         load=min(max(i.load for i in part) for part in loading or [whole]),
         store=min(max(i.store for i in part) for part in storing or [whole]),
         fp64=sum(i.fp64 for i in whole),
         barriers=max((sum(i.barrier for i in loop) for loop in loading), default=0),
-        instructions=max(per_element),
+        instructions=max(len(part) / n for part, n in zip(loading or [whole], loaded, strict=True)),
         loops=len(loading),
     )
 
