@@ -27,7 +27,7 @@ def advantage_kernel(
     row = tl.program_id(0).to(tl.int64)
     member = tl.arange(0, BLOCK)
     real = member < G
-    r = tl.load(REWARDS + row * stride + member, mask=real, other=0).to(ACC)
+    r = tl.load(REWARDS + row * stride + member, mask=real, other=0.0).to(ACC)
     # "max == min" as "all equal the first": NaN equals nothing, while a GPU's max would step over it.
     first = tl.load(REWARDS + row * stride).to(ACC)
     flat = tl.sum((real & (r != first)).to(tl.int32), 0) == 0
