@@ -81,7 +81,8 @@ def linear_logprob(
     each gradient of a logit, each entry of the gradient of `hidden`. The gradient of the weight is summed in fp32 and
     comes in the weight's dtype, so that fp32 master weights get all of it. It is skipped if the weight needs none.
     Rows whose incoming gradient is 0 cost nothing in the backward pass.
-    Peak memory beside inputs and gradients: chunk * V * 2 bytes for bf16, and the cast weight if there is one.
+    Peak memory beside inputs and gradients: one chunk of logits, chunk * V * 2 bytes for bf16; the cast weight, if its
+    dtype is another; and for 16-bit weights that are trained the sum of their gradient in fp32.
     Raises ValueError for shapes that do not fit, a temperature that is not above 0 and a chunk below 1.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or tokens.shape != hidden.shape[:1]:

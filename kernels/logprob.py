@@ -285,6 +285,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     for i in range(0, a.shape[1], WEIGHT_ROWS):  # in parts: no second (V, H) tensor
         place = slice(i, i + WEIGHT_ROWS)
         if a.is_cuda:
-            total[place] += torch.mm(a[:, place].t(), b, out_dtype=total.dtype)
+            total[place] += torch.mm(a[:, place].t(), b, out_dtype=torch.float32)
         else:
             total[place].addmm_(a[:, place].t().to(total.dtype), b.to(total.dtype))

@@ -346,14 +346,13 @@ def no_rows_are_no_trouble(k: LogProb) -> None:
     assert got.logp.shape == (0,) and got.gradient.shape == (0, 10)
 
 
-LOGPROB = [
-    both_passes_equal_float64, the_entropy_costs_no_bit_of_the_log_prob, any_strides_will_do,
-    the_gradient_may_replace_the_logits, the_gradient_may_go_to_rows_of_another_stride,
+LOGPROB = [  # the quick ones first, for the sake of the wrong kernels
+    no_rows_are_no_trouble, uniform_logits_have_the_largest_entropy, the_largest_logits_do_not_overflow,
+    the_temperature_divides, the_entropy_costs_no_bit_of_the_log_prob, an_id_outside_the_vocabulary_is_nan_or_refused,
+    the_gradient_may_go_to_rows_of_another_stride, gradient_rows_sum_to_zero, a_shift_of_the_logits_changes_nothing,
+    probabilities_of_all_tokens_sum_to_one, the_gradient_may_replace_the_logits,
     rows_without_gradient_become_zeros_unread, minus_infinity_is_a_token_of_probability_zero,
-    what_is_no_distribution_is_nan_and_alone, the_largest_logits_do_not_overflow,
-    probabilities_of_all_tokens_sum_to_one, gradient_rows_sum_to_zero, a_shift_of_the_logits_changes_nothing,
-    uniform_logits_have_the_largest_entropy, the_temperature_divides, an_id_outside_the_vocabulary_is_nan_or_refused,
-    no_rows_are_no_trouble,
+    what_is_no_distribution_is_nan_and_alone, any_strides_will_do, both_passes_equal_float64,
 ]  # fmt: skip
 
 
@@ -447,7 +446,9 @@ def the_head_rounds_only_where_it_says(k: Head) -> None:
             hidden, weight, tokens, grad = head_of(40, 16, 301, dtype)
             weight = weight.to(weight_dtype)
             logits = hidden.double() @ weight.double().t()
+            rows, k.module.WEIGHT_ROWS = k.module.WEIGHT_ROWS, 100  # so that the product is made in four parts
             got = k(hidden, weight, tokens, grad, 0.9, 1)
+            k.module.WEIGHT_ROWS = rows
             assert_forward(got, naive(logits, tokens, grad, 0.9))
             assert got.hidden.dtype == dtype and got.weight.dtype == weight_dtype
             arguments = (placed(x, k.device) for x in (grad, logits.to(dtype), tokens, got.lse))
@@ -545,7 +546,7 @@ def iou_by_hand(k: Boxes) -> None:
 def iou_equals_float64_rounded_once_where_areas_are_exact(k: Boxes) -> None:
     """Whole coordinates: areas are exact in fp32 and only the division rounds, so a tie with a threshold stays one."""
     generator = torch.Generator().manual_seed(0)
-    corner = torch.randint(0, 40, (2, 3000, 2), generator=generator)
+    corner = torch.randint(0, 40, (2, 1500, 2), generator=generator)
     a, b = torch.cat((corner, corner + torch.randint(1, 40, corner.shape, generator=generator)), 2)
     inner = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0).prod(1)
     union = (a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - inner
@@ -556,14 +557,14 @@ def iou_equals_float64_rounded_once_where_areas_are_exact(k: Boxes) -> None:
 
 def iou_equals_the_reference_bit_for_bit(k: Boxes) -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        for n in (1, 255, 257, 3000):
+        for n in (1, 255, 257, 700):
             a, b = boxes_of(n, dtype)
             for giou in (False, True):
                 assert torch.equal(bits(k(a, b, giou)), bits(reference_iou(a, b, giou)))
 
 
 def iou_is_in_range_symmetric_and_the_same_after_a_translation(k: Boxes) -> None:
-    a, b = boxes_of(3000)
+    a, b = boxes_of(700)
     iou, giou = k(a, b), k(a, b, giou=True)
     assert (iou >= 0).all() and (iou <= 1).all() and (giou >= -1).all() and (giou <= iou).all()
     assert torch.equal(k(b, a), iou) and torch.equal(k(b, a, giou=True), giou)
@@ -583,7 +584,7 @@ def giou_never_exceeds_iou_where_hull_and_union_round_apart(k: Boxes) -> None:
 def what_is_no_box_scores_zero_and_is_alone(k: Boxes) -> None:
     wrong, good = torch.tensor(NOT_BOXES), torch.tensor([GOOD] * len(NOT_BOXES))
     for giou in (False, True):
-        for a, b in ((wrong, good), (good, wrong), (wrong, wrong)):
+        for a, b in ((wrong, good), (good, wrong), (wrong, wrong), (wrong, good + 100), (good - 100, wrong)):
             assert (k(a, b, giou) == 0).all()
         mixed = torch.stack((good, wrong), 1).flatten(0, 1)
         assert torch.equal(k(mixed, good.repeat_interleave(2, 0), giou), torch.tensor([1.0, 0.0]).repeat(len(wrong)))
@@ -652,9 +653,9 @@ def advantages_ignore_the_scale_at_eps_zero(k: Groups) -> None:
 def a_group_without_spread_is_exactly_zero(k: Groups) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         values = torch.tensor([0.7, 0.1, 1.0, 0.0, 1 / 3, -2.5, INF], dtype=dtype)
-        for size in (1, 3, 7, 8, 64):
+        for size in (1, 7, 8, 64):
             rewards = values[:, None].repeat(1, size)
-            for scale, eps in (("std", 1e-4), ("std", 1e-8), ("std", 0.0), ("none", 0.0)):
+            for scale, eps in (("std", 1e-4), ("std", 0.0), ("none", 0.0)):
                 assert (k(rewards, scale, eps) == 0).all()
 
 
@@ -684,9 +685,9 @@ def advantages_of_hits_and_misses_of_any_dtype(k: Groups) -> None:
 
 
 GROUPS = [
-    advantages_equal_the_formula, advantages_by_hand_with_the_default_eps, advantages_sum_to_zero_and_ignore_a_shift,
-    advantages_ignore_the_scale_at_eps_zero, a_group_without_spread_is_exactly_zero, groups_do_not_touch_each_other,
-    advantages_of_hits_and_misses_of_any_dtype,
+    advantages_by_hand_with_the_default_eps, advantages_of_hits_and_misses_of_any_dtype, groups_do_not_touch_each_other,
+    advantages_sum_to_zero_and_ignore_a_shift, advantages_ignore_the_scale_at_eps_zero, advantages_equal_the_formula,
+    a_group_without_spread_is_exactly_zero,
 ]  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def test_the_order_of_the_programs_changes_no_bit():
     from interpreter_guard import program_order
 
     k, a = LogProb(logprob.triton_forward, logprob.triton_backward), logits_of(5, 9000, torch.bfloat16)
-    b, r = checks.boxes_of(3000), checks.rewards_of(40).float()
+    b, r = checks.boxes_of(2000), checks.rewards_of(40).float()
 
     def everything() -> list:
         passes = k(*a, 0.9)
@@ -211,11 +211,11 @@ def test_entropy_carries_no_gradient(operators):
 
 
 def test_log_probs_pass_gradcheck(operators):
-    logits, tokens, _ = logits_of(4, 7, torch.float64)
+    logits, tokens, _ = logits_of(2, 7, torch.float64)
     assert torch.autograd.gradcheck(lambda x: token_logprob(x, tokens, 0.7), logits.requires_grad_())
-    hidden, weight, tokens, _ = checks.head_of(4, 3, 7, torch.float64)
+    hidden, weight, tokens, _ = checks.head_of(3, 2, 5, torch.float64)
     arguments = hidden.requires_grad_(), weight.requires_grad_()
-    assert torch.autograd.gradcheck(lambda h, w: linear_logprob(h, w, tokens, 0.7, 3), arguments)
+    assert torch.autograd.gradcheck(lambda h, w: linear_logprob(h, w, tokens, 0.7, 2), arguments)
 
 
 def test_a_second_derivative_is_refused(operators):
@@ -228,16 +228,15 @@ def test_a_second_derivative_is_refused(operators):
 
 
 def test_the_operators_pass_opcheck(operators):
-    for logits, tokens, grad in (logits_of(3, 11), logits_of(3, 11, torch.bfloat16)):
-        for entropy in (False, True):
-            torch.library.opcheck(kernels._token_logprob, (logits.requires_grad_(), tokens, 0.9, entropy))
-        lse = logits.detach().float().logsumexp(1)
-        torch.library.opcheck(kernels._token_logprob_backward, (grad, logits.detach(), tokens, lse, 0.9))
+    for dtype, entropy in ((torch.float32, False), (torch.bfloat16, True)):
+        logits, tokens, grad = logits_of(3, 11, dtype)
+        torch.library.opcheck(kernels._token_logprob, (logits.requires_grad_(), tokens, 0.9, entropy))
+    lse = logits.detach().float().logsumexp(1)
+    torch.library.opcheck(kernels._token_logprob_backward, (grad, logits.detach(), tokens, lse, 0.9))
     hidden, weight, tokens, grad = checks.head_of(5, 4, 11)
     lse = (hidden @ weight.t()).logsumexp(1)
-    for wanted in ((True, True), (True, False), (False, True)):
-        backward = grad, hidden, weight, tokens, lse, 0.9, 2, *wanted
-        torch.library.opcheck(kernels._linear_logprob_backward, backward)
+    for wanted in ((True, True), (False, True)):
+        torch.library.opcheck(kernels._linear_logprob_backward, (grad, hidden, weight, tokens, lse, 0.9, 2, *wanted))
         h, w = (x.clone().requires_grad_(want) for x, want in zip((hidden, weight), wanted, strict=True))
         torch.library.opcheck(kernels._linear_logprob, (h, w, tokens, 0.9, 2, wanted[0]))
     torch.library.opcheck(kernels._box_iou, (*checks.boxes_of(5), True))
@@ -315,20 +314,8 @@ def test_cpu_tensors_go_to_the_reference_unless_the_interpreter_is_asked_for(mon
     assert len(called) == 6
 
 
-def run(code: str) -> str:
-    """A fresh Python without the interpreter's variable, in the root of the checkout -> what it prints."""
-    root = Path(kernels.__file__).parents[1]
-    child = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, env={"PYTHONPATH": str(root)}
-    )
-    assert child.returncode == 0, child.stderr
-    return child.stdout
-
-
 def test_a_machine_without_triton_has_the_references():
-    print(
-        run(
-            """
+    code = """
 import sys
 sys.modules["triton"] = None  # every import of it fails
 import torch, kernels
@@ -344,29 +331,24 @@ try:
 except RuntimeError as error:
     print(error)
 """
-        )
-    )
+    root = Path(kernels.__file__).parents[1]
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert child.returncode == 0 and "TRITON_INTERPRET=1" in child.stdout, child.stderr
 
 
-def test_the_interpreter_must_have_been_on_from_the_start():
+def test_the_interpreter_is_not_pretended(monkeypatch):
     device_of("triton")
-    assert "TRITON_INTERPRET=1" in run(
-        """
-import kernels
-try:
-    with kernels.interpreted():
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"), kernels.interpreted():
         pass
-except RuntimeError as error:
-    print(error)
-"""
-    )
 
 
 # ------------------------------------------------------------------------------------------- what the references cost
 
 
 def peak_bytes(function) -> int:
-    """The most that is allocated at a time while `function` runs, above what was before, by PyTorch's own account."""
+    """The most that is allocated at a time while `function` runs, by PyTorch's own account, above what was before: so
+    `function` must not free what it did not allocate."""
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         function()
     events = [(e.start_ns(), e.nbytes()) for e in profile.kineto_results.events() if e.name() == "[memory]"]
@@ -391,14 +373,13 @@ def test_the_reference_takes_half_the_time_and_memory_of_eager_log_softmax():
     logits.requires_grad_()
 
     def ours():
-        logits.grad = None
         token_logprob(logits, tokens).backward(grad)
 
     def eager():
-        logits.grad = None
         logits.float().log_softmax(1).gather(1, tokens[:, None])[:, 0].backward(grad)
 
     def seconds(function) -> float:
+        logits.grad = None
         start = time.perf_counter()
         function()
         return time.perf_counter() - start
@@ -411,24 +392,34 @@ def test_the_reference_takes_half_the_time_and_memory_of_eager_log_softmax():
         if len(times) > 1 and fastest[0] <= 0.45 * fastest[1]:
             break
     assert fastest[0] <= 0.5 * fastest[1], times  # measured: 0.35
-    assert peak_bytes(ours) <= 0.4 * peak_bytes(eager)  # measured: 0.22; of that 0.2 is the gradient itself
+    peaks = []
+    for function in (ours, eager):
+        logits.grad = None
+        peaks.append(peak_bytes(function))
+    assert peaks[0] <= 0.4 * peaks[1], peaks  # measured: 0.18, nearly all of it the gradient itself
 
 
-def test_the_head_needs_one_chunk_of_logits():
-    """H = 2048, fp32 master weights under bf16 arithmetic. Beside the gradients: the chunk, the cast weights, and an
-    fp32 part of the weight gradient's product. Autograd's way keeps logits of all rows several times over."""
-    n, h, v, chunk = 256, 2048, 8192, 32
+def test_the_head_needs_one_chunk_of_logits(monkeypatch):
+    """H = 2048, fp32 master weights under bf16 arithmetic. Beside the gradients, and the weights cast for the call, it
+    needs a chunk of logits and little else: less than bf16 logits of all rows, of which autograd keeps several."""
+    n, h, v, chunk = 512, 2048, 4096, 32
+    monkeypatch.setattr(logprob, "CHUNK_ELEMENTS", v)  # the reference works on one row at a time
     hidden = torch.randn(n, h, dtype=torch.bfloat16, requires_grad=True)
     weight = (torch.randn(v, h) / h**0.5).requires_grad_()
     tokens = torch.randint(v, (n,))
-    gradients, cast, logits = 2 * n * h + 4 * v * h, 2 * v * h, 2 * chunk * v
-    reference = 3 * 4 * max(logprob.CHUNK_ELEMENTS, v)  # what the reference works on, at most three of it
-    product = 4 * chunk * v + 4 * chunk * h  # on a CPU, a 16-bit chunk in fp32 for the weight gradient
-    peak = peak_bytes(lambda: linear_logprob(hidden, weight, tokens, 0.9, chunk).sum().backward())
-    assert peak <= gradients + cast + logits + reference + product
-    weight.requires_grad_(False)  # a frozen head: no gradient of its size, and no cast of its gradient
-    peak = peak_bytes(lambda: linear_logprob(hidden, weight, tokens, 0.9, chunk).sum().backward())
-    assert peak <= 2 * n * h + cast + logits + reference
+
+    def peak() -> int:
+        hidden.grad = weight.grad = None
+        return peak_bytes(lambda: linear_logprob(hidden, weight, tokens, 0.9, chunk).sum().backward())
+
+    cast, gradient_of_hidden, gradient_of_weight = 2 * v * h, 2 * n * h, 4 * v * h
+    part = 2 * chunk * (v + h)  # a chunk of logits and of hidden states
+    few = 20 * n + 16 * v  # numbers per row; and one row of logits in fp32, a few times
+    on_a_cpu = 2 * part  # the weight gradient's product is made of fp32 copies
+    assert peak() <= gradient_of_hidden + gradient_of_weight + cast + part + few + on_a_cpu
+    weight.requires_grad_(False)  # a frozen head
+    assert peak() <= gradient_of_hidden + cast + 2 * part + few  # a second one: the gradient of hidden
+    assert 2 * part + few < 2 * n * v / 2
 
 
 # ------------------------------------------------------------------------------------------ boxes and groups, by chance
@@ -475,8 +466,8 @@ def test_iou_does_not_change_under_translation(a, b, dx, dy):
         assert pair(moved(a), moved(b), giou) == pair(a, b, giou)  # whole numbers below 2^24: exactly
 
 
-@given(st.lists(st.tuples(ANY_BOX, ANY_BOX), min_size=20, max_size=40))
-@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(ANY_BOX, ANY_BOX), min_size=20, max_size=30))
+@settings(max_examples=20, deadline=None)
 def test_the_kernel_agrees_with_the_reference_on_whatever_four_numbers(pairs):
     device_of("triton")
     a, b = (torch.tensor(column, dtype=torch.float32) for column in zip(*pairs, strict=True))
@@ -496,7 +487,7 @@ def test_the_kernel_agrees_with_the_reference_on_whatever_rewards(rewards):
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-6, equal_nan=True)
 
 
-@given(st.integers(1, 40), st.integers(1, 2100), st.floats(0.8, 4), st.integers(0, 2**31))
+@given(st.integers(1, 12), st.integers(1, 2100), st.floats(0.8, 4), st.integers(0, 2**31))
 @settings(max_examples=15, deadline=None)
 def test_log_probs_of_whatever_shape_equal_float64(rows, vocabulary, temperature, seed):
     device_of("triton")
