@@ -122,8 +122,8 @@ def launches(call: Callable[[], object], target: str) -> list[Launch]:
 def figures(launch: Launch, target: str, element_bytes: int) -> Figures:
     """Compile a launch and read its figures.
 
-    How many elements a thread handles: in a loop, by the bytes it loads there, `element_bytes` each; without one, by the
-    kernel's constant BLOCK, the elements of a program.
+    How many elements a thread handles: in a loop, by the bytes it loads there, `element_bytes` each; without one, by
+    the kernel's constant BLOCK, the elements of a program.
     """
     import triton
     from triton.compiler import ASTSource
@@ -148,7 +148,7 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        commands = [tools / "cuobjdump", "-res-usage", file.name], [tools / "nvdisasm", "-c", file.name]
+        commands = [tools / "cuobjdump", "-res-usage", file.name], [tools / "nvdisasm", "-ndf", "-c", file.name]
         usage, code = (subprocess.run(c, check=True, capture_output=True, text=True) for c in commands)
     return usage.stdout + usage.stderr, code.stdout
 
@@ -216,6 +216,8 @@ def read_nvidia(usage: str, code: str) -> tuple[Program, int, int]:
             labels[label[1]] = len(instructions)
         elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)", line):
             instructions.append(_nvidia_instruction(found[1], found[2]))
+    while instructions and instructions[-1].name == "NOP":  # they fill the last cache line
+        instructions.pop()
     program = _checked(Program(instructions, labels), "EXIT")
     spills = sum(i.name.startswith(("STL", "LDL")) for i in instructions)
     if (stack or local) and not spills:

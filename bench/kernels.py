@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,9 +30,8 @@ PROMPTS, GROUP = 16, 8
 BOXES = PROMPTS * GROUP
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# Bytes per second that a large copy reaches. H100 SXM: 3.0 TB/s of the 3.35 in its data sheet is what such copies are
-# reported to measure; for the other two nine tenths of the data sheet as well (A100 SXM 80 GB: 2.039 TB/s; MI300X: 5.3
-# TB/s), which is the same rule and no measurement.
+# Bytes per second, assumed: nine tenths of the data sheet (A100 SXM 80 GB 2.039 TB/s, H100 SXM 3.35, MI300X 5.3), which
+# is about what a large copy reaches on an H100 and the same rule, no measurement, for the other two.
 GPUS = {"sm80": ("A100 SXM 80 GB", 1.84e12), "sm90": ("H100 SXM", 3.0e12), "gfx942": ("MI300X", 4.77e12)}
 
 
@@ -39,13 +39,13 @@ def eager_bytes(rows: int, vocabulary: int) -> dict[str, int]:
     """Bytes that PyTorch's operators move for log-probs of bf16 logits (rows, vocabulary), forward and backward.
 
     Counted per logit over the operators that autograd runs (a test compares the list with a profile), every pass over a
-    tensor as a pass over memory: a bf16 tensor costs h = 2 bytes per logit read or written, an fp32 one f = 4. gather and
-    its scatter_add_ touch one logit per row, which is nothing.
-    CUDA's log_softmax reads a row three times (maximum, sum, result) if it does not fit into shared memory, and its
-    backward reads the gradient twice (SoftMax.cu); what the L2 cache saves of that is not deducted.
+    tensor as a pass over memory: h = 2 bytes per logit of a bf16 tensor, f = 4 of an fp32 one. gather and its
+    scatter_add_ touch one logit per row, which is nothing. CUDA's log_softmax reads a row three times (maximum, sum,
+    result) if it does not fit into shared memory, and its backward reads the gradient twice (aten's SoftMax.cu); what
+    the L2 cache saves of that is not deducted.
     """
     h, f = 2, 4
-    log_softmax, backward = 3 + 1, 2 + 1 + 1  # passes: reads + writes; backward reads grad twice and the result once
+    log_softmax, backward = 3 + 1, 2 + 1 + 1  # passes, reads and writes; backward: gradient twice, result, written
     zeros = 1  # the gradient that gather's backward fills
     cast = h + f
     # logsumexp: amax 1, x - max 2, exp_ 2, sum 1; its backward: x - lse 2, exp 2, times grad 2
@@ -109,16 +109,16 @@ def cases() -> list[Case]:
 
 def compiled(targets: list[str]) -> list[dict]:
     """A row per kernel, dtype and target: aot.Figures, bytes moved and the floor in milliseconds."""
-    rows = []
-    for case in cases():
-        for target in targets:
-            (launch,) = aot.launches(case.launch, target)
-            figures = dataclasses.asdict(aot.figures(launch, target, case.element_bytes))
-            floor = 1e3 * case.moved / GPUS[target][1]
-            rows.append(
-                dict(kernel=case.kernel, dtype=case.dtype, target=target, **figures, moved=case.moved, floor_ms=floor)
-            )
-    return rows
+    jobs = [(case, target, *aot.launches(case.launch, target)) for case in cases() for target in targets]
+
+    def row(job) -> dict:
+        case, target, launch = job
+        figures = dataclasses.asdict(aot.figures(launch, target, case.element_bytes))
+        floor = 1e3 * case.moved / GPUS[target][1]
+        return dict(kernel=case.kernel, dtype=case.dtype, target=target, moved=case.moved, floor_ms=floor, **figures)
+
+    with ThreadPoolExecutor(4) as threads:  # much of the time goes into ptxas and nvdisasm
+        return list(threads.map(row, jobs))
 
 
 # -------------------------------------------------------------------------------------------------------- on a GPU
@@ -144,7 +144,8 @@ def workloads(device: str, tokens: int, vocabulary: int, hidden: int, compile: C
     head = normal(vocabulary, hidden, dtype=torch.bfloat16).requires_grad_()
     states = normal(tokens, hidden, dtype=torch.bfloat16).requires_grad_()
     ids, grad = torch.randint(vocabulary, (tokens,), device=device), normal(tokens)
-    a, b, rewards = normal(BOXES, 4), normal(BOXES, 4), normal(PROMPTS, GROUP)
+    a, b = (normal(BOXES, 4).abs().cumsum(1) for _ in range(2))  # four growing numbers are a box
+    rewards = normal(PROMPTS, GROUP)
 
     def trained(function, *inputs):  # forward and backward
         def run():
@@ -159,7 +160,8 @@ def workloads(device: str, tokens: int, vocabulary: int, hidden: int, compile: C
     plain = {f"eager: {n}": partial(eager, i) for i, n in enumerate(name)}
     plain[f"torch.compile: {name[1]}"] = compile(plain[f"eager: {name[1]}"])
     logprobs = {"ours": kernels.token_logprob} | plain
-    linear = {"ours: linear_logprob": kernels.linear_logprob} | {n: head_then(f) for n, f in logprobs.items()}
+    linear = {"ours, chunked: linear_logprob": kernels.linear_logprob}
+    linear |= {f"head, then {n}": head_then(f) for n, f in logprobs.items()}
     read, flops = 2 * logits.numel(), 2 * logits.numel() * hidden
     found = [
         Workload("log-prob forward", read, "GB/s", {n: partial(f, logits.detach(), ids) for n, f in logprobs.items()}),
@@ -167,9 +169,11 @@ def workloads(device: str, tokens: int, vocabulary: int, hidden: int, compile: C
         Workload("head + log-prob, forward + backward", 3 * flops, "TFLOP/s",
                  {n: trained(f, states, head) for n, f in linear.items()}),
     ]  # fmt: skip
-    small = [("IoU", 36 * BOXES, kernels.box_iou, iou.reference_iou, (a, b, False)),
-             ("GIoU", 36 * BOXES, kernels.box_iou, iou.reference_iou, (a, b, True)),
-             ("advantage", 8 * BOXES, kernels.group_advantage, advantage.reference_advantage, (rewards, "std", 1e-4))]  # fmt: skip
+    small = [
+        ("IoU", 36 * BOXES, kernels.box_iou, iou.reference_iou, (a, b, False)),
+        ("GIoU", 36 * BOXES, kernels.box_iou, iou.reference_iou, (a, b, True)),
+        ("advantage", 8 * BOXES, kernels.group_advantage, advantage.reference_advantage, (rewards, "std", 1e-4)),
+    ]
     for operation, work, ours, reference, inputs in small:
         by = {"ours": ours, "eager": reference, "torch.compile": compile(reference)}
         found.append(Workload(operation, work, "GB/s", {n: partial(f, *inputs) for n, f in by.items()}))
@@ -240,19 +244,19 @@ def every_row(rows: list[dict]) -> str:
     return markdown(["kernel", "dtype", "target", *COLUMNS, "moved", "floor"], [cells(row) for row in rows])
 
 
-def row_per_kernel(rows: list[dict]) -> str:
-    """The last target named (or sm90, if it is one of them), and in brackets the worst of all where that is worse."""
+def row_per_kernel(rows: list[dict], target: str) -> str:
+    """Figures of `target`, in brackets the worst of all targets where that is worse."""
     groups = {}
     for row in rows:
         groups.setdefault((row["kernel"], row["dtype"]), []).append(row)
     table = []
     for (kernel, dtype), group in groups.items():
-        main = next((row for row in group if row["target"] == "sm90"), group[-1])
+        (shown,) = (row for row in group if row["target"] == target)
         cells = []
         for key, form, pick in COLUMNS.values():
-            here, worst = form.format(main[key]), form.format(pick(row[key] for row in group))
+            here, worst = form.format(shown[key]), form.format(pick(row[key] for row in group))
             cells.append(here if here == worst else f"{here} ({worst})")
-        table.append([kernel, dtype, *cells, amount(main["moved"]), duration(main["floor_ms"])])
+        table.append([kernel, dtype, *cells, amount(shown["moved"]), duration(shown["floor_ms"])])
     return markdown(["kernel", "dtype", *COLUMNS, "moved", "floor"], table)
 
 
@@ -264,9 +268,8 @@ def bytes_table() -> str:
     for name, moved in (ours | eager_bytes(TOKENS, VOCABULARY)).items():
         floors = [f"{1e3 * moved / bandwidth:.2f}" for _, bandwidth in GPUS.values()]
         rows.append([name, f"{moved / TOKENS / VOCABULARY:.0f}", amount(moved), *floors])
-    return markdown(
-        ["log-probs, forward + backward", "bytes/logit", "moved", *(f"{n}, ms" for n, _ in GPUS.values())], rows
-    )
+    floors = [f"{name}, ms" for name, _ in GPUS.values()]
+    return markdown(["log-probs, forward + backward", "bytes/logit", "moved", *floors], rows)
 
 
 def measured_table(rows: list[dict]) -> str:
@@ -279,15 +282,32 @@ def measured_table(rows: list[dict]) -> str:
     return markdown(["operation", "way", "ms", "rate", "peak GB"], table)
 
 
+def report(rows: list[dict], targets: list[str], one_row_each: bool) -> str:
+    """Everything that needs no GPU, as text."""
+    shown = "sm90" if "sm90" in targets else targets[0]
+    lines = [
+        "What the compiler made of the kernels. floor: bytes moved / bandwidth, arithmetic and not a measurement, at",
+        "; ".join(f"{target} {name} {rate / 1e12:.2f} TB/s" for target, (name, rate) in GPUS.items())
+        + " (nine tenths of the data sheets).",
+        f"Logits ({TOKENS}, {VOCABULARY}), boxes ({BOXES}, 4), rewards ({PROMPTS}, {GROUP}). load, store: the widest,",
+        "in bytes. They, barriers and instructions are of the loop over a row; a kernel without a loop counts whole,",
+        "branches not taken included.",
+    ]
+    if one_row_each:
+        lines.append(f"Figures of {shown}, in brackets the worst of {', '.join(targets)} where that is worse.")
+    lines += ["", row_per_kernel(rows, shown) if one_row_each else every_row(rows), ""]
+    lines += [
+        "Bytes moved by log-probs of bf16 logits, every pass of every operator over a tensor: arithmetic as well."
+    ]
+    return "\n".join([*lines, "", bytes_table()])
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--targets", default=",".join(aot.TARGETS), help="which GPUs to compile for (default: %(default)s)"
-    )
+    every = ",".join(aot.TARGETS)
+    parser.add_argument("--targets", default=every, help="which GPUs to compile for (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="save every figure")
-    parser.add_argument(
-        "--markdown", action="store_true", help="one row per kernel instead of one per kernel and target"
-    )
+    parser.add_argument("--markdown", action="store_true", help="one row per kernel instead of one per target as well")
     options = parser.parse_args(arguments)
     targets = options.targets.split(",")
     if unknown := set(targets) - set(aot.TARGETS):
@@ -300,23 +320,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     print(f"GPU: {gpu}" if gpu else "GPU: none here, so no timings are given")
-    print(f"torch {torch.__version__}, triton {triton.__version__}\n")
+    print(f"torch {torch.__version__}, triton {triton.__version__}\n", flush=True)
     rows = compiled(targets)
-    print("What the compiler made of the kernels. Floor: bytes moved / bandwidth, arithmetic and not a measurement, at")
-    print("; ".join(f"{target} {name} {bandwidth / 1e12:.2f} TB/s" for target, (name, bandwidth) in GPUS.items()) + ".")
-    print(
-        f"Logits ({TOKENS}, {VOCABULARY}), boxes ({BOXES}, 4), rewards ({PROMPTS}, {GROUP}). Widest load and store, barriers and"
-    )
-    print(
-        "instructions are of the loop over the row; a kernel without a loop counts whole, never-taken branches included."
-    )
-    if options.markdown:
-        print(f"The row is sm90's ({GPUS['sm90'][0]}), in brackets the worst of {options.targets} where that is worse.")
-    print("\n" + (row_per_kernel if options.markdown else every_row)(rows) + "\n")
-    print(
-        "Bytes moved by log-probs of bf16 logits, each pass of each operator over a tensor counted: arithmetic as well.\n"
-    )
-    print(bytes_table())
+    print(report(rows, targets, options.markdown), flush=True)
     times = measured() if gpu else []
     if gpu:
         print(f"\nMeasured on {gpu}; rate: bytes or operations that have to be, over the time.\n")
