@@ -138,7 +138,7 @@ def _acc(dtype: torch.dtype):
 
 
 def _rows(logits: Tensor) -> Tensor:
-    """The kernels step through a row one logit at a time; how far the rows are apart does not matter."""
+    """The kernels want the columns one apart; how far the rows are apart does not matter."""
     return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
@@ -162,7 +162,8 @@ def triton_forward(logits: Tensor, tokens: Tensor, temperature: float, entropy: 
 def triton_backward(
     grad: Tensor, logits: Tensor, tokens: Tensor, lse: Tensor, temperature: float, out: Tensor | None = None
 ) -> Tensor:
-    """grad (N,), of the log-probs -> gradient of the logits (N, V), into `out` if given, which may be the logits."""
+    """grad (N,), of the log-probs -> gradient of the logits (N, V), into `out` if given, which may be the logits.
+    The columns of `out` are one apart, its rows any distance."""
     out = logits.new_empty(logits.shape) if out is None else out
     logits = _rows(logits)
     n, v = logits.shape
