@@ -546,22 +546,15 @@ class Policy(nn.Module):
                 x = recomputed(layer.suffix, x, cos, sin, k, v, prefix.spans, when=self.checkpointing)
             hidden = torch.cat((hidden, self.model.norm(x)), dim=1)  # (B * G, T, H)
         real = torch.arange(t, device=ids.device) < lengths.flatten()[:, None]  # by position, never by token id
-        logp, ent = self._head(hidden[real], ids.flatten(0, 1)[real], temperature, entropy)
+        flat = kernels.linear_logprob(
+            hidden[real], self.head_weight, ids.flatten(0, 1)[real], temperature, HEAD_ROWS, entropy
+        )
         back = torch.argsort(order)
 
-        def grid(flat: Tensor) -> Tensor:  # scatter the real tokens back and return to the caller's order
-            return flat.new_zeros(b * g, t).masked_scatter(real, flat).view(b, g, t)[back]
+        def grid(values: Tensor) -> Tensor:  # scatter the real tokens back and return to the caller's order
+            return values.new_zeros(b * g, t).masked_scatter(real, values).view(b, g, t)[back]
 
-        return (grid(logp), grid(ent)) if entropy else grid(logp)
-
-    def _head(self, hidden: Tensor, tokens: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
-        def rows(h: Tensor, y: Tensor):
-            return kernels.token_logprob(self.logits(h), y, temperature, entropy)
-
-        parts = [recomputed(rows, h, y) for h, y in zip(hidden.split(HEAD_ROWS), tokens.split(HEAD_ROWS), strict=True)]
-        if not entropy:
-            return torch.cat(parts), None
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        return (grid(flat[0]), grid(flat[1])) if entropy else grid(flat)
 
     def full_logprobs(self, batch: PromptBatch, ids: Tensor, lengths: Tensor, temperature: float = 1.0) -> Tensor:
         """The naive equivalent of logprobs(prefix(batch), ...): one full row per completion, nothing shared."""

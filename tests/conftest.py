@@ -1,10 +1,24 @@
-"""Settings of the whole suite: the Triton interpreter before triton is imported, one thread, no network."""
+"""Settings of the whole suite: Triton's interpreter and its guard before any kernel is made, one thread, no network.
 
+`python -m pytest -m gpu` leaves the interpreter off: it runs the real kernels, and needs a GPU.
+"""
+
+import importlib.util
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is imported; kernels then run on CPU tensors
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch  # noqa: E402
 
 torch.set_num_threads(1)  # small tensors: a second thread costs more than it brings
+
+
+def pytest_configure(config):
+    on_a_gpu = "gpu" in config.option.markexpr and "not gpu" not in config.option.markexpr
+    if on_a_gpu or importlib.util.find_spec("triton") is None:
+        return
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported; kernels then also run on CPU tensors
+    if os.environ["TRITON_INTERPRET"] == "1":
+        import interpreter_guard
+
+        interpreter_guard.install()
