@@ -30,6 +30,14 @@ def save(out: Path, step: int, task, optimizer: torch.optim.Optimizer, state: di
     """Write out/step-<step>/; `state` is what load() gives back, ready for JSON."""
     folder, partial = out / f"step-{step:06d}", out / f".partial-step-{step:06d}"
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that died while saving
+    try:
+        return _save(folder, partial, step, task, optimizer, state)
+    except (OSError, SafetensorError) as error:  # a full disk, most of the time
+        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(f"{folder} cannot be written ({error}); free the disk, then go on by --resume") from error
+
+
+def _save(folder: Path, partial: Path, step: int, task, optimizer: torch.optim.Optimizer, state: dict) -> Path:
     task.save(partial, torch.float32)  # also where adapters are merged into bfloat16 weights: they may be that small
     # The folder holds adapters merged into the weights, from which they cannot be had back.
     tensors = {f"adapter.{name}": p.detach() for name, p in task.policy.adapters().items()}
@@ -55,8 +63,8 @@ def newest(out: Path) -> Path:
     return max(folders, key=lambda f: int(f.name.removeprefix("step-")))
 
 
-def load(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict:
-    """Fill the optimiser and return the state that save() was given, with `step`.
+def load(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, wanted_state: tuple[str, ...] = ()) -> dict:
+    """Fill the optimiser and return the state that save() was given, with `step`; it must have the fields wanted.
 
     The policy is loaded already: from this folder; with adapters from the folder the run started from, then lora.add,
     and its adapters are filled here.
@@ -68,9 +76,12 @@ def load(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict
         raise InputError(
             f"{folder}: the trainer's state cannot be read ({error}); remove this step to use one before"
         ) from None
-    if state.get("format") != FORMAT:
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        raise InputError(f"{folder}/trainer.json: format {found} is not {FORMAT}, which this version reads")
+    if missing := {"step", "optimizer_steps", *wanted_state} - state.keys():
         raise InputError(
-            f"{folder}/trainer.json: format {state.get('format')} is not {FORMAT}, which this version reads"
+            f"{folder}/trainer.json: field {min(missing)!r} is missing; remove this step to use one before"
         )
     adapters = policy.adapters()
     if (then := lora.rank_of(tensors)) != (now := lora.rank_of(adapters)):

@@ -5,6 +5,7 @@ beside the others, ends the program: in a grid, two runs that differ in a dead f
 """
 
 import argparse
+import math
 import os
 import platform
 import subprocess
@@ -15,13 +16,14 @@ from pathlib import Path
 
 import torch
 
+import errors
 import loss
 import rewards
 import scheduler
-from data import PROMPTS
+from data import PROMPTS, held_out_phantoms
 from errors import InputError
 from logs import LOGS
-from model import read_json
+from model import check_device, read_json
 from scheduler import ScheduleConfig
 
 DEFAULTS = dict(
@@ -29,7 +31,6 @@ DEFAULTS = dict(
     data="phantoms",
     val=None,  # held-out phantoms for phantoms; for files it must be named
     out="out",
-    prompt=None,  # the one the policy was trained with, else think, the paper's
     max_pixels=None,  # what the checkpoint says; the published ones allow 16,384 tokens an image
     schedule="medloc",
     group_size=8,  # G, as in the paper
@@ -58,6 +59,7 @@ DEFAULTS = dict(
 )
 RECIPES = {
     "nano": dict(
+        prompt=None,  # the one the policy was trained with, as its folder says
         steps=200,
         batch_size=16,  # prompts per optimiser step
         micro_batch=16,  # prompts per forward pass
@@ -69,6 +71,7 @@ RECIPES = {
         rewards="box=1",
     ),
     "paper": dict(  # scheduler.py's marks: (s) of the paper's summaries, (?) ours
+        prompt="think",  # (s)
         steps=500,  # (?)
         batch_size=8,  # (?)
         micro_batch=1,
@@ -92,7 +95,7 @@ TYPES = {"val": str, "prompt": str, "dtype": str, "log": str, "eval_limit": int,
 # What a resumed run may change: nothing here decides what is learned. More --steps is a longer run (the learning rate
 # is constant after the warm-up); schedules that go by the share of the steps refuse it themselves.
 FREE_ON_RESUME = {"resume", "out", "steps", "device", "eval_every", "eval_limit", "samples_every", "save_every", "log"}
-FREE_ON_RESUME |= {"skip_bad", "checkpointing"}
+FREE_ON_RESUME |= {"skip_bad", "checkpointing", "micro_batch"}  # micro-batches round a little differently, no more
 
 GROUPS = {  # title -> flag -> help
     "what": dict(
@@ -168,7 +171,7 @@ GROUPS = {  # title -> flag -> help
 
 def make_parser() -> argparse.ArgumentParser:
     """Only flags that were given end up in its namespace: what is missing comes from elsewhere."""
-    parser = argparse.ArgumentParser(
+    parser = errors.Parser(
         prog="train_grpo.py",
         description="GRPO for visual grounding with a reward curriculum; what a step does: train_grpo.py",
         argument_default=argparse.SUPPRESS,
@@ -216,7 +219,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(
                 f"--resume: {file} does not exist, so there is no run to go on with; start it without --resume"
             )
-        saved = read_json(file).get("arguments", {})
+        saved = read_saved(file)
         for name in sorted(explicit.keys() & saved.keys() - FREE_ON_RESUME):
             given = list(explicit[name]) if isinstance(explicit[name], tuple) else explicit[name]
             if given != saved[name]:
@@ -233,11 +236,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def read_saved(file: Path) -> dict:
+    """The arguments of a run's config.json. InputError for those that no flag could have given."""
+    saved = read_json(file).get("arguments")
+    if not isinstance(saved, dict):
+        raise InputError(f"{file}: field 'arguments' is no object; restore it, or start a new run")
+    known = DEFAULTS | RECIPES["nano"] | asdict(ScheduleConfig())
+    for name in saved.keys() & known.keys():
+        value, kind = saved[name], TYPES.get(name, type(known[name]))
+        optional = value is None and (known[name] is None or name in TYPES)
+        kinds = {float: (float, int), tuple: (list,)}.get(kind, (kind,))
+        if not optional and (not isinstance(value, kinds) or isinstance(value, bool) != (kind is bool)):
+            raise InputError(f"{file}: {flag(name)} is {value!r:.80} in it; restore it, or start a new run")
+    return saved
+
+
 LEAST = {
     1: "steps batch_size micro_batch inner_steps max_tokens save_every eval_limit max_pixels".split(),
-    0: (
-        "warmup beta clip_low clip_high eval_every samples_every seed dynamic_sampling skip_bad lora_rank lora_alpha"
-    ).split(),
+    0: ("warmup beta clip_low clip_high eval_every samples_every seed dynamic_sampling skip_bad lora_rank").split(),
 }
 
 
@@ -247,18 +263,24 @@ def wrong(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
         for name in names:
             if getattr(args, name) is not None and getattr(args, name) < least:
                 yield f"{flag(name)} must be at least {least}"
-    for name in ("lr", "temperature", "grad_clip"):
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{flag(name)} must be a finite number, not {value}"
+    for name in ("lr", "temperature", "grad_clip", "lora_alpha"):
         if not getattr(args, name) > 0:
             yield f"{flag(name)} must be above 0"
+    if args.seed >= 2**63:
+        yield "--seed must be below 2^63"
     if args.group_size < 2:
         yield "--group-size must be at least 2: an answer alone has no group to be better than, its advantage is 0"
     if args.clip_low >= 1:
         yield "--clip-low must be below 1: ratios are above 0, so nothing would ever be clipped"
+    weights = {}
     try:
-        rewards.read_weights(args.rewards)
+        weights = rewards.read_weights(args.rewards)
     except InputError as error:
         yield f"--rewards: {error}"
-    if "phantoms" not in args.data and not args.val:
+    if not held_out_phantoms(args.data) and not args.val:
         for name in explicit.keys() & {"eval_every", "eval_limit"}:
             yield f"{flag(name)} needs --val: there is nothing to evaluate on"
     # Flags that would change nothing.
@@ -269,17 +291,25 @@ def wrong(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
         "lora_alpha": (args.lora_rank == 0, "--lora-rank 0: there are no adapters"),
         "freeze_vision": (args.lora_rank > 0, "--lora-rank: only the adapters are trained"),
     }
+    piecewise = args.delta_schedule == "piecewise"
+    idle |= dict.fromkeys(("beta1", "beta2"), (not piecewise, f"--delta-schedule {args.delta_schedule}"))
+    idle["delta0"] = (piecewise, "--delta-schedule piecewise")
+    idle["min_hit_rate"] = (not args.check_reward, "--no-check-reward")
+    idle["max_sigma"] = (not args.check_stability, "--no-check-stability")
+    idle["min_margin"] = (not args.check_margin, "--no-check-margin")
     own = scheduler.SCHEDULES[args.schedule].own
     for field in fields(ScheduleConfig):
         if field.name not in (*scheduler.WATCHING, *own):
             idle[field.name] = (True, f"--schedule {args.schedule}")
+        elif not weights.get("box"):
+            idle[field.name] = (True, f"--rewards {args.rewards}: the box does not count")
     for name, (nothing, why) in idle.items():
         if nothing and name in explicit:
             yield f"{flag(name)} changes nothing beside {why}; drop it"
     try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        yield f"--device {args.device} is not to be had here ({str(error).splitlines()[0]:.80}); use --device cpu"
+        check_device(args.device)
+    except InputError as error:
+        yield str(error)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         yield "this version trains in one process: start torchrun without --nproc-per-node"
 

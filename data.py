@@ -128,6 +128,12 @@ def load_samples(spec: str, seed: int, split: str, bad: BadRecords | None = None
     return samples
 
 
+def held_out_phantoms(spec: str) -> str:
+    """What of --data has a held-out split of its own, as a spec for load_samples: its phantoms; "" if none."""
+    parts = [part.strip() for part in spec.split(",")]
+    return ",".join(part for part in parts if part.partition(":")[0] == "phantoms")
+
+
 def phantom_samples(kind: str | None, seed: int, start: int, count: int, size: int = 140) -> list[Sample]:
     """Phantoms start .. start + count - 1 of the series (kind, seed), not yet drawn; kind None takes turns by index."""
     if kind is not None and kind not in KINDS:
@@ -378,6 +384,12 @@ class ImageConfig:
     std: tuple[float, ...] = CLIP_STD
 
     def __post_init__(self):
+        counts = self.patch_size, self.merge_size, self.temporal_patch_size, self.min_pixels, self.max_pixels
+        numbers = (*self.mean, *self.std)
+        if not all(type(n) is int for n in counts) or not all(type(n) in (int, float) for n in numbers):
+            raise InputError(f"image processor settings must be numbers, not {_short((*counts, *numbers))}")
+        if min(counts[:3]) < 1:
+            raise InputError(f"patch_size, merge_size and temporal_patch_size must be at least 1, not {counts[:3]}")
         if not 1 <= self.min_pixels <= self.max_pixels or self.max_pixels < self.factor**2:
             raise InputError(
                 f"min_pixels {self.min_pixels} and max_pixels {self.max_pixels} leave no image: "
@@ -409,7 +421,8 @@ class ImageConfig:
         }
         given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         values = {key: v for source in (stated, given) for key, v in source.items() if v is not None}
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        with _named(path):
+            return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
 
     def write_max_pixels(self, folder: str | Path) -> None:
         """Write our limit into the folder's processor files, under each of the names that readers look for."""

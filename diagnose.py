@@ -83,7 +83,9 @@ class Watch:
         if self.ious:
             q25, q50, q75 = torch.tensor(self.ious).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
             words += [f"IoU of those with a box: quartiles {q25:.2f} {q50:.2f} {q75:.2f}, best {max(self.ious):.2f}."]
-        samples = [texts[0] for texts in roll.texts[:3]]
+        samples = [text for group in zip(*roll.texts, strict=True) for text in group][
+            :3
+        ]  # of three prompts, if there are
         words += ["Three answers: " + ", ".join(f"{text!r:.120}" for text in samples) + "."]
         words += ["To try: " + "; ".join(self._advice(found, failed, tau)) + "."]
         return " ".join(words)

@@ -1,23 +1,33 @@
 """The one exception for bad input: a sentence that names file, line and field and says what to do."""
 
+import argparse
 import sys
 from collections.abc import Callable
 
 # How torch says it, on CUDA and on a CPU; looked for in words, so that this file needs no torch.
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
 
 class InputError(Exception):
     """The user's input cannot be used. The message is one sentence for a person; a traceback would add nothing."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, whose complaint is one sentence too, without the usage of sixty flags in front of it."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message} (python {self.prog} --help lists all flags)\n")
+
+
 def run(main: Callable[[], None], when_memory_ends: str = "ask for less at a time") -> None:
-    """Run a script's main(). An InputError, or the end of the memory, ends it with one sentence on stderr, exit code 2;
-    `when_memory_ends` names the flags that help."""
+    """Run a script's main(). An InputError, a file that cannot be read or written (a full disk), or the end of the
+    memory ends it with one sentence on stderr, exit code 2; `when_memory_ends` names the flags that help."""
     try:
         main()
     except InputError as error:
         sentence = str(error)
+    except OSError as error:
+        sentence = f"{error.filename or 'a file of the run'}: {error.strerror or error}; free it or name another place"
     except (MemoryError, RuntimeError) as error:
         first_line = (str(error).splitlines() or [""])[0]
         if not isinstance(error, MemoryError) and not any(words in first_line.lower() for words in NO_MEMORY):

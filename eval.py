@@ -37,7 +37,7 @@ from data import (
     load_tokenizer,
 )
 from errors import InputError
-from model import Policy, collate, read_json
+from model import Policy, check_device, collate, read_json
 from scheduler import hit
 
 NANO = Path(__file__).parent / "assets" / "nano"
@@ -112,7 +112,7 @@ def default_prompt(folder: Path) -> str:
     """The prompt a policy was trained with, if its folder says so (the nano one's does); else the paper's, think."""
     file = folder / PROMPT_FILE
     style = read_json(file).get("prompt") if file.exists() else "think"
-    if style not in PROMPTS:
+    if not isinstance(style, str) or style not in PROMPTS:
         raise InputError(f"{file}: field 'prompt' is {style!r}; there are {', '.join(PROMPTS)}")
     return style
 
@@ -268,7 +268,7 @@ def read_predictions(file: str, samples: list[Sample]) -> list[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = errors.Parser(prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="nano", help="checkpoint folder, or nano")
     parser.add_argument("--data", default="phantoms", help="JSONL files, or phantoms[:dermoscopy|xray|ultrasound]")
     parser.add_argument("--train", help="training data: adds the row of the constant box, the median of its boxes")
@@ -287,6 +287,7 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("limit", "batch_size", "max_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    check_device(args.device)
     return args
 
 

@@ -53,3 +53,5 @@ def open_log(name: str, out: Path, config: dict, first: int):
         return LOGS[name](out, config, first)
     except ImportError as error:
         raise InputError(f"--log {name}: the package is not installed (pip install {name}), or drop --log") from error
+    except Exception as error:  # wandb without a login raises its own kinds
+        raise InputError(f"--log {name}: cannot be opened ({error!s:.200}); drop --log, or mend that") from error

@@ -22,7 +22,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -85,6 +85,20 @@ class ModelConfig:
     max_position_embeddings: int
     vision: VisionConfig
 
+    def __post_init__(self):
+        counts = {"": self, "vision_config.": self.vision}
+        for prefix, config in counts.items():
+            for field in fields(config):
+                value = getattr(config, field.name)
+                if field.type in (int, "int") and (type(value) is not int or value < (field.name != "image_token_id")):
+                    raise ValueError(f"{prefix}{field.name} is {value!r:.80}, a whole number above 0 is needed")
+        heads = (self.hidden_size, self.num_attention_heads), (self.num_attention_heads, self.num_key_value_heads)
+        for whole, part in (*heads, (self.vision.hidden_size, self.vision.num_heads)):
+            if whole % part:
+                raise ValueError(f"{whole} cannot be split into {part} heads")
+        if len(self.mrope_section) != 3 or sum(self.mrope_section) * 2 != self.head_dim:
+            raise ValueError(f"mrope_section {self.mrope_section} must be 3 numbers with the sum {self.head_dim // 2}")
+
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
@@ -124,6 +138,8 @@ class ModelConfig:
             )
         except KeyError as missing:
             raise InputError(f"{source}: field {missing} is missing; is this a Qwen2.5-VL checkpoint?") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{source}: a field has the wrong type ({error}); is it as published?") from None
 
 
 # -------------------------------------------------------------------------------------------------------- small pieces
@@ -662,8 +678,9 @@ class Policy(nn.Module):
         """Load a Hugging Face folder: config.json and model.safetensors, or shards and their index. Refuses others."""
         folder = Path(folder)
         raw = read_json(folder / "config.json")
+        config, eos_ids = ModelConfig.from_dict(raw, str(folder / "config.json")), read_eos_ids(folder, raw)
         with torch.device("meta"):
-            policy = cls(ModelConfig.from_dict(raw, str(folder / "config.json")), read_eos_ids(folder, raw))
+            policy = cls(config, eos_ids)
         wanted = dict(policy.named_parameters())
         found = set()
         for file in checkpoint_files(folder):
@@ -751,7 +768,20 @@ def sample(logits: Tensor, temperature: float, uniforms: Tensor | None) -> Tenso
     total = cdf[:, -1:]  # 1, or 2^52, up to rounding
     # Strictly below the total, and the first entry strictly above: a token of probability 0 is never drawn.
     target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, target, right=True)[:, 0]
+    # Of NaN logits the entry is V: any token will do, since the step's loss is NaN too and will be skipped.
+    return torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+
+
+def check_device(name: str) -> str:
+    """The device if tensors can be made there. InputError else."""
+    try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise RuntimeError("cpu and cuda are supported")
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        why = f"{str(error).splitlines()[0]:.80}"
+        raise InputError(f"--device {name} is not to be had here ({why}); use --device cpu") from None
+    return name
 
 
 def read_json(file: Path) -> dict:
@@ -776,12 +806,19 @@ def read_eos_ids(folder: Path, raw: dict) -> tuple[int, ...]:
     eos = next((s["eos_token_id"] for s in sources if s.get("eos_token_id") is not None), None)
     if eos is None:
         raise InputError(f"{folder}: neither generation_config.json nor config.json has eos_token_id.")
-    return tuple(eos) if isinstance(eos, list) else (eos,)
+    ids = tuple(eos) if isinstance(eos, list) else (eos,)
+    if not ids or not all(type(i) is int and i >= 0 for i in ids):
+        raise InputError(f"{folder}: eos_token_id must be a token's id or a list of them, not {eos!r:.80}.")
+    return ids
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.exists():
+        where = read_json(index).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+            raise InputError(f"{index}: field 'weight_map' must say which file each tensor is in.")
+        names = sorted(set(where.values()))
     for name in names:
         if not (folder / name).exists():
             raise InputError(f"{folder / name} does not exist; the checkpoint is not whole.")

@@ -192,6 +192,8 @@ def read_weights(text: str) -> dict[str, float]:
         name, _, number = part.strip().partition("=")
         if name not in ("box", *REWARDS):
             raise InputError(f"no reward is called {name!r}; there are box, {', '.join(REWARDS)}")
+        if name in weights:
+            raise InputError(f"{name!r} is named twice")
         try:
             weights[name] = float(number)
         except ValueError:

@@ -34,15 +34,16 @@ import kernels
 import lora
 import rewards
 from config import describe, parse_arguments
-from data import BadRecords, Prompt, Sample, Sampler, load_samples
+from data import BadRecords, Prompt, Sample, Sampler, held_out_phantoms, load_samples
 from diagnose import Watch
 from errors import InputError
 from eval import NANO, Task, default_prompt, evaluate, model_folder, overlay, sheet, summary
 from logs import open_log
 from loss import BatchTotals, LossStats, completion_mask, grpo_loss, mask_overlong
 from model import Policy, collate, read_json
-from scheduler import Schedule, ScheduleConfig, make_schedule
+from scheduler import WATCHING, ByShareOfSteps, Schedule, ScheduleConfig, make_schedule
 
+STATE = ("schedule", "bad_in_a_row", "drawn", "bad", "evaluation")  # what a resumed run needs beside the weights
 PATIENCE = 5  # steps with a non-finite loss or gradient in a row before the run stops
 MEMORY = (
     "lower --micro-batch, then --max-pixels, --max-tokens or --group-size; --checkpointing trades time for memory, "
@@ -259,15 +260,18 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, roll: Rollout, args
             optimizer.step()
         else:
             skipped += 1
-    return loss_metrics(stats, losses, norms, float(entropy) / tokens) | {"skipped": skipped}
+    metrics = loss_metrics(stats, losses, norms, float(entropy) / tokens, roll.logp_ref is not None)
+    return metrics | {"skipped": skipped}
 
 
-def loss_metrics(stats: LossStats, losses: list[float], norms: list[float], entropy: float) -> dict:
+def loss_metrics(
+    stats: LossStats, losses: list[float], norms: list[float], entropy: float, has_reference: bool
+) -> dict:
     n = max(int(stats.tokens), 1)  # 0 where every completion was masked out
     return {
         "loss": sum(losses) / len(losses),
         "grad_norm": sum(norms) / len(norms),
-        "kl": float(stats.kl) / n,
+        "kl": float(stats.kl) / n if has_reference else None,
         "clip_low": float(stats.clip_low) / n,
         "clip_high": float(stats.clip_high) / n,
         "entropy": entropy,
@@ -334,7 +338,7 @@ def write_samples(out: Path, step: int, roll: Rollout, tau: float | None) -> Non
 def check_out(args) -> Path:
     """--out as a path that a run may write to; nothing is created yet, so that a refused run leaves nothing behind."""
     out = Path(args.out)
-    if not args.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not args.resume and os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} is not empty: name a new folder, or go on with the run in it by --resume")
     return out
 
@@ -342,8 +346,13 @@ def check_out(args) -> Path:
 def keep_until(file: Path, step: int) -> None:
     """Drop the lines of steps after `step`, which a resumed run writes again, and a last one that a kill cut off."""
     if file.exists():
-        whole = file.read_text(encoding="utf-8").split("\n")[:-1]
-        kept = [line + "\n" for line in whole if json.loads(line)["step"] <= step]
+        kept = []
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], 1):
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{file}:{number}: is no line of this run's; delete it") from None
         file.write_text("".join(kept), encoding="utf-8")
 
 
@@ -392,7 +401,8 @@ def main() -> None:
 
     bad = BadRecords(args.skip_bad)
     samples = load_samples(args.data, args.seed, "train", bad)
-    val = load_samples(args.val or args.data, args.seed, "test", bad) if args.val or "phantoms" in args.data else []
+    held_out = args.val or held_out_phantoms(args.data)
+    val = load_samples(held_out, args.seed, "test", bad) if held_out else []
     policy, actor, reference = make_policies(args, base, start)
     room = policy.config.max_position_embeddings - args.max_tokens
     if room < 1:
@@ -408,18 +418,22 @@ def main() -> None:
     stream = Stream(samples, task, bad, args)
     first, bad_in_a_row, evaluation = 0, 0, {"start": None, "final": None, "history": []}
     if args.resume:
-        state = checkpoint.load(start, policy, optimizer)
+        state = checkpoint.load(start, policy, optimizer, STATE)
         first, bad_in_a_row, evaluation = state["step"], state["bad_in_a_row"], state["evaluation"]
+        if first > args.steps:
+            raise InputError(f"--steps {args.steps}: {start} has {first} already; give more, or a new --out")
         stream.drawn = state["drawn"]
+        bad.sentences |= state["bad"]
         schedule.load_state_dict(state["schedule"])
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            keep_until(out / name, first)
     elif base == NANO and args.data == "phantoms" and not args.val:
         # The nano policy was made coarse on purpose; what plain supervision on exact boxes reaches stands beside.
         evaluation["exact_sft"] = read_json(NANO / "eval.json")["exact"]
     config = describe(args)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if args.resume:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                keep_until(out / name, first)
         log = open_log(args.log, out, config, first) if args.log else None
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     except OSError as error:
@@ -440,10 +454,11 @@ def main() -> None:
         (out / "eval.json").write_text(json.dumps(evaluation, indent=2) + "\n")
 
     def save(step: int, drawn: int) -> None:
-        state = {"schedule": schedule.state_dict(), "bad_in_a_row": bad_in_a_row, "drawn": drawn}
-        checkpoint.save(out, step, task, optimizer, state | {"evaluation": evaluation})
+        values = schedule.state_dict(), bad_in_a_row, drawn, bad.sentences, evaluation
+        checkpoint.save(out, step, task, optimizer, dict(zip(STATE, values, strict=True)))
 
-    asked = {k: v for k, v in vars(args).items() if v is not None and not hasattr(schedule_config, k)}
+    idle = {f.name for f in fields(ScheduleConfig)} - {*WATCHING, *schedule.own}
+    asked = {name: value for name, value in vars(args).items() if value is not None and name not in idle}
     tqdm.write(" ".join(f"{name}={value}" for name, value in asked.items()))
     for sentence in bad.sentences.values():
         tqdm.write(f"left out: {sentence}")
@@ -494,7 +509,7 @@ def main() -> None:
         print(json_line(row), file=metrics_file, flush=True)
         if log:
             log.write(row)
-        if decision.tighten and args.schedule.startswith("medloc"):
+        if decision.tighten and not isinstance(schedule, ByShareOfSteps):  # those rise at every step
             tqdm.write(f"step {done}: {decision}")
         if paragraph := watch.add(seen, tau, last):
             tqdm.write(f"step {done}: {paragraph}")
@@ -507,11 +522,18 @@ def main() -> None:
         if bad_in_a_row:
             tqdm.write(f"step {done}: loss {row['loss']}, gradient norm {row['grad_norm']}: not finite, step skipped")
         if bad_in_a_row >= PATIENCE:
-            raise InputError(f"{PATIENCE} steps in a row had a non-finite loss or gradient; lower --lr or --grad-clip")
+            raise InputError(
+                f"{PATIENCE} steps in a row had a non-finite loss or gradient; "
+                "start anew with a lower --lr or --grad-clip, from --model or a step-... of this run"
+            )
         if args.samples_every and (done % args.samples_every == 0 or done == 1):
             write_samples(out, done, seen, tau)
         if val and (last or args.eval_every and done % args.eval_every == 0):
-            evaluation["history"].append({"step": done, **measure(done)})
+            try:
+                evaluation["history"].append({"step": done, **measure(done)})
+            except Exception:  # a picture that vanished, no memory: the steps are done all the same
+                save(done, stream.drawn)
+                raise
             if last:
                 evaluation["final"] = {k: v for k, v in evaluation["history"][-1].items() if k != "step"}
             write_evaluation()

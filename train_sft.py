@@ -33,13 +33,14 @@ from data import (
     Box,
     Sampler,
     answer_text,
+    held_out_phantoms,
     load_samples,
     phantom_samples,
     to_model,
 )
 from errors import InputError
 from eval import NANO, Task, default_prompt, evaluate, model_folder, summary
-from model import ModelConfig, Policy, collate
+from model import ModelConfig, Policy, check_device, collate
 from phantoms import QUERIES
 
 # The nano policy: a real Qwen2.5-VL of 2.3 M parameters. Two full-attention blocks around a windowed one, 2 key heads
@@ -223,7 +224,9 @@ def make_nano(args: argparse.Namespace) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = errors.Parser(
+        prog="train_sft.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--make-nano", action="store_true", help="make assets/nano (or --out) from random weights")
     parser.add_argument("--keep-exact", help="with --make-nano: also save the exact-SFT policy in this folder")
     parser.add_argument("--model", default="nano", help="checkpoint folder, or nano")
@@ -253,6 +256,9 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("steps", "batch_size", "micro_batch", "warmup"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not (math.isfinite(args.lr) and args.lr > 0):
+        parser.error("--lr must be above 0 and finite")
+    check_device(args.device)
     if not args.make_nano and not args.out:
         parser.error("--out is needed: the folder for the trained checkpoint")
     return args
@@ -273,7 +279,8 @@ def main() -> None:
     policy.compute_dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     bad = BadRecords(args.skip_bad)
     samples = load_samples(args.data, args.seed, "train", bad)
-    val = load_samples(args.val or args.data, args.seed, "test", bad) if args.val or "phantoms" in args.data else []
+    held_out = args.val or held_out_phantoms(args.data)
+    val = load_samples(held_out, args.seed, "test", bad) if held_out else []
     task = Task(policy, folder, prompt, policy.config.max_position_embeddings - max_tokens, args.max_pixels)
     samples, val = task.usable(samples, bad), task.usable(val, bad, decode=True)
     for sentence in bad.sentences.values():

@@ -6,13 +6,15 @@
 # weights, 2 GB adapters with gradients and AdamW's moments, the rest for one prompt's group and its logits. Adapters take a
 # larger learning rate than whole weights: 1e-5 is a guess, the paper's is 1e-6.
 #
+# A checkpoint is about 16 GB and none is removed: five of them in 500 steps.
+#
 #   MODEL   a folder with Qwen2.5-VL-3B-Instruct         TRAIN, VAL   records (README: "Your own images")
 set -euo pipefail
-cd "$(dirname "$0")/.."
+here=$(cd "$(dirname "$0")/.." && pwd)  # MODEL, TRAIN and VAL are relative to where you are
 
-python train_grpo.py --schedule=medloc --recipe=paper \
+python "$here/train_grpo.py" --schedule=medloc --recipe=paper \
   --model="${MODEL:-Qwen2.5-VL-3B-Instruct}" --data="${TRAIN:-train.jsonl}" --val="${VAL:-val.jsonl}" \
   --out="${OUT:-out-medloc-3b}" \
   --lora-rank=64 --lora-alpha=64 --lr=1e-5 --checkpointing \
   --batch-size=8 --micro-batch=1 --max-tokens=256 --max-pixels=401408 \
-  --steps=500 --eval-every=100 --save-every=50
+  --steps=500 --eval-every=100 --save-every=100

@@ -4,13 +4,15 @@
 # NOT YET: this version trains in one process and refuses more than one with a sentence. The command is what it is meant to
 # be: 32 prompts x 8 answers a step, dealt out over the ranks; each rank holds what runs/medloc_3b_1x80.sh does.
 #
+# A checkpoint is about 40 GB and none is removed: five of them in 500 steps.
+#
 #   MODEL   a folder with Qwen2.5-VL-3B-Instruct         TRAIN, VAL   records (README: "Your own images")
 set -euo pipefail
-cd "$(dirname "$0")/.."
+here=$(cd "$(dirname "$0")/.." && pwd)  # MODEL, TRAIN and VAL are relative to where you are
 
-torchrun --nproc-per-node=4 train_grpo.py --schedule=medloc --recipe=paper \
+torchrun --nproc-per-node=4 "$here/train_grpo.py" --schedule=medloc --recipe=paper \
   --model="${MODEL:-Qwen2.5-VL-3B-Instruct}" --data="${TRAIN:-train.jsonl}" --val="${VAL:-val.jsonl}" \
   --out="${OUT:-out-medloc-3b}" \
   --freeze-vision --checkpointing \
   --batch-size=32 --micro-batch=1 --max-tokens=512 --max-pixels=401408 \
-  --steps=500 --eval-every=100 --save-every=50
+  --steps=500 --eval-every=100 --save-every=100

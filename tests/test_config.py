@@ -8,6 +8,7 @@ import pytest
 import config
 import scheduler
 from config import DEFAULTS, RECIPES, parse_arguments
+from errors import InputError
 from scheduler import ScheduleConfig
 
 
@@ -15,7 +16,7 @@ def refused(capsys, *flags: str) -> str:
     with pytest.raises(SystemExit) as end:
         parse_arguments(list(flags))
     error = capsys.readouterr().err
-    assert end.value.code == 2 and "Traceback" not in error
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     return error
 
 
@@ -28,8 +29,8 @@ def test_every_default_has_a_flag_and_every_flag_a_default():
 def test_the_recipe_follows_the_model_and_explicit_flags_win(tmp_path):
     assert parse_arguments([]).recipe == "nano" and parse_arguments(["--model", str(tmp_path)]).recipe == "paper"
     paper = parse_arguments(["--recipe", "paper"])
-    settings = (paper.lr, paper.group_size, paper.temperature, paper.beta, paper.rewards, paper.warmup > 0)
-    assert settings == (1e-6, 8, 0.9, 0.04, "box=1,format=1", True)
+    settings = (paper.lr, paper.group_size, paper.temperature, paper.beta, paper.rewards, paper.prompt)
+    assert settings == (1e-6, 8, 0.9, 0.04, "box=1,format=1", "think") and paper.warmup > 0
     assert parse_arguments(["--recipe", "paper", "--lr", "3e-6"]).lr == 3e-6
     assert parse_arguments(["--stages", "0.5", "0.7"]).stages == [0.5, 0.7]
 
@@ -54,7 +55,31 @@ IMPOSSIBLE = {
     "no steps": (["--steps", "0"], "--steps must be at least 1"),
     "negative": (["--dynamic-sampling", "-1"], "--dynamic-sampling must be at least 0"),
     "no temperature": (["--temperature", "0"], "--temperature must be above 0"),
-    "nan": (["--lr", "nan"], "--lr must be above 0"),
+    "nan": (["--lr", "nan"], "--lr must be a finite number, not nan"),
+    "infinite": (["--lr", "inf"], "--lr must be a finite number, not inf"),
+    "nan that passes no comparison": (["--beta", "nan"], "--beta must be a finite number"),
+    "adapters that count nothing": (["--lora-rank", "4", "--lora-alpha", "0"], "--lora-alpha must be above 0"),
+    "seed": (["--seed", str(2**64)], "--seed must be below 2^63"),
+    "a device without numbers": (["--device", "meta"], "--device meta is not to be had here"),
+    "reward named twice": (["--rewards", "box=1,box=2"], "--rewards: 'box' is named twice"),
+    "linear's": (["--delta0", "0.1"], "--delta0 changes nothing beside --delta-schedule piecewise"),
+    "piecewise's": (
+        ["--delta-schedule", "linear", "--beta1", "0.5"],
+        "--beta1 changes nothing beside --delta-schedule",
+    ),
+    "hit rate unchecked": (
+        ["--no-check-reward", "--min-hit-rate", "0.9", "0.8", "0.7"],
+        "--min-hit-rate changes nothing beside --no-check-reward",
+    ),
+    "margin unchecked": (
+        ["--no-check-margin", "--min-margin", "0.2"],
+        "--min-margin changes nothing beside --no-check",
+    ),
+    "stability unchecked": (
+        ["--no-check-stability", "--max-sigma", "0.2", "0.2", "0.2"],
+        "--max-sigma changes nothing",
+    ),
+    "the box does not count": (["--rewards", "format=1", "--tau-start", "0.2"], "--tau-start changes nothing beside"),
     "no group": (["--group-size", "1"], "--group-size must be at least 2"),
     "no clipping": (["--inner-steps", "2", "--clip-low", "1"], "--clip-low must be below 1"),
     "unknown reward": (["--rewards", "box=1,bleu=1"], "--rewards: no reward is called 'bleu'; there are box, format"),
@@ -105,6 +130,53 @@ def test_a_schedule_owns_just_the_switches_that_change_what_it_does(name):
             traces.append(trace)
         if switch not in schedule.own:
             assert traces[0] == traces[1], switch
+
+
+OWNED = {  # schedule -> its switches, and values beside which the traces below must differ
+    "medloc": dict(
+        tau_start=0.2, tau_target=0.4, refresh="full", check_reward=False, check_margin=False,
+        min_hit_rate=(1.0,) * 3, max_sigma=(0.0,) * 3, min_margin=0.5, delta_schedule="linear", beta1=0.1,
+    ),
+    "medloc-soft": dict(soft_scale=0.3, tau_start=0.2),
+    "fixed": dict(fixed_tau=0.7),
+    "progress": dict(tau_start=0.2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWNED)
+def test_the_switches_that_a_schedule_owns_change_what_it_does(name):
+    """In one of two stories: now and then a group misses, and the margin decides; half of each group is good, and the
+    hit rate does."""
+    stories = [[[0.1, 0.9]] + [[0.85, 0.9]] * 3, [[0.85, 0.9]] * 4], [[[0.55, 0.95]] * 4]
+    for switch, value in OWNED[name].items():
+        traces = []
+        for settings in ({}, {switch: value}):
+            trace = []
+            for story in stories:
+                schedule = scheduler.make_schedule(name, ScheduleConfig(window=12, **settings), 30)
+                for step in range(30):
+                    trace.append((schedule.tau, schedule.reward(0.45, 0.4, True)))
+                    schedule.observe(story[min(step % 3, len(story) - 1)])
+            traces.append(trace)
+        assert switch in schedule.own and traces[0] != traces[1], switch
+
+
+def test_a_damaged_config_of_a_resumed_run_is_named(tmp_path, capsys):
+    resume = ["--resume", "--out", str(tmp_path)]
+    for content, words in (
+        ({"arguments": []}, "field 'arguments' is no object"),
+        ({}, "field 'arguments' is no object"),
+        ({"arguments": {"lr": "fast"}}, "--lr is 'fast' in it"),
+        ({"arguments": {"steps": 2.5}}, "--steps is 2.5 in it"),
+        ({"arguments": {"check_margin": 1}}, "--check-margin is 1 in it"),
+        ({"arguments": {"stages": 0.5}}, "--stages is 0.5 in it"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match="config.json: ") as error:
+            parse_arguments(resume)
+        assert words in str(error.value)
+    (tmp_path / "config.json").write_text(json.dumps({"arguments": {"lr": 1, "val": None, "stages": [0.5, 0.6]}}))
+    assert parse_arguments(resume).lr == 1
 
 
 def test_several_ranks_are_refused(monkeypatch, capsys):

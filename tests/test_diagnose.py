@@ -47,7 +47,7 @@ def test_it_speaks_after_twenty_steps_without_a_hit_and_once():
     assert "25% of the answers have no box that can be read (20 x no box) and 0% are cut off at --max-tokens" in words
     u = MISS.iou[0, 0].item()
     assert f"quartiles {u:.2f} {u:.2f} {u:.2f}, best {u:.2f}" in words
-    assert "Three answers: '[1,2]', '[5,6]'." in words  # two groups have two
+    assert "Three answers: '[1,2]', '[5,6]', '[3,4]'." in words
     assert f"--tau-start={u - 0.05:.2f}" in words and "medloc-soft" in words and "--dynamic-sampling" in words
 
 

@@ -161,6 +161,10 @@ def test_pictures_to_evaluate_on_are_decoded_before_the_first_step(folder):
 # --------------------------------------------------------------------------------------------------- checkpoints, --out
 
 
+def edit(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
 def broken_model(folder: Path, name: str) -> Path:
     """A copy of the nano policy with one thing wrong."""
     copy = shutil.copytree(evaluation.NANO, folder / "model")
@@ -191,6 +195,22 @@ def broken_model(folder: Path, name: str) -> Path:
         (copy / "preprocessor_config.json").unlink()
     elif name == "unknown prompt":
         (copy / "medloc.json").write_text('{"prompt": "sing"}')
+    elif name == "prompt of another kind":
+        (copy / "medloc.json").write_text('{"prompt": ["answer"]}')
+    elif name == "index without a map":
+        (copy / "model.safetensors.index.json").write_text("{}")
+    elif name == "size of another kind":
+        edit(copy / "config.json", hidden_size="large")
+    elif name == "no heads":
+        edit(copy / "config.json", num_attention_heads=0)
+    elif name == "heads that do not fit":
+        edit(copy / "config.json", num_attention_heads=3)
+    elif name == "no positions":
+        edit(copy / "config.json", max_position_embeddings=None)
+    elif name == "EOS of another kind":
+        edit(copy / "generation_config.json", eos_token_id="end")
+    elif name == "patches of another kind":
+        edit(copy / "preprocessor_config.json", patch_size="14")
     return copy
 
 
@@ -206,6 +226,14 @@ MODELS = {
     "broken tokenizer": "holds no tokenizer that transformers can load",
     "no preprocessor": "cannot be read; is its folder a whole checkpoint?",
     "unknown prompt": "medloc.json: field 'prompt' is 'sing'; there are",
+    "prompt of another kind": "medloc.json: field 'prompt' is ['answer']; there are",
+    "index without a map": "model.safetensors.index.json: field 'weight_map' must say",
+    "size of another kind": "config.json: a field has the wrong type (hidden_size is 'large'",
+    "no heads": "config.json: a field has the wrong type (num_attention_heads is 0",
+    "heads that do not fit": "config.json: a field has the wrong type (128 cannot be split into 3 heads",
+    "no positions": "config.json: a field has the wrong type (max_position_embeddings is None",
+    "EOS of another kind": "eos_token_id must be a token's id or a list of them, not 'end'",
+    "patches of another kind": "image processor settings must be numbers, not",
 }
 
 
@@ -213,7 +241,7 @@ MODELS = {
 def test_an_unreadable_or_foreign_model_is_named(name, folder):
     file = write(folder, GOOD)
     model = broken_model(folder, name)
-    error = sentence(grpo(folder / "out", file, "--model", str(model), expect=2))
+    error = sentence(grpo(folder / "out", file, "--model", str(model), "--recipe", "nano", expect=2))
     assert MODELS[name] in error and str(model) in error and not (folder / "out").exists()
 
 
@@ -255,6 +283,15 @@ BREAKS = {
         "step-000001: the trainer's state cannot be read",
     ),
     "another format": (lambda out: trainer(out, format=99), "trainer.json: format 99 is not"),
+    "no object": (
+        lambda out: (out / "step-000001" / "trainer.json").write_text("[]"),
+        "trainer.json: format None is not",
+    ),
+    "no counters": (
+        lambda out: (out / "step-000001" / "trainer.json").write_text('{"format": 2}'),
+        "trainer.json: field 'bad' is missing",
+    ),
+    "foreign line": (lambda out: (out / "metrics.jsonl").write_text("{}\n"), "metrics.jsonl:1: is no line of this run"),
     "no config": (lambda out: (out / "config.json").unlink(), "config.json does not exist"),
     "broken config": (lambda out: (out / "config.json").write_text("{"), "config.json: not readable as JSON"),
 }
@@ -266,7 +303,64 @@ def test_a_broken_checkpoint_is_named_on_resume(name, stopped, tmp_path):
     out = shutil.copytree(stopped, tmp_path / "run")
     damage(out)
     assert words in sentence(run(train_grpo, "--resume", "--out", str(out), "--steps", "2", expect=2))
-    assert len(lines(out / "metrics.jsonl")) == 1
+    assert name == "foreign line" or len(lines(out / "metrics.jsonl")) == 1
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoint_before(folder, monkeypatch):
+    file = write(folder, GOOD)
+    save = train_grpo.checkpoint.save_file
+
+    def full(tensors, path, **_):
+        if "000002" in str(path):
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(train_grpo.checkpoint, "save_file", full)
+    error = sentence(grpo(folder / "out", file, "--steps", "3", "--save-every", "1", expect=2))
+    assert "step-000002 cannot be written" in error and "No space left on device" in error and "--resume" in error
+    assert [f.name for f in (folder / "out").iterdir() if "step" in f.name] == ["step-000001"]
+    monkeypatch.setattr(train_grpo.checkpoint, "save_file", save)
+    run(train_grpo, "--resume", "--out", str(folder / "out"))
+    assert (folder / "out" / "step-000003").is_dir()
+
+
+def test_an_evaluation_that_fails_at_the_end_does_not_cost_the_run(folder):
+    """The picture to evaluate on vanishes after the first look."""
+    file, val = write(folder, GOOD | {"image": "b.png"}), write(folder, GOOD, name="val.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        observe = train_grpo.Schedule.observe
+        vanish = lambda self, ious: (folder / "a.png").unlink(missing_ok=True) or observe(self, ious)  # noqa: E731
+        patch.setattr(train_grpo.Schedule, "observe", vanish)
+        flags = ["--data", str(file), "--val", str(val), "--steps", "2", "--out", str(folder / "out")]
+        error = sentence(run(train_grpo, *flags, expect=2))
+    assert f"{val}:1: " in error and "a.png" in error
+    assert (folder / "out" / "step-000002" / "trainer.json").exists()
+
+
+def test_what_was_left_out_is_still_counted_after_a_resume(folder):
+    """Two pictures break on the way and one is allowed: the second ends the run, also if it was resumed in between."""
+    names = "abcdefgh"
+    file = write(folder, *[GOOD | {"image": f"{name}.png"} for name in names])
+    order = train_grpo.Sampler(8, 2, 0).take(0, 8)
+    for place in (1, 5):
+        picture = folder / f"{names[order[place]]}.png"
+        picture.write_bytes(picture.read_bytes()[:2000])
+    flags = ["--data", str(file), "--batch-size", "2", "--group-size", "2", "--schedule", "raw", "--skip-bad", "1"]
+    run(train_grpo, *flags, "--steps", "1", "--out", str(folder / "out"))
+    error = sentence(run(train_grpo, "--resume", "--out", str(folder / "out"), "--steps", "4", expect=2))
+    assert f"{file}:{order[5] + 1}: " in error and "this is bad record number 2, --skip-bad allows 1" in error
+
+
+def test_training_records_are_never_evaluated_on_unasked(folder):
+    """A path with "phantoms" in it is no phantom; of a mixture, the phantoms alone are held out."""
+    (folder / "phantoms_mine").mkdir()
+    shutil.copy(folder / "a.png", folder / "phantoms_mine")
+    file = write(folder / "phantoms_mine", GOOD)
+    output = run(train_grpo, "--data", str(file), "--steps", "1", "--batch-size", "2", "--out", str(folder / "a"))
+    assert "no evaluation: name records with --val" in output
+    flags = ["--data", f"phantoms:xray, {file}", "--steps", "1", "--batch-size", "2", "--eval-limit", "2"]
+    output = run(train_grpo, *flags, "--out", str(folder / "b"))
+    assert "20001 training samples, 600 to evaluate on" in output
 
 
 def test_a_used_or_unwritable_folder_is_refused(stopped, folder):

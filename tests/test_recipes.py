@@ -97,7 +97,7 @@ def test_the_commands_in_runs_are_commands_that_the_parser_takes(script, tmp_pat
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL": "a folder", "OUT": "there"}
     asked = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=True).stdout
     words = asked.splitlines()
-    args = parse_arguments(words[words.index("train_grpo.py") + 1 :])
+    args = parse_arguments(words[words.index(str(ROOT / "train_grpo.py")) + 1 :])
     assert (args.recipe, args.schedule, args.model, args.out) == ("paper", "medloc", "a folder", "there")
     assert (args.group_size, args.temperature, args.beta) == (8, 0.9, 0.04)
     assert args.lora_rank or args.lr == 1e-6

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import errors
 import eval as evaluation
@@ -96,7 +98,8 @@ def test_a_run_writes_all_that_it_promises(whole):
     rows = lines(whole / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert all(set(METRICS) <= row.keys() for row in rows)
-    assert all(math.isfinite(row[key]) for row in rows for key in METRICS)
+    assert all(math.isfinite(row[key]) for row in rows for key in METRICS if key != "kl")
+    assert all(row["kl"] is None for row in rows)  # --beta 0: no reference, so no number
     config = json.loads((whole / "config.json").read_text())
     assert (
         config["arguments"]["lr"] == 1e-4 and config["arguments"]["tau_start"] == 0.1 and "torch" in config["versions"]
@@ -148,14 +151,69 @@ def test_every_option_of_the_loop_runs_together(records, tmp_path):
     assert [h["step"] for h in json.loads((out / "eval.json").read_text())["history"]] == [1, 2]
 
 
+def test_bfloat16_rolls_out_with_the_weights_it_has_trained(records, tmp_path, monkeypatch):
+    """What rolls out and what is evaluated is a bfloat16 copy of the weights, refreshed after each step."""
+    policies, rolled = [], []
+    make, generate = train_grpo.make_policies, Policy.generate
+    monkeypatch.setattr(train_grpo, "make_policies", lambda *a: policies.append(make(*a)) or policies[0])
+
+    def spy(self, *arguments):
+        policy, actor, _ = policies[0]
+        assert self is actor and actor is not policy
+        rolled.append(torch.cat([p.flatten() for p in actor.parameters()]))
+        assert torch.equal(rolled[-1], torch.cat([p.bfloat16().flatten() for p in policy.parameters()]))
+        return generate(self, *arguments)
+
+    monkeypatch.setattr(Policy, "generate", spy)
+    flags = ("--steps", "2", "--dtype", "bfloat16", "--lr", "1e-2", "--warmup", "0", "--schedule", "raw")
+    grpo(tmp_path / "run", records, *flags)
+    assert not torch.equal(rolled[0], rolled[-1])
+
+
+def test_the_flags_reach_what_they_are_for(records, tmp_path, monkeypatch):
+    """Clipping, recomputation, the adapters' scale and the temperature of the old log-probs, as the parts get them."""
+    seen = {}
+    clip, add, logprobs = torch.nn.utils.clip_grad_norm_, train_grpo.lora.add, Policy.logprobs
+
+    def spy(self, prefix, ids, lengths, temperature=1.0, entropy=False):
+        seen.setdefault("temperatures", set()).add(temperature)
+        seen["checkpointing"] = self.checkpointing
+        return logprobs(self, prefix, ids, lengths, temperature, entropy)
+
+    monkeypatch.setattr(Policy, "logprobs", spy)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, most: seen.update(grad_clip=most) or clip(p, most))
+    monkeypatch.setattr(train_grpo.lora, "add", lambda *a: seen.update(lora=a[1:]) or add(*a))
+    flags = ("--grad-clip", "0.25", "--checkpointing", "--lora-rank", "3", "--lora-alpha", "5", "--seed", "8")
+    flags += ("--temperature", "0.7", "--inner-steps", "2", "--beta", "0.1", "--clip-low", "0.1")
+    grpo(tmp_path / "run", records, "--steps", "1", *flags)
+    assert seen == dict(grad_clip=0.25, checkpointing=True, lora=(3, 5.0, 8), temperatures={0.7})
+
+
+def test_the_reference_of_a_resumed_run_is_still_the_policy_it_started_from(records, tmp_path):
+    """KL to --model's weights, in full training: two steps, stop, resume to four gives the numbers of four."""
+    straight, broken = tmp_path / "a", tmp_path / "b"
+    flags = ("--beta", "0.1", "--lr", "1e-3", "--schedule", "raw")
+    grpo(straight, records, "--steps", "4", *flags)
+    grpo(broken, records, "--steps", "2", *flags)
+    run(train_grpo, "--resume", "--out", str(broken), "--steps", "4")
+    rows = lines(straight / "metrics.jsonl")
+    assert rows[3]["kl"] > 1e-3 and without_times(lines(broken / "metrics.jsonl")) == without_times(rows)
+
+
+def test_a_run_is_not_resumed_to_fewer_steps_than_it_has(whole):
+    output = run(train_grpo, "--resume", "--out", str(whole), "--steps", "5", expect=2)
+    assert "step-000006 has 6 already" in output and len(lines(whole / "metrics.jsonl")) == 6
+    assert json.loads((whole / "config.json").read_text())["arguments"]["steps"] == 6
+
+
 def test_bfloat16_trains_float32_weights(records, tmp_path):
-    """The arithmetic is bfloat16, a step of 1e-6 is not lost in it, and rollouts follow the updated weights."""
+    """The arithmetic is bfloat16, and a step of 1e-6 is not lost in it."""
     out = tmp_path / "run"
     grpo(out, records, "--steps", "2", "--dtype", "bfloat16", "--lr", "1e-6", "--schedule", "raw")
     start, end = Policy.from_folder(evaluation.NANO), Policy.from_folder(out / "step-000002")
     moved = [(a - b).abs().max().item() for a, b in zip(start.parameters(), end.parameters(), strict=True)]
     assert 1e-7 < max(moved) < 1e-5
-    assert all(row["kl"] == 0 and row["clip_high"] == 0 for row in lines(out / "metrics.jsonl"))
+    assert all(row["kl"] is None and row["clip_high"] == 0 for row in lines(out / "metrics.jsonl"))
 
 
 def test_a_used_folder_is_not_overwritten(whole, records):
@@ -288,7 +346,7 @@ def test_five_steps_without_a_number_end_the_run_and_change_nothing(records, tmp
     monkeypatch.setattr(train_grpo, "grpo_loss", sometimes)
     out = tmp_path / "run"
     output = grpo(out, records, "--steps", "30", "--save-every", "4", "--schedule", "raw", expect=2)
-    assert "error: 5 steps in a row had a non-finite loss or gradient; lower --lr or --grad-clip" in output
+    assert "error: 5 steps in a row had a non-finite loss or gradient; start anew with a lower --lr" in output
     rows = lines(out / "metrics.jsonl")
     assert [row["skipped"] for row in rows] == [1, 1, 1, 1, 0, 1, 1, 1, 1, 1]
     assert [row["loss"] is None for row in rows] == [bool(row["skipped"]) for row in rows]
@@ -299,6 +357,30 @@ def test_five_steps_without_a_number_end_the_run_and_change_nothing(records, tmp
         strict=True,
     )
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_weights_that_are_no_numbers_end_the_run_in_words(records, tmp_path):
+    """One NaN in the checkpoint: answers are rubbish, every loss is NaN, five skipped steps end the run."""
+    model = shutil.copytree(evaluation.NANO, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, model / "model.safetensors")
+    output = grpo(tmp_path / "run", records, "--model", str(model), "--recipe", "nano", "--steps", "9", expect=2)
+    assert "5 steps in a row had a non-finite loss or gradient" in output
+
+
+def test_bad_steps_in_a_row_are_counted_over_a_resume(records, tmp_path, monkeypatch):
+    good = train_grpo.grpo_loss
+
+    def bad(*tensors, **settings):
+        loss, stats = good(*tensors, **settings)
+        return loss * math.nan, stats
+
+    monkeypatch.setattr(train_grpo, "grpo_loss", bad)
+    out = tmp_path / "run"
+    grpo(out, records, "--steps", "3", "--schedule", "raw")
+    run(train_grpo, "--resume", "--out", str(out), "--steps", "9", expect=2)
+    assert len(lines(out / "metrics.jsonl")) == 5
 
 
 def test_master_weights_move_at_a_learning_rate_of_1e_6_and_bfloat16_ones_do_not(records):
@@ -366,6 +448,13 @@ def flat_and_spread(monkeypatch, hits: list[list[float]]) -> list[list]:
     return asked
 
 
+def scripted_draw(self, step, slot, count):
+    """In place of Stream.draw: prompts are stand-ins, and the luck of each says where in the stream it stands."""
+    first, self.drawn = self.drawn, self.drawn + count
+    prompt = Namespace(scale=(1.0, 1.0), box=(0.0, 0.0, 1.0, 1.0), size=(1, 1))
+    return [prompt] * count, torch.arange(first, self.drawn).float().view(-1, 1, 1)
+
+
 class Anything(list):
     def __getitem__(self, index):
         return index
@@ -412,24 +501,28 @@ def test_dynamic_sampling_gives_up_after_k_rounds_and_drops_what_is_flat(monkeyp
     assert used is seen and len(seen.prompts) == 4  # off: flat groups stay in the batch and in its normalisation
 
 
-def test_the_schedule_sees_every_group_that_was_rolled_out(monkeypatch):
-    """tau's trace is that of a run without dynamic sampling on the same rollouts; fed with the update's groups alone,
-    as in a naive implementation, the hit rate never gets there."""
+def test_the_schedule_sees_every_group_that_was_rolled_out(records, tmp_path, monkeypatch):
+    """A whole run with dynamic sampling: tau's trace is that of a schedule without it that is shown the same rollouts.
+    Shown the update's groups alone, as in a naive implementation, the hit rate never gets there."""
     flat_and_spread(monkeypatch, [HIT] * 5 + [SPREAD] + [HIT] * 4 + [SPREAD])
-    args, stream = scripted_stream(dynamic_sampling=3)
-    with_all, without, naive = (make_schedule("medloc", ScheduleConfig(window=12), 60) for _ in range(3))
-    traces = [[], [], []]
-    for step in range(60):
-        for trace, schedule in zip(traces, (with_all, without, naive), strict=True):
-            trace.append(schedule.tau)
-        seen, used = train_grpo.rollout(None, None, None, stream, step, with_all, args)
-        with_all.observe(seen.iou.tolist())
+    groups, rollout = [], train_grpo.rollout
+    monkeypatch.setattr(train_grpo, "rollout", lambda *a: groups.append(rollout(*a)) or groups[-1])
+    monkeypatch.setattr(train_grpo, "update", lambda *a: dict.fromkeys(("loss", "grad_norm")) | {"skipped": 0})
+    monkeypatch.setattr(train_grpo.Stream, "draw", scripted_draw)
+    monkeypatch.setattr(train_grpo, "write_samples", lambda *a: None)
+    out = tmp_path / "run"
+    grpo(out, records, "--steps", "30", "--window", "12", "--dynamic-sampling", "3")
+    trace = [row["tau"] for row in lines(out / "metrics.jsonl")]
+    without, naive = (make_schedule("medloc", ScheduleConfig(window=12), 30) for _ in range(2))
+    expected = []
+    for seen, used in groups:
+        expected.append(without.tau)
         without.observe(seen.iou.tolist())
         if used.prompts:
             naive.observe(used.iou.tolist())
         assert used.spread.all()
-    assert traces[0] == traces[1] and len(set(traces[0])) >= 3
-    assert set(traces[2]) == {0.3}
+    assert trace == expected and len(set(trace)) >= 3
+    assert naive.tau == 0.3
 
 
 DYNAMIC = ("--samples-every", "2", "--save-every", "3", "--dynamic-sampling", "2", "--schedule", "fixed")
@@ -477,6 +570,19 @@ def test_adapters_train_resume_and_save_merged(records, tmp_path):
     run(evaluation, "--model", str(straight / "step-000004"), "--data", str(records), "--limit", "4", "--out",
         str(tmp_path / "e"))  # fmt: skip
     assert json.loads((tmp_path / "e" / "eval.json").read_text())["miou"] == pytest.approx(result["miou"], abs=1e-6)
+
+
+def test_deterministic_sampling_is_used_in_a_run(records, tmp_path):
+    """With torch's switch really on: sampling in whole numbers, the same run twice."""
+    rows = []
+    try:
+        for name in "ab":
+            grpo(tmp_path / name, records, "--steps", "2", "--deterministic", "--schedule", "raw")
+            assert torch.are_deterministic_algorithms_enabled()
+            rows.append(without_times(lines(tmp_path / name / "metrics.jsonl")))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert rows[0] == rows[1]
 
 
 def test_checkpointing_changes_no_number_and_a_frozen_tower_stays(whole, records, tmp_path):
