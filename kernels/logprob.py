@@ -83,6 +83,7 @@ def logprob_forward_kernel(
     once, at its end. LOWEST, the least finite number, stands in for "nothing seen yet": -inf minus -inf would be NaN.
     """
     SCALE: tl.constexpr = LOG2E / TEMPERATURE
+    INVERSE: tl.constexpr = 1.0 / TEMPERATURE  # as in the backward kernel, to the last bit
     TILE: tl.constexpr = VECTOR * LANES
     row = tl.program_id(0).to(tl.int64)  # 14,134 rows of 151,936 logits are more than an int32 can count
     LOGITS += row * stride
@@ -107,7 +108,7 @@ def logprob_forward_kernel(
     chosen = tl.load(LOGITS + token, mask=known, other=float("nan")).to(ACC)
     log_total = tl.log2(total)
     tl.store(LOGP + row, ((chosen - highest) * SCALE - log_total) * LN2)
-    tl.store(LSE + row, highest / TEMPERATURE + log_total * LN2)
+    tl.store(LSE + row, highest * INVERSE + log_total * LN2)
     if ENTROPY:  # both terms are positive: nothing cancels
         tl.store(ENTROPIES + row, (log_total - weighted / total) * LN2)
 
@@ -118,17 +119,18 @@ def logprob_backward_kernel(
     TEMPERATURE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per row and BLOCK columns: OUT = GRAD / T * ([column == token] - softmax). OUT may be LOGITS."""
+    INVERSE: tl.constexpr = 1.0 / TEMPERATURE  # a division for each logit would double the instructions on AMD
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < V
     LOGITS += row * stride
     OUT += row * out_stride
-    grad = tl.load(GRAD + row) / TEMPERATURE
+    grad = tl.load(GRAD + row) * INVERSE
     if grad == 0:  # padding, or a group that has nothing to tell: half of the traffic, and no NaN gets through
         tl.store(OUT + column, tl.zeros([BLOCK], ACC).to(OUT.dtype.element_ty), mask=inside)
     else:
         x = tl.load(LOGITS + column, mask=inside, other=float("-inf")).to(ACC)
-        p = tl.exp2((x / TEMPERATURE - tl.load(LSE + row)) * LOG2E)
+        p = tl.exp2((x * INVERSE - tl.load(LSE + row)) * LOG2E)
         hit = tl.where(column == tl.load(TOKENS + row), 1.0, 0.0)
         tl.store(OUT + column, ((hit - p) * grad).to(OUT.dtype.element_ty), mask=inside)
 

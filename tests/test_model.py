@@ -1,5 +1,6 @@
 """model.py against transformers' Qwen2.5-VL, and the shared prefix against plain full rows."""
 
+import copy
 import json
 import warnings
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import model
@@ -451,3 +453,57 @@ def test_bad_checkpoints_are_refused_in_one_sentence(pair, tmp_path):
     refuses("not a readable safetensors file")
     (tmp_path / "model.safetensors").unlink()
     refuses("model.safetensors does not exist")
+
+
+# ------------------------------------------------------------------------------------------------------------ on a GPU
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def on_cuda(policy: Policy, dtype: torch.dtype) -> Policy:
+    there = copy.deepcopy(policy).to("cuda", dtype)
+    there.compute_dtype = dtype
+    return there
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_attention_is_flash_attention_forward_and_backward(pair, prompts):
+    """Prefix, suffix and decode of prompts of one length need no mask, so no scores are materialised: all of it runs
+    where only the flash kernel is allowed, in bfloat16, and gives what float32 gives on a CPU."""
+    equal = [prompts[0], prompts[3]]
+    ids, lengths = random_completions(2, 4, 7)
+    there = on_cuda(pair[0], torch.bfloat16)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        prefix = there.prefix(collate(equal, "cuda"))
+        logp = there.logprobs(prefix, ids.cuda(), lengths.cuda())
+        logp.sum().backward()
+        there.generate(prefix, 4, 6)
+    expected = pair[0].logprobs(pair[0].prefix(collate(equal)), ids, lengths)
+    assert (logp.cpu() - expected).abs().max() < 0.15 and (logp.cpu() - expected).abs().mean() < 0.03
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in there.parameters())
+
+
+@pytest.mark.gpu
+@needs_cuda
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_decode_path_draws_what_it_draws_on_a_cpu(pair, prompts, temperature):
+    """Prompts of unequal length, so with the mask over the padded cache; float32, the same luck, the same tokens."""
+    luck = torch.rand(len(prompts), 3, 8, generator=torch.Generator().manual_seed(3))
+    here, there = pair[0], on_cuda(pair[0], torch.float32)
+    expected = here.generate(here.prefix(collate(prompts)), 3, 8, temperature, luck)
+    got = there.generate(there.prefix(collate(prompts, "cuda")), 3, 8, temperature, luck)
+    assert torch.equal(got.lengths.cpu(), expected.lengths) and torch.equal(got.ids.cpu(), expected.ids)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@torch.no_grad()
+def test_a_repeated_pass_on_a_gpu_gives_the_same_bits(pair, prompts):
+    there = on_cuda(pair[0], torch.bfloat16)
+    ids, lengths = random_completions(len(prompts), 4, 7)
+    first, *others = (
+        there.logprobs(there.prefix(collate(prompts, "cuda")), ids.cuda(), lengths.cuda()) for _ in range(5)
+    )
+    assert all(torch.equal(first, other) for other in others)

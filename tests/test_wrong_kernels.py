@@ -25,7 +25,7 @@ FORWARD = {
     "threads' sums not rescaled to the common maximum": ("tl.sum(tl.exp2(shift) * total, 0)", "tl.sum(total, 0)"),
     "times T instead of divided by it": ("SCALE: tl.constexpr = LOG2E / TEMP", "SCALE: tl.constexpr = LOG2E * TEMP"),
     "T left out of the chosen logit": ("((chosen - highest) * SCALE", "((chosen - highest) * LOG2E"),
-    "T left out of the logsumexp": ("highest / TEMPERATURE + log_total", "highest + log_total"),
+    "T left out of the logsumexp": ("highest * INVERSE + log_total", "highest + log_total"),
     "base 2 taken for base e": ("- log_total) * LN2)", "- log_total * LN2) * LN2)"),
     "mask of the tail one too long": ("mask=whole + column < V", "mask=whole + column <= V"),
     "mask of the tail one too short": ("mask=whole + column < V", "mask=whole + column < V - 1"),
@@ -58,8 +58,8 @@ FORWARD = {
     "entropy in bits": ("(log_total - weighted / total) * LN2", "(log_total - weighted / total)"),
 }  # fmt: skip
 BACKWARD = {
-    "gradient without 1/T": ("tl.load(GRAD + row) / TEMPERATURE", "tl.load(GRAD + row)"),
-    "softmax without T": ("(x / TEMPERATURE - tl", "(x - tl"),
+    "gradient without 1/T": ("tl.load(GRAD + row) * INVERSE", "tl.load(GRAD + row)"),
+    "softmax without T": ("(x * INVERSE - tl", "(x - tl"),
     "softmax in base 2": ("tl.load(LSE + row)) * LOG2E)", "tl.load(LSE + row)))"),
     "gradient with the wrong sign": ("(hit - p) * grad", "(p - hit) * grad"),
     "chosen token forgotten": ("(hit - p) * grad", "(0.0 - p) * grad"),
