@@ -462,13 +462,11 @@ def main() -> None:
     tqdm.write(" ".join(f"{name}={value}" for name, value in asked.items()))
     for sentence in bad.sentences.values():
         tqdm.write(f"left out: {sentence}")
-    count = f"{sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters"
-    count += (
-        f" ({sum(p.numel() for p in trained) / 1e6:.1f} M trained)"
-        if len(trained) < len(list(policy.parameters()))
-        else ""
+    parameters, of_them = (sum(p.numel() for p in some) / 1e6 for some in (policy.parameters(), trained))
+    tqdm.write(
+        f"{parameters:.1f} M parameters ({of_them:.1f} M trained), {len(samples)} training samples, "
+        f"{len(val)} to evaluate on"
     )
-    tqdm.write(f"{count}, {len(samples)} training samples, {len(val)} to evaluate on")
     if not val:
         tqdm.write("no evaluation: name records with --val")
     elif first == 0:
