@@ -391,6 +391,8 @@ def main() -> None:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    # Where cuBLAS splits a sum of bf16 products, the parts are added in fp32 too.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     base = model_folder(args.model)
     args.prompt = args.prompt or default_prompt(base)
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")

@@ -55,8 +55,8 @@ def token_logprob(
     The gradient is computed in fp32, comes in the logits' dtype and costs one tensor of the logits' size. Rows whose
     incoming gradient is 0 get exact zeros and are not read. A logit of -inf is a token of probability 0 (log-prob -inf
     if it was the chosen one); a row of nothing but -inf, or with a NaN or +inf in it, is no distribution and gives NaN.
-    An id outside [0, V) raises on a CPU and gives NaN on a GPU, where raising would mean waiting for the device. Old,
-    reference and policy log-probs all take the sampling temperature.
+    An id outside [0, V) raises on a CPU; on a GPU, where raising would mean waiting for the device, it gives NaN, in
+    the gradient too. Old, reference and policy log-probs all take the sampling temperature.
     Raises ValueError for shapes that do not fit and for a temperature that is not above 0.
     """
     if logits.ndim != 2 or tokens.shape != logits.shape[:1]:
@@ -77,8 +77,9 @@ def linear_logprob(
     states), with entropy=True also the entropies (N,), without gradient.
 
     The products are made in the dtype of `hidden`, to which a weight of another dtype is cast for the time of a call.
-    For bf16 and fp16 they are summed in fp32 (as matrix products of these dtypes are), and rounded once: each logit,
-    each gradient of a logit, each entry of the gradient of `hidden`. The gradient of the weight is summed in fp32 and
+    For bf16 and fp16 they are summed in fp32 (on CUDA: if torch.backends.cuda.matmul.allow_bf16_reduced_precision_
+    reduction is off, as train_grpo.py has it), and rounded once: each logit, each gradient of a logit, each entry of
+    the gradient of `hidden`. The gradient of the weight is summed in fp32 and
     comes in the weight's dtype, so that fp32 master weights get all of it. It is skipped if the weight needs none.
     Rows whose incoming gradient is 0 cost nothing in the backward pass.
     Peak memory beside inputs and gradients: one chunk of logits, chunk * V * 2 bytes for bf16; the cast weight, if its

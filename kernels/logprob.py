@@ -131,7 +131,9 @@ def logprob_backward_kernel(
     else:
         x = tl.load(LOGITS + column, mask=inside, other=float("-inf")).to(ACC)
         p = tl.exp2((x * INVERSE - tl.load(LSE + row)) * LOG2E)
-        hit = tl.where(column == tl.load(TOKENS + row), 1.0, 0.0)
+        token = tl.load(TOKENS + row)
+        grad = tl.where((token >= 0) & (token < V), grad, float("nan"))  # as its log-prob is
+        hit = tl.where(column == token, 1.0, 0.0)
         tl.store(OUT + column, ((hit - p) * grad).to(OUT.dtype.element_ty), mask=inside)
 
 
@@ -268,13 +270,14 @@ def linear_backward(
     rows = grad.nonzero()[:, 0]
     logits = hidden.new_empty(min(chunk, len(rows)), len(weight))
     grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else hidden.new_empty(0)
-    grad_weight = weight.new_zeros(weight.shape if wanted[1] else 0, dtype=accumulator(weight.dtype))
+    wide = accumulator(torch.promote_types(weight.dtype, hidden.dtype))
+    grad_weight = weight.new_zeros(weight.shape if wanted[1] else 0, dtype=wide)
     for part in rows.split(chunk) if len(rows) and any(wanted) else ():
         h = hidden[part]  # (R, H)
         x = torch.mm(h, compute.t(), out=logits[: len(part)])  # (R, V)
         backward(grad[part], x, tokens[part], lse[part], temperature, out=x)  # x is its gradient from here on
         if wanted[0]:
-            grad_hidden[part] = x @ compute
+            grad_hidden[part] = torch.mm(x, compute, out=torch.empty_like(h))  # out: as above, whatever autocast says
         if wanted[1]:
             _add_product(grad_weight, x, h)
     return grad_hidden, grad_weight.to(weight.dtype)
@@ -287,7 +290,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         return
     for i in range(0, a.shape[1], WEIGHT_ROWS):  # in parts: no second (V, H) tensor
         place = slice(i, i + WEIGHT_ROWS)
-        if a.is_cuda:
+        if a.is_cuda and not torch.version.hip:
             total[place] += torch.mm(a[:, place].t(), b, out_dtype=torch.float32)
         else:
             total[place].addmm_(a[:, place].t().to(total.dtype), b.to(total.dtype))

@@ -331,8 +331,9 @@ def an_id_outside_the_vocabulary_is_nan_or_refused(k: LogProb) -> None:
     for wrong in (1037, -1, 2**40):
         tokens = torch.tensor([5, wrong, 7])
         if k.range_checked:
-            logp = k(logits, tokens, grad).logp
-            assert logp[1].isnan() and logp[[0, 2]].isfinite().all()
+            got = k(logits, tokens, grad)
+            assert got.logp[1].isnan() and got.logp[[0, 2]].isfinite().all()
+            assert got.gradient[1].isnan().all() and got.gradient[[0, 2]].isfinite().all()
         else:
             try:
                 k(logits, tokens, grad)

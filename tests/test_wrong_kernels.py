@@ -43,8 +43,8 @@ FORWARD = {
         "    LOGITS += row * V\n    column = tl.arange",
     ),
     "any id is believed": ("mask=known, other", "mask=token == token, other"),
-    "negative ids are believed": ("(token >= 0) & (token < V)", "token < V"),
-    "id V is believed": ("(token >= 0) & (token < V)", "(token >= 0) & (token <= V)"),
+    "negative ids are believed": ("known = (token >= 0) & (token < V)", "known = token < V"),
+    "id V is believed": ("known = (token >= 0) & (token < V)", "known = (token >= 0) & (token <= V)"),
     "entropy with the wrong sign inside": ("(log_total - weighted / total)", "(log_total + weighted / total)"),
     "entropy without its floor": ("e * tl.maximum(z, FLOOR)", "e * z"),
     "entropy whose weight is not moved to a new maximum": (
@@ -63,7 +63,8 @@ BACKWARD = {
     "softmax in base 2": ("tl.load(LSE + row)) * LOG2E)", "tl.load(LSE + row)))"),
     "gradient with the wrong sign": ("(hit - p) * grad", "(p - hit) * grad"),
     "chosen token forgotten": ("(hit - p) * grad", "(0.0 - p) * grad"),
-    "chosen token one off": ("column == tl.load(TOKENS", "column + 1 == tl.load(TOKENS"),
+    "chosen token one off": ("column == token, 1.0", "column + 1 == token, 1.0"),
+    "any id has a gradient": ("tl.where((token >= 0) & (token < V), grad", "tl.where(token == token, grad"),
     "gradient not multiplied by the incoming one": ("(hit - p) * grad", "(hit - p)"),
     "rows without gradient are read": ("if grad == 0:", "if grad != grad:"),
     "rows of negative gradient are left out": ("if grad == 0:", "if grad <= 0:"),
@@ -79,15 +80,15 @@ BACKWARD = {
 }  # fmt: skip
 HEAD = {
     "gradient of the weight is that of the last chunk": ("total.addmm_(a.t(), b)", "total.addmm_(a.t(), b, beta=0)"),
-    "gradient of the weight added up in 16 bits": ("dtype=accumulator(weight.dtype))", "dtype=hidden.dtype)"),
+    "gradient of the weight added up in 16 bits": ("if wanted[1] else 0, dtype=wide)", "if wanted[1] else 0, dtype=hidden.dtype)"),
     "tokens of the first chunk for all": (
         "backward(grad[part], x, tokens[part]",
         "backward(grad[part], x, tokens[: len(part)]",
     ),
     "logsumexp of the first chunk for all": ("tokens[part], lse[part]", "tokens[part], lse[: len(part)]"),
     "gradient of hidden from the logits' chunk": (
-        "grad_hidden[part] = x @ compute",
-        "grad_hidden[: len(part)] = x @ compute",
+        "grad_hidden[part] = torch.mm",
+        "grad_hidden[: len(part)] = torch.mm",
     ),
     "rows without gradient are computed": ("rows = grad.nonzero()[:, 0]", "rows = torch.arange(len(grad))"),
     "last part of the vocabulary forgotten": (
