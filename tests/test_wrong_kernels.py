@@ -80,7 +80,7 @@ BACKWARD = {
 }  # fmt: skip
 HEAD = {
     "gradient of the weight is that of the last chunk": ("total.addmm_(a.t(), b)", "total.addmm_(a.t(), b, beta=0)"),
-    "gradient of the weight added up in 16 bits": ("if wanted[1] else 0, dtype=wide)", "if wanted[1] else 0, dtype=hidden.dtype)"),
+    "gradient of the weight added up in 16 bits": ("else 0, dtype=wide)", "else 0, dtype=hidden.dtype)"),
     "tokens of the first chunk for all": (
         "backward(grad[part], x, tokens[part]",
         "backward(grad[part], x, tokens[: len(part)]",
