@@ -511,6 +511,8 @@ def main() -> None:
             log.write(row)
         if decision.tighten and not isinstance(schedule, ByShareOfSteps):  # those rise at every step
             tqdm.write(f"step {done}: {decision}")
+        if not used.prompts:
+            tqdm.write(f"step {done}: none of {len(seen.prompts)} groups had spread, no update")
         if paragraph := watch.add(seen, tau, last):
             tqdm.write(f"step {done}: {paragraph}")
         shown = {"tau": "-" if tau is None else f"{tau:.2f}", "iou": f"{row['iou_mean']:.3f}"}

@@ -525,6 +525,18 @@ def test_the_schedule_sees_every_group_that_was_rolled_out(records, tmp_path, mo
     assert naive.tau == 0.3
 
 
+def test_a_step_without_any_spread_is_said_and_changes_nothing(records, tmp_path, monkeypatch):
+    flat_and_spread(monkeypatch, [FLAT])
+    monkeypatch.setattr(train_grpo.Stream, "draw", scripted_draw)
+    monkeypatch.setattr(train_grpo, "write_samples", lambda *a: None)
+    output = grpo(tmp_path / "run", records, "--steps", "2", "--dynamic-sampling", "1")
+    assert "step 1: none of 8 groups had spread, no update" in output and "step 2: none of 8" in output
+    rows = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [(row["groups"], row["dropped"], row["loss"]) for row in rows] == [(8, 8, None)] * 2
+    ends = [Policy.from_folder(folder).parameters() for folder in (evaluation.NANO, tmp_path / "run" / "step-000002")]
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 DYNAMIC = ("--samples-every", "2", "--save-every", "3", "--dynamic-sampling", "2", "--schedule", "fixed")
 
 
