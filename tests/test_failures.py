@@ -16,6 +16,7 @@ from test_train import grpo, lines, run
 import eval as evaluation
 import train_grpo
 import train_sft
+from data import load, phantom_samples
 from model import Policy
 
 GOOD = {"image": "a.png", "query": "the skin lesion", "bbox": [10, 10, 50, 40]}
@@ -126,17 +127,23 @@ def test_a_picture_that_breaks_on_the_way_saves_the_run_first(folder):
     """Cut off behind its header, it is noticed when its turn comes: what was learned is saved, repair and --resume go
     on as if nothing had been; with --skip-bad the next record takes its place."""
     names = "abcdefgh"
-    file = write(folder, *[GOOD | {"image": f"{name}.png"} for name in names])
-    val = write(folder, GOOD, name="val.jsonl")
+    records = []
+    for i, name in enumerate(names):  # phantoms, so that there is something to learn
+        image, box = load(phantom_samples(None, 5, i, 1, size=84)[0])
+        image.save(folder / f"{name}.png")
+        records.append({"image": f"{name}.png", "query": GOOD["query"], "bbox": box})
+    file = write(folder, *records)
+    val = write(folder, records[0], name="val.jsonl")
     whole = {name: (folder / f"{name}.png").read_bytes() for name in names}
     order = train_grpo.Sampler(8, 2, 0).take(0, 8)
     victim = names[order[5]]  # in the third step
-    flags = ["--data", str(file), "--val", str(val), "--steps", "4", "--batch-size", "2", "--group-size", "2"]
+    flags = ["--data", str(file), "--val", str(val), "--steps", "4", "--batch-size", "2", "--group-size", "4"]
     flags += ["--schedule", "raw"]
     run(train_grpo, *flags, "--out", str(folder / "straight"))
+    assert all(row["grad_norm"] > 0 for row in lines(folder / "straight" / "metrics.jsonl"))
 
-    if victim != "a":
-        (folder / f"{victim}.png").write_bytes(whole[victim][:2000])
+    assert victim != "a"  # which is evaluated on
+    (folder / f"{victim}.png").write_bytes(whole[victim][:1000])
     error = sentence(run(train_grpo, *flags, "--out", str(folder / "out"), expect=2))
     assert f"{file}:{order[5] + 1}: " in error and f"{victim}.png" in error and "All up to step 2 is saved" in error
     assert [f.name for f in (folder / "out").glob("step-*")] == ["step-000002"]

@@ -553,6 +553,7 @@ def test_dynamic_sampling_is_logged_and_resumes_exactly(records, tmp_path, monke
     assert [row["drawn"] for row in rows] == np.cumsum([row["groups"] for row in rows]).tolist()
     assert any(row["groups"] > 4 for row in rows)
     assert seen == [row["groups"] for row in rows]  # the schedule's share
+    assert any(row["grad_norm"] for row in rows)  # else the weights below are equal for nothing
     assert all(row["groups"] - row["dropped"] <= 4 for row in rows)
     assert all(row["dropped"] == round(row["zero_spread"] * row["groups"]) for row in rows)
     grpo(broken, records, "--steps", "3", *flags)
