@@ -97,7 +97,7 @@ TYPES |= {"micro_batch": int, "checkpointing": bool, "memory": str}  # None: pla
 # What a resumed run may change: nothing here decides what is learned. More --steps is a longer run (the learning rate
 # is constant after the warm-up); schedules that go by the share of the steps refuse it themselves.
 FREE_ON_RESUME = {"resume", "out", "steps", "device", "eval_every", "eval_limit", "samples_every", "save_every", "log"}
-FREE_ON_RESUME |= {"skip_bad", "checkpointing", "micro_batch", "memory"}  # micro-batches round a little differently, no more
+FREE_ON_RESUME |= {"skip_bad", "checkpointing", "micro_batch", "memory"}  # micro-batches round differently, no more
 
 GROUPS = {  # title -> flag -> help
     "what": dict(

@@ -584,8 +584,8 @@ def check_prompt(
     max_prompt_tokens: int | None,
     decode: bool = False,
 ) -> int:
-    """The prompt's length in tokens, or the InputError that build_prompt would raise, from the size and the query alone;
-    with decode the picture too."""
+    """The prompt's length in tokens, or the InputError that build_prompt would raise. Known from size and query alone;
+    with decode the picture is looked at too."""
     p = sample.image
     size = (p.size, p.size) if isinstance(p, PhantomImage) else sample.size
     if decode or size is None:

@@ -3,13 +3,13 @@
     python train_grpo.py --estimate --model FOLDER --memory 24GB [any other flag]
 
 Arithmetic on the shapes of config.json: nothing is measured, no weight is read. A step's memory is what is always there
-(weights and their copies, AdamW's moments) and on top of it the largest of its moments: prompts, completions and
-reference of the rollout, four places of the update, the evaluation between steps. What a block keeps for its backward
-pass is counted tensor by tensor, as autograd saves it in model.py's code: who changes that code changes block_kept(),
-and a test that asks autograd says so. Another test measures whole steps.
+(weights and their copies, AdamW's moments) and on top of it the largest of its moments: of the rollout, of the update,
+of the evaluation between steps. What a block keeps for its backward pass is counted tensor by tensor, as autograd saves
+it in model.py's code: a change there is a change in block_kept() and kept(), and a test that asks autograd says so.
+Another test measures the peaks of whole runs.
 
-1 GB is 10^9 bytes. Left out: what driver and libraries take, and what an allocator loses; hence FILL.
-Left out too: several ranks (each would hold all of this).
+1 GB is 10^9 bytes. Left out: what driver and libraries take, and what an allocator loses (hence FILL); the groups that
+--dynamic-sampling draws beyond the batch; several ranks, each of which would hold all of this.
 """
 
 import math
@@ -29,7 +29,7 @@ from errors import InputError
 from model import HEAD_ROWS, ModelConfig, Policy, VisionConfig, read_json
 
 GB = 10**9
-# Share of the memory that a plan fills. A CPU's malloc keeps freed pages: peaks were 1.2 to 1.6 times what tensors held.
+# Share of the memory that a plan fills. On a CPU malloc keeps freed pages: 1.2 to 1.9 times what tensors held was seen.
 FILL = {"cpu": 0.6, "cuda": 0.9}
 CARDS = (24, 80)  # GB, for which an estimate says what would fit
 EVALUATION = 50  # prompts that the evaluation answers at a time, if they fit
@@ -157,9 +157,9 @@ def block_kept(run: Run, tokens: int, hidden: int, inner: int, heads: int, keys:
 
     keys: bytes that attention keeps as keys and values. weights: numbers of the block that are trained.
     """
-    w, whole = run.width, not run.lora_rank
-    norm = max(w, FULL) * hidden + FULL + w * hidden * (1 + whole)  # input, 1 / rms, normalised if scaled by a trained
-    attention = 3 * w * hidden + FULL * heads  # queries, answers by head and side by side; log-sum-exp      [weight, out
+    w, scaled = run.width, not run.lora_rank
+    norm = max(w, FULL) * hidden + FULL + w * hidden * (1 + scaled)  # input, 1 / rms, output [without and] with weight
+    attention = 3 * w * hidden + FULL * heads  # queries, answers by head, answers side by side; log-sum-exp
     mlp = 4 * w * inner  # gate, silu(gate), up, their product
     adapters = 7 * w * run.lora_rank  # x A^T of each
     casts = w * weights if w != FULL else 0  # fp32 weights are cast at each call, and the cast is kept
@@ -225,45 +225,50 @@ def answering(run: Run, prompts: int, group: int) -> dict[str, Parts]:
     }
 
 
-def moments(run: Run) -> dict[str, Parts]:
-    """What each moment of a step holds besides always(run)."""
-    config, weights = run.config, Weights.of(run.config)
-    keys = run.width * run.kv * config.num_hidden_layers * run.micro * run.prompt
-    parts = {f"rollout, {name}": of for name, of in answering(run, run.micro, run.group).items()}
-    for of in parts.values():
-        of |= waiting(run, run.batch)  # a second batch, the one before, is let go when this one is whole
-    completion = in_hand(run, run.inputs, config) + run.joined
-    head = run.width * min(HEAD_ROWS, run.rows * run.tokens) * config.vocab_size  # logits of one chunk
-    if not run.lora_rank and run.width != FULL:
-        head += run.width * weights.head  # its cast, for the call
+def rolling_out(run: Run) -> dict[str, Parts]:
+    parts = answering(run, run.micro, run.group)
     if run.reference or run.inner_steps > 1:
-        one = {"gradients": FULL * trained(run), "keys and values": keys, "one block": max(completion, head)}
-        parts["rollout, log-probs"] = one | waiting(run, run.batch)
+        logits = run.width * min(HEAD_ROWS, run.rows * run.tokens) * run.config.vocab_size  # of one chunk
+        block = in_hand(run, run.inputs, run.config) + run.joined
+        left = {name: parts["completions"][name] for name in ("gradients", "keys and values")}
+        parts["log-probs"] = left | {"one block": max(block, logits)}
+    # The batch of the step before is let go when this one is whole.
+    return {f"rollout, {name}": part | waiting(run, run.batch) for name, part in parts.items()}
 
+
+def updating(run: Run) -> dict[str, Parts]:
+    """The backward pass goes through head, completions, prompts and pictures, and frees what was kept for each."""
+    config, head = run.config, Weights.of(run.config).head
     held, again = kept(run)
-    vision, of_prompts, of_completions = ({f"kept of {part}": size} for part, size in held.items())
-    # Gradients of earlier micro-batches; with one micro-batch there is none before its own backward pass.
-    before = {} if run.micro >= run.batch else {"gradients": FULL * trained(run)}
-    of_head = {} if run.lora_rank else {"gradient of the head": FULL * weights.head}
-    forward = before | vision | of_prompts
-    parts["update, head"] = forward | of_completions | of_head | {"logits": head}
-    block = {"one block": again["completions"] + completion}
-    parts["update, completions"] = forward | of_completions | of_head | block
+    vision, of_prompts, of_completions = ({f"kept of {name}": size} for name, size in held.items())
+    gradients = {"gradients": FULL * trained(run)}
+    before = {} if run.micro >= run.batch else gradients  # of earlier micro-batches
+    of_head = {} if run.lora_rank else {"gradient of the head": FULL * head}
+    of_both = {} if run.lora_rank else {"gradient of the head": 2 * FULL * head}  # and of the embedding
+    cast = 0 if run.lora_rank or run.width == FULL else run.width * head  # of the head, for one call
+    logits = {"logits": run.width * min(HEAD_ROWS, run.rows * run.tokens) * config.vocab_size + cast}
     # A weight that both prompts and completions use gets its gradient when both parts have come: the first one waits.
     waits = {
-        "gradients that wait": FULL * (trained(run) if run.lora_rank else weights.decoder),
-        "gradients of keys and values": keys,
+        "gradients that wait": FULL * (trained(run) if run.lora_rank else Weights.of(config).decoder),
+        "gradients of keys and values": run.width * run.kv * config.num_hidden_layers * run.micro * run.prompt,
     }
-    parts["update, completions' end"] = forward | of_head | waits | block
-    block = {"one block": again["prompts"] + in_hand(run, run.micro * run.prompt, config)}
-    twice = {name: 2 * size for name, size in of_head.items()}  # as the embedding's, too
-    parts["update, prompts"] = forward | twice | waits | block
-    if held["vision"]:
-        block = {"one block": again["vision"] + in_hand(run, run.micro * run.patches, config.vision)}
-        parts["update, pictures"] = {"gradients": FULL * trained(run)} | vision | block
-    if run.evaluation:
-        parts |= {f"evaluation, {name}": of for name, of in answering(run, run.evaluation, 1).items()}
-    return parts
+    completions = {"one block": again["completions"] + in_hand(run, run.inputs, config) + run.joined}
+    prompts = {"one block": again["prompts"] + in_hand(run, run.micro * run.prompt, config)}
+    pictures = {"one block": again["vision"] + in_hand(run, run.micro * run.patches, config.vision)}
+    parts = {
+        "head": before | vision | of_prompts | of_completions | of_head | logits,
+        "completions": before | vision | of_prompts | of_completions | of_head | completions,
+        "completions' end": before | vision | of_prompts | of_head | waits | completions,
+        "prompts": before | vision | of_prompts | of_both | waits | prompts,
+        "pictures": gradients | vision | (pictures if held["vision"] else {}),
+    }
+    return {f"update, {name}": part for name, part in parts.items()}
+
+
+def moments(run: Run) -> dict[str, Parts]:
+    """What each moment of a step holds besides always(run)."""
+    evaluating = answering(run, run.evaluation, 1) if run.evaluation else {}
+    return rolling_out(run) | updating(run) | {f"evaluation, {name}": part for name, part in evaluating.items()}
 
 
 def peak(run: Run) -> int:
@@ -299,8 +304,9 @@ def choose(run: Run, memory: int, micro: int | None = None, checkpointing: bool 
 
 
 def smaller_pictures(run: Run) -> Run:
-    patches = min(run.patches, 401408 // 196)
-    return replace(run, patches=patches, prompt=run.prompt - (run.patches - patches) // 4)
+    v = run.config.vision
+    patches = min(run.patches, 401408 // v.patch_size**2)
+    return replace(run, patches=patches, prompt=run.prompt - (run.patches - patches) // v.spatial_merge_size**2)
 
 
 CHANGES = {  # that make a run smaller; what changes the method least comes first
@@ -330,15 +336,14 @@ def remedy(run: Run, memory: int) -> str:
         if fits(changed(fewer), memory):
             flags = fewer
     made = changed(flags)
-    flags += [f"--micro-batch {made.micro}", "--checkpointing" if made.checkpointing else "--no-checkpointing"]
-    return f"{' '.join(flags)} would fit, peak {gigabytes(peak(made))} GB"
+    return f"{' '.join([*flags, choices(made)])} would fit, peak {gigabytes(peak(made))} GB"
 
 
-# ---------------------------------------------------------------------------------------------------- from flags, in words
+# ------------------------------------------------------------------------------------------------- from flags, to words
 
 
 def read_memory(text: str) -> int:
-    """"24GB" -> bytes."""
+    """24GB -> bytes."""
     if not re.fullmatch(r"\d+(\.\d+)?GB", text) or float(text[:-2]) == 0:
         raise InputError(f"--memory wants a number of GB such as 24GB, not {text!r:.40}")
     return int(float(text[:-2]) * GB)
@@ -393,10 +398,11 @@ def read_run(args, base: Path, samples: list[Sample]) -> tuple[Run, str]:
     """The run that the flags describe, and in words what its prompts are taken to be."""
     if args.estimate and args.data == "phantoms" and args.model != "nano":
         samples = []  # no data named yet: nobody means phantoms
+    config = ModelConfig.from_dict(read_json(base / "config.json"), str(base / "config.json"))
     prompt, patches, words = longest_prompt(args, base, samples)
     evaluated = EVALUATION if args.val or held_out_phantoms(args.data) else 0
     run = Run(
-        config=ModelConfig.from_dict(read_json(base / "config.json"), str(base / "config.json")),
+        config=config,
         prompt=prompt,
         patches=patches,
         batch=args.batch_size,
@@ -415,25 +421,28 @@ def read_run(args, base: Path, samples: list[Sample]) -> tuple[Run, str]:
 
 
 def settle(args, base: Path, samples: list[Sample]) -> tuple[Run, str]:
-    """Set --micro-batch and --checkpointing where they were left open -> (the run, a line or with --estimate a page to
-    print). InputError if it does not fit the --memory that was given; memory that is merely here only gets a warning."""
-    run, words = read_run(args, base, samples)
-    if args.memory is None and args.estimate and run.device == "cuda" and not torch.cuda.is_available():
+    """Set --micro-batch and --checkpointing where they were left open -> (the run, what to print: a line, or with
+    --estimate a page). InputError if --memory was given and is too little; if it was not, that is a warning only."""
+    asked, words = read_run(args, base, samples)
+    if args.memory is None and args.estimate and asked.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--estimate: there is no GPU here to ask; say what it has, such as --memory 24GB")
     memory = free_memory(args.device) if args.memory is None else read_memory(args.memory)
-    given = None if args.micro_batch is None else min(args.micro_batch, run.batch)
-    run = choose(run, memory, given, args.checkpointing)
+    given = None if args.micro_batch is None else min(args.micro_batch, asked.batch)
+    run = choose(asked, memory, given, args.checkpointing)
     args.micro_batch = run.micro if args.micro_batch is None else args.micro_batch
     args.checkpointing = run.checkpointing
     if args.estimate:
-        return run, page(run, memory, words)
+        return run, page(asked, run, memory, words)
     if fits(run, memory):
-        way = "with" if run.checkpointing else "without"
-        return run, f"plan: micro-batch {run.micro} {way} checkpointing, estimated peak {verdict(run, memory)}; {words}"
-    sentence = f"estimated peak {verdict(run, memory)}; {remedy(run, memory)} (the sums: --estimate)"
+        return run, f"plan: {choices(run)}, estimated peak {verdict(run, memory)}; {words}"
+    sentence = f"estimated peak {verdict(run, memory)} with {choices(run)}; {remedy(asked, memory)} (sums: --estimate)"
     if args.memory is not None:
         raise InputError(f"--memory {args.memory}: {sentence}")
-    return run, f"WARNING, this may run out of memory: {sentence}"
+    return run, f"this may run out of memory: {sentence}"
+
+
+def choices(run: Run) -> str:
+    return f"--micro-batch {run.micro} {'--checkpointing' if run.checkpointing else '--no-checkpointing'}"
 
 
 def gigabytes(size: float) -> str:
@@ -445,28 +454,28 @@ def verdict(run: Run, memory: int) -> str:
     return f"{gigabytes(peak(run))} GB of {gigabytes(share * memory)} GB ({share:.0%} of {gigabytes(memory)} GB)"
 
 
-def page(run: Run, memory: int, words: str) -> str:
-    """All that an estimate has to say."""
+def page(asked: Run, run: Run, memory: int, words: str) -> str:
+    """All that an estimate has to say: the run as chosen, and what would fit elsewhere."""
 
     def line(name: str, parts: Parts) -> str:
         shown = [f"{part} {gigabytes(size)}" for part, size in parts.items() if size >= total(parts) / 50]
-        return f"  {name:<27}{gigabytes(total(parts)):>6}  {', '.join(shown)}"
+        return f"  {name:<26}{gigabytes(total(parts)):>6}  {', '.join(shown)}"
 
     rest = moments(run)
     highest = max(rest, key=lambda name: total(rest[name]))
-    micro = f"--micro-batch {run.micro} {'--checkpointing' if run.checkpointing else '--no-checkpointing'}"
+    millions = [f"{number / 1e6:,.1f} M" for number in (trained(run), Weights.of(run.config).all)]
+    outcome = "it fits" if fits(run, memory) else f"it does not fit; {remedy(asked, memory)}"
     lines = [
-        "memory of a step, an estimate: arithmetic of plan.py, nothing was measured; GB = 10^9 bytes",
+        "memory of a step, ESTIMATED: arithmetic of plan.py, nothing was measured; GB = 10^9 bytes",
         f"  {words}; {run.group} x {run.tokens} tokens of completions",
-        f"  {trained(run) / 1e6:,.1f} M of {Weights.of(run.config).all / 1e6:,.1f} M parameters trained; {micro}",
+        f"  {' of '.join(millions)} parameters trained; {choices(run)}",
         line("always there", always(run)),
         *(line(name, parts) for name, parts in rest.items()),
-        f"  {'peak':<27}{gigabytes(peak(run)):>6}  {highest}",
-        f"{verdict(run, memory)}: " + ("it fits" if fits(run, memory) else f"it does not fit; {remedy(run, memory)}"),
+        f"  {'peak':<26}{gigabytes(peak(run)):>6}  {highest}",
+        f"{verdict(run, memory)}: {outcome}",
     ]
     for card in CARDS:
-        made = choose(run, card * GB)
-        way = f"--micro-batch {made.micro} {'--checkpointing' if made.checkpointing else '--no-checkpointing'}"
-        fitting = f"fits with {way}, peak {gigabytes(peak(made))} GB"
-        lines.append(f"{card} GB: {fitting if fits(made, card * GB) else remedy(run, card * GB)}")
+        made = choose(asked, card * GB)
+        fitting = f"{choices(made)} fits, peak {gigabytes(peak(made))} GB"
+        lines.append(f"{card} GB: {fitting if fits(made, card * GB) else remedy(asked, card * GB)}")
     return "\n".join(lines)

@@ -449,7 +449,8 @@ def main() -> None:
 
     def measure(step: int) -> dict:
         """Greedy answers to the evaluation set; the first six as a picture, so that steps can be laid side by side."""
-        result, rows = evaluate(judge, val[: args.eval_limit], planned.evaluation, args.max_tokens, progress="evaluation")
+        some, at_a_time = val[: args.eval_limit], planned.evaluation
+        result, rows = evaluate(judge, some, at_a_time, args.max_tokens, progress="evaluation")
         tqdm.write(summary(f"step {step}", result))
         tiles = [
             overlay(sample, [row["box"]], f"step {step}: IoU {row['iou']:.2f}", side=180)
