@@ -166,39 +166,48 @@ def block_kept(run: Run, tokens: int, hidden: int, inner: int, heads: int, keys:
     return tokens * (2 * norm + attention + mlp + adapters) + keys + casts
 
 
+def merger_kept(run: Run) -> int:
+    """Bytes: around its norm, before and after its GELU; casts of its weights."""
+    casts = run.width * Weights.of(run.config).merger if run.width != FULL else 0
+    return (max(run.width, FULL) + 4 * run.width) * run.config.vision.hidden_size * run.micro * run.patches + casts
+
+
 def kept(run: Run) -> tuple[Parts, Parts]:
     """What the forward pass of one micro-batch keeps, by "vision", "prompts" and "completions" -> (all of it; one block
     of each, as checkpointing makes it again in the backward pass: 0 without)."""
     config, weights, w, v = run.config, Weights.of(run.config), run.width, run.config.vision
-    patches, prompts, wide = run.micro * run.patches, run.micro * run.prompt, max(run.width, FULL)
-    layers = {"vision": v.depth} | dict.fromkeys(("prompts", "completions"), config.num_hidden_layers)
-    decoder = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    moved = (run.lora_rank * weights.adapters if run.lora_rank else weights.decoder) // config.num_hidden_layers
+    size, wide, scaled = config.hidden_size, max(w, FULL), not run.lora_rank
+    patches, prompts = run.micro * run.patches, run.micro * run.prompt
     tower = v.hidden_size, v.intermediate_size, v.num_heads
+    decoder = size, config.intermediate_size, config.num_attention_heads
+    moved = (run.lora_rank * weights.adapters if run.lora_rank else weights.decoder) // config.num_hidden_layers
     mask = w * (run.tokens - 1) * (run.prompt + run.tokens - 1) if run.device == "cpu" else 0
-    one = {
-        "vision": block_kept(run, patches, *tower, 2 * w * patches * v.hidden_size, weights.vision_block),
-        "prompts": block_kept(run, prompts, *decoder, w * prompts * run.kv, moved),
-        "completions": block_kept(run, run.inputs, *decoder, run.joined + mask, moved),
-    }
-    handed_on = {  # from block to block
-        "vision": w * patches * v.hidden_size,
-        "prompts": w * prompts * (config.hidden_size + run.kv),
-        "completions": w * run.inputs * config.hidden_size,
-    }
     angles = FULL * config.head_dim  # cos and sin
-    last_norm = (wide + w * (not run.lora_rank)) * config.hidden_size
-    around = {
-        "vision": patches * (FULL * v.hidden_size // v.num_heads + w * run.patch + (wide + 4 * w) * v.hidden_size)
-        + (w * weights.merger if w != FULL else 0),  # angles, patches, merger
-        "prompts": prompts * angles,
-        "completions": run.inputs * (angles + last_norm) + run.rows * run.tokens * w * config.hidden_size,
+    parts = {  # blocks; bytes that one keeps; that it hands on to the next; that are kept around all of them
+        "vision": (
+            v.depth,
+            block_kept(run, patches, *tower, 2 * w * patches * v.hidden_size, weights.vision_block),
+            w * patches * v.hidden_size,
+            patches * (FULL * v.hidden_size // v.num_heads + w * run.patch) + merger_kept(run),
+        ),
+        "prompts": (
+            config.num_hidden_layers,
+            block_kept(run, prompts, *decoder, w * prompts * run.kv, moved),
+            w * prompts * (size + run.kv),
+            prompts * angles,
+        ),
+        "completions": (
+            config.num_hidden_layers,
+            block_kept(run, run.inputs, *decoder, run.joined + mask, moved),
+            w * run.inputs * size,
+            run.inputs * (angles + (wide + w * scaled) * size) + run.rows * run.tokens * w * size,  # last norm, head
+        ),
     }
-    held = {part: layers[part] * (handed_on if run.checkpointing else one)[part] + around[part] for part in one}
-    again = one if run.checkpointing else dict.fromkeys(one, 0)
     if run.lora_rank or run.freeze_vision:
-        held["vision"] = again["vision"] = 0
-    return held, again
+        parts["vision"] = (0, 0, 0, 0)
+    way = run.checkpointing
+    held = {name: blocks * (on if way else one) + around for name, (blocks, one, on, around) in parts.items()}
+    return held, {name: way * one for name, (_, one, _, _) in parts.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- moments
@@ -238,30 +247,29 @@ def rolling_out(run: Run) -> dict[str, Parts]:
 
 def updating(run: Run) -> dict[str, Parts]:
     """The backward pass goes through head, completions, prompts and pictures, and frees what was kept for each."""
-    config, head = run.config, Weights.of(run.config).head
+    config, weights = run.config, Weights.of(run.config)
     held, again = kept(run)
     vision, of_prompts, of_completions = ({f"kept of {name}": size} for name, size in held.items())
     gradients = {"gradients": FULL * trained(run)}
     before = {} if run.micro >= run.batch else gradients  # of earlier micro-batches
-    of_head = {} if run.lora_rank else {"gradient of the head": FULL * head}
-    of_both = {} if run.lora_rank else {"gradient of the head": 2 * FULL * head}  # and of the embedding
-    cast = 0 if run.lora_rank or run.width == FULL else run.width * head  # of the head, for one call
-    logits = {"logits": run.width * min(HEAD_ROWS, run.rows * run.tokens) * config.vocab_size + cast}
+    head, cast = (0, 0) if run.lora_rank else (FULL * weights.head, run.width * weights.head)
+    logits = run.width * min(HEAD_ROWS, run.rows * run.tokens) * config.vocab_size
     # A weight that both prompts and completions use gets its gradient when both parts have come: the first one waits.
-    waits = {
-        "gradients that wait": FULL * (trained(run) if run.lora_rank else Weights.of(config).decoder),
-        "gradients of keys and values": run.width * run.kv * config.num_hidden_layers * run.micro * run.prompt,
-    }
+    waits = FULL * (trained(run) if run.lora_rank else weights.decoder)
+    others = waits - waits // config.num_hidden_layers  # than those of the block at hand
+    keys = {"gradients of keys and values": run.width * run.kv * config.num_hidden_layers * run.micro * run.prompt}
     completions = {"one block": again["completions"] + in_hand(run, run.inputs, config) + run.joined}
     prompts = {"one block": again["prompts"] + in_hand(run, run.micro * run.prompt, config)}
-    pictures = {"one block": again["vision"] + in_hand(run, run.micro * run.patches, config.vision)}
+    forward = before | vision | of_prompts | {"gradient of the head": head}
     parts = {
-        "head": before | vision | of_prompts | of_completions | of_head | logits,
-        "completions": before | vision | of_prompts | of_completions | of_head | completions,
-        "completions' end": before | vision | of_prompts | of_head | waits | completions,
-        "prompts": before | vision | of_prompts | of_both | waits | prompts,
-        "pictures": gradients | vision | (pictures if held["vision"] else {}),
+        "head": forward | of_completions | {"logits": logits + (cast if run.width != FULL else 0)},
+        "completions": forward | of_completions | completions,
+        "completions' end": forward | completions | keys | {"gradients that wait": others},
+        "prompts": forward | prompts | keys | {"gradients that wait": waits + head},  # the embedding's, of head's size
     }
+    if held["vision"]:
+        block = {"one block": again["vision"] + in_hand(run, run.micro * run.patches, config.vision)}
+        parts["pictures"] = gradients | {"kept of vision": held["vision"] - merger_kept(run)} | block
     return {f"update, {name}": part for name, part in parts.items()}
 
 
@@ -349,17 +357,17 @@ def read_memory(text: str) -> int:
     return int(float(text[:-2]) * GB)
 
 
-def free_memory(device: str) -> int:
-    """Bytes that the device has to spare now."""
+def free_memory(device: str, root: Path = Path("/")) -> int:
+    """Bytes that the device has to spare now: of a CPU what the machine and, in a container, its limit leave."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    if Path("/proc/meminfo").exists():  # Linux
-        found = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+    if (root / "proc/meminfo").exists():  # Linux
+        found = re.search(r"MemAvailable: *(\d+) kB", (root / "proc/meminfo").read_text())
         sizes += [int(found[1]) * 1024] if found else []
-    group = Path("/sys/fs/cgroup")
-    if (group / "memory.max").exists() and (most := (group / "memory.max").read_text().strip()) != "max":  # a container
-        sizes.append(int(most) - int((group / "memory.current").read_text()))
+    most, taken = root / "sys/fs/cgroup/memory.max", root / "sys/fs/cgroup/memory.current"
+    if most.exists() and (limit := most.read_text().strip()) != "max":
+        sizes.append(int(limit) - int(taken.read_text()))
     return max(min(sizes), 0)
 
 
