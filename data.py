@@ -146,8 +146,8 @@ def phantom_samples(kind: str | None, seed: int, start: int, count: int, size: i
     return samples
 
 
-def load_jsonl(path: str | Path, bad: BadRecords | None = None) -> list[Sample]:
-    """Read a file of records; image paths are relative to its folder, boxes are in the original frame.
+def load_jsonl(path: str | Path, bad: BadRecords | None = None, images: Path | None = None) -> list[Sample]:
+    """Read a file of records; image paths are relative to its folder or to images, boxes are in the original frame.
 
     Ours, one per line:   {"image", "query", "bbox": [x1, y1, x2, y2], "width"?, "height"?, "dataset"?, "task"?}
     VLM-R1, one per line: {"image", "conversations": [{"value": "<image>question"}, {"value": box, list or string}]}
@@ -160,7 +160,7 @@ def load_jsonl(path: str | Path, bad: BadRecords | None = None) -> list[Sample]:
     for source, record in _records(path, name):
         try:
             with _named(source):
-                samples.append(_sample(record, path, source))
+                samples.append(_sample(record, images or path.parent, path.stem, source))
         except InputError as error:
             bad.add(source, error)
     if not samples:
@@ -225,7 +225,8 @@ def _why(error: Exception) -> str:
     return _shown(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
-def _sample(record: Any, path: Path, source: str) -> Sample:
+def _sample(record: Any, folder: Path, name: str, source: str) -> Sample:
+    """The record of a file called name, whose image path is relative to folder."""
     if isinstance(record, bytes):
         if len(record) > MAX_LINE:
             raise InputError(f"the line is longer than {MAX_LINE} bytes; write one JSON object per line")
@@ -252,9 +253,9 @@ def _sample(record: Any, path: Path, source: str) -> Sample:
             with _named(f"field {box_field!r} {_short(box)}"):
                 box = _parse(re.sub(r"</?answer>", "", box), "write [x1, y1, x2, y2]")
 
-    image, size = _image(record, path.parent)
+    image, size = _image(record, folder)
     box = _box(box, box_field, size)
-    dataset = _text(record.get("dataset") or path.stem, "dataset")
+    dataset = _text(record.get("dataset") or name, "dataset")
     return Sample(image, query, box, dataset, _text(record.get("task", "ground"), "task"), source, size, query_field)
 
 
@@ -295,6 +296,11 @@ def _text(value: Any, field: str) -> str:
 
 
 def _box(value: Any, field: str, size: tuple[int, int]) -> Box:
+    if isinstance(value, list) and len(value) > 1 and all(isinstance(v, list | dict) for v in value):
+        raise InputError(
+            f"field {field!r} holds {len(value)} boxes, but one phrase, one box is the method; write a record for "
+            "each, with a phrase that fits it alone"
+        )
     # The bound also refuses NaN, infinities and integers beyond floats; a bool is an int to Python, but no coordinate.
     numbers = isinstance(value, list) and [type(v) in (int, float) and abs(v) < 1e9 for v in value]
     if numbers != [True] * 4:
@@ -328,7 +334,7 @@ def load(sample: Sample) -> tuple[Image.Image, Box]:
 
 
 @contextmanager
-def _picture(path: Path) -> Iterator[Image.Image]:
+def picture(path: Path) -> Iterator[Image.Image]:
     """The opened file; whatever PIL says about it inside becomes one sentence."""
     try:
         with Image.open(path) as file:
@@ -340,13 +346,30 @@ def _picture(path: Path) -> Iterator[Image.Image]:
 
 def displayed_size(path: Path) -> tuple[int, int]:
     """(width, height) of the picture that open_image returns, from the file's header: no pixel is decoded."""
-    with _picture(path) as file:
-        if file.format == "PNG":
+    return size_and_orientation(path)[0]
+
+
+def size_and_orientation(path: Path, whole: bool = False) -> tuple[tuple[int, int], int]:
+    """The displayed size and EXIF's orientation, 1 to 8 (1: displayed as stored; from 5 on: sides exchanged).
+
+    whole: the pixels are decoded too, so that damage behind the header is found; a JPEG's to an eighth of its size,
+    which is nearly as quick as its header alone.
+    """
+    with picture(path) as file:
+        size = file.size
+        if file.format == "PNG" and whole:
+            file.load()
+        elif file.format == "PNG":
             # EXIF may stand behind the pixels; step over them, since getexif() of PIL's PNGs would decode them.
             file.load_prepare()
             file.load_end()
-        turned = Image.Image.getexif(file).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        return file.size[::-1] if turned and file.format != "TIFF" else file.size  # a TIFF's size is turned already
+        orientation = Image.Image.getexif(file).get(ExifTags.Base.Orientation)
+        orientation = orientation if orientation in range(2, 9) else 1
+        if whole:
+            file.draft("L", (1, 1))
+            file.load()
+        # a TIFF's size is turned already
+        return (size[::-1] if orientation > 4 and file.format != "TIFF" else size), orientation
 
 
 def open_image(path: Path) -> Image.Image:
@@ -356,7 +379,7 @@ def open_image(path: Path) -> Image.Image:
     to 0 .. 255: PIL's convert("RGB") would clip at 255 and return a white picture. Transparency is laid over white, as
     transformers and qwen-vl-utils do.
     """
-    with _picture(path) as file:
+    with picture(path) as file:
         image = ImageOps.exif_transpose(file)
         image.load()
     if image.mode[0] in "IF":
