@@ -21,9 +21,10 @@ def components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Pixels that touch at an edge or a corner belong together (8-connected). What union-find joins are the runs of each
     row, not pixels: a lesion has a few hundred, so a loop over them is quick enough.
     """
-    steps = np.diff(mask.astype(np.int8), axis=1, prepend=0, append=0)  # (H, W + 1): 1 where a run begins, -1 behind it
-    row, start = np.nonzero(steps == 1)  # (R,) each, R runs in reading order
-    end = np.nonzero(steps == -1)[1]
+    padded = np.pad(mask, ((0, 0), (1, 1)))
+    edges = np.flatnonzero(padded[:, 1:] != padded[:, :-1])  # of (H, W + 1): begin of a run, place behind it, ...
+    row, start = np.divmod(edges[::2], mask.shape[1] + 1)  # (R,) each, R runs in reading order
+    end = edges[1::2] % (mask.shape[1] + 1)
     # Run j of the next row touches run i if end_j >= start_i and start_j <= end_i: those from first_i to behind_i - 1.
     # row * wide + column rises along the runs and keeps the rows apart.
     wide = mask.shape[1] + 2
@@ -57,8 +58,8 @@ def mask_box(path: Path, threshold: int, choice: str) -> tuple[Box | None, int, 
     """
     if not path.is_file():
         raise InputError(f"the mask {path} is not there")
-    with picture(path) as file:
-        mask = ImageOps.exif_transpose(file)
+    with picture(path) as mask:
+        ImageOps.exif_transpose(mask, in_place=True)
         mask.load()
     gray = np.asarray(mask if mask.mode[0] in "IF" else mask.convert("L"))  # convert() would cut 16 bits off at 255
     boxes, areas = components(gray > threshold)

@@ -240,9 +240,7 @@ def records_of(image: Path, entries: list[Entry], phrase: Callable, args, report
     records = []
     for query, boxes in found.items():
         if not args.all and len({box for box, _ in boxes}) > 1:
-            report.note(
-                "left out, several objects of one phrase in the picture (--all keeps them)", f"{image}: {query}"
-            )
+            report.note("left out, one phrase for several objects (--all keeps them)", f"{image}: {query}")
             continue
         for box, split in boxes:
             if box is None:

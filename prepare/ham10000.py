@@ -32,9 +32,7 @@ def metadata(source) -> list[tuple[str, dict]]:
     files = [f for f in sorted(source.rglob("HAM10000_metadata*")) if f.is_file()]
     if len(files) != 1:
         found = ", ".join(map(str, files)) or "none"
-        raise InputError(
-            f"{source}: one HAM10000_metadata.csv is needed, found {found}; its lesion_id parts the splits"
-        )
+        raise InputError(f"{source}: one HAM10000_metadata.csv is needed for its lesion_id, found {found}")
     lines = common.read_text(files[0]).splitlines()
     reader = csv.DictReader(lines, delimiter="\t" if "\t" in (lines or [""])[0] else ",")
     if missing := {"lesion_id", "image_id", "dx"} - set(reader.fieldnames or ()):

@@ -6,7 +6,7 @@
     tn3k/test-image/0000.jpg ...       tn3k/test-mask/0000.jpg ...
 
 A fold file holds {"train": [...], "val": [...]}: INDICES into the trainval pictures sorted by number, not names. The
-masks are JPEGs; common.mask_box says what that takes.
+masks are JPEGs; boxes.mask_box says what that takes.
 """
 
 import errors
@@ -21,9 +21,7 @@ def numbered(folder) -> list:
         files = [f for f in folder.iterdir() if f.suffix.lower() in common.PICTURES]
         return sorted(files, key=lambda f: int(f.stem))
     except OSError as error:
-        raise InputError(
-            f"{folder}: cannot be read ({error.strerror}); --source is the folder that holds it"
-        ) from error
+        raise InputError(f"{folder}: cannot be read ({error.strerror}); --source must hold it") from error
     except ValueError as error:
         raise InputError(f"{folder}: pictures are named by number, such as 0000.jpg ({error})") from error
 

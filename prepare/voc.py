@@ -59,9 +59,7 @@ def objects(file: Path, pictures: dict[tuple[Path, str], Path], one_based: bool)
             raise InputError(f"<object> {i} has no <name>")
         x1, y1, x2, y2 = (number(thing, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax"))
         if one_based and min(x1, y1) < 1:
-            raise InputError(
-                f"<object> {i} begins at {min(x1, y1):g}, so it does not count from 1: without --one-based"
-            )
+            raise InputError(f"<object> {i} begins at {min(x1, y1):g}, so pixels do not count from 1: no --one-based")
         box = (x1 - one_based, y1 - one_based, x2, y2)
         entries.append(Entry(image, f"{file} object {i}", name, box, size=size if all(size) else None))
     return entries
