@@ -22,7 +22,7 @@ from prepare.common import Entry
 def annotation_files(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
-    files = sorted(source.rglob("*.json"))
+    files = common.files_below(source, ".json")
     named = [f for f in files if f.name.endswith("coco.json") or f.name.startswith("instances")]
     if not named and len(files) != 1:
         raise InputError(f"--source {source}: holds {len(files)} JSON files, none is called ..coco.json; name the file")
@@ -38,8 +38,10 @@ def objects(image: dict, folder: Path, annotations: list[tuple[str, dict]], clas
     entries = []
     for where, annotation in annotations:
         box, label = annotation.get("bbox"), classes.get(str(annotation.get("category_id")))
-        if not isinstance(box, list) or [type(v) in (int, float) for v in box] != [True] * 4:
-            raise InputError(f"{where}: field 'bbox' must be four numbers [x, y, width, height], not {str(box):.80}")
+        if not isinstance(box, list) or [type(v) in (int, float) and abs(v) < 1e9 for v in box] != [True] * 4:
+            raise InputError(
+                f"{where}: field 'bbox' must be four finite numbers [x, y, width, height], not {str(box):.80}"
+            )
         if label is None:
             raise InputError(f"{where}: field 'category_id' {annotation.get('category_id')!r} is none of 'categories'")
         x, y, width, height = map(float, box)
@@ -55,7 +57,7 @@ def read_file(file: Path, args, report) -> list[Entry]:
     if not all(isinstance(part, list) and all(isinstance(item, dict) for item in part) for part in lists):
         raise InputError(f"{file}: must hold 'images', 'annotations' and 'categories', each a list of objects")
     images, annotations, categories = lists
-    classes = {str(c.get("id")): str(c.get("name")) for c in categories}
+    classes = {str(c.get("id")): c["name"] for c in categories if isinstance(c.get("name"), str)}
     split = common.split_of(file.stem, *common.folders_below(file, args.source))
     folder = Path(args.images).absolute() if args.images else file.parent
     of_image = defaultdict(list)

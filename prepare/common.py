@@ -23,12 +23,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 import errors
-from data import BadRecords, Box, load_jsonl, size_and_orientation
+from data import BadRecords, Box, Sample, load_jsonl, size_and_orientation
 from errors import InputError
 from eval import overlay, sheet
 from prepare.boxes import as_displayed, drawn_as_stored, mask_box
 
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 SPLITS = {word: split for split in ("train", "val", "test") for word in (split, f"{split}ing")}
 SPLITS |= {"valid": "val", "validation": "val"}
 HELD_OUT = ("test", "val", "train", "all")  # a picture in two splits belongs to the first of these
@@ -179,7 +179,7 @@ def source_of(entry: Entry) -> str:
 def make_splits(entries: list[Entry], val: float, test: float, seed: int) -> list[Entry]:
     """New splits, whole groups at a time. A group's place follows from its name and the seed, on every machine."""
     groups = sorted({source_of(e) for e in entries}, key=lambda g: hashlib.sha256(f"{seed}/{g}".encode()).digest())
-    sizes = {name: max(1, round(share * len(groups))) for name, share in (("test", test), ("val", val)) if share}
+    sizes = {name: max(1, round(part * len(groups))) for name, part in (("test", test), ("val", val)) if part}
     if len(groups) <= sum(sizes.values()):
         raise InputError(f"--val {val} --test {test} leave nothing to train on: the pictures make {len(groups)} groups")
     names = [name for name, size in sizes.items() for _ in range(size)]
@@ -215,9 +215,9 @@ def part_groups(entries: list[Entry], leaks: str, report: Report) -> list[Entry]
 # ----------------------------------------------------------------------------------------------------------- records
 
 
-def records_of(image: Path, entries: list[Entry], phrase: Callable, args, report: Report) -> list[dict]:
-    """The records of one picture. InputError if it or one of its objects cannot be read: the others might then not be
-    the only ones of their phrase any more, so that the picture is used as a whole or not at all."""
+def records_of(image: Path, entries: list[Entry], phrase: Callable, args, report: Report) -> list[tuple[str, dict]]:
+    """(split, record) of one picture. InputError if it or one of its objects cannot be read: the others might then
+    not be the only ones of their phrase any more, so that a picture is used as a whole or not at all."""
     if not image.is_file():
         raise InputError(f"{entries[0].source}: the picture {image} is not there")
     size, orientation = size_and_orientation(image, whole=True)
@@ -263,12 +263,16 @@ def convert(args, read: Callable[[argparse.Namespace, Report], list[Entry]]) -> 
     if args.val or args.test:
         entries = make_splits(entries, args.val, args.test, args.seed)
     entries = part_groups(entries, args.leaks, report)
-    splits = look(entries, phrase, args, report)
+    splits = {split: [] for split in sorted({entry.split for entry in entries}, key=HELD_OUT.index, reverse=True)}
+    for path in (args.out / f"{split}.jsonl" for split in splits):
+        if path.exists() and not args.overwrite:
+            raise InputError(f"{path} is already there; name another --out, or give --overwrite")
+    look(entries, phrase, splits, args, report)
     for line in report.lines(home):
         tqdm.write(line)
     if not any(splits.values()):
         raise InputError(f"--source {args.source}: no record came out of it")
-    samples = write(args.out, splits, args.overwrite)
+    samples = write(args.out, splits)
     if args.overlay:
         some = [samples[i * len(samples) // SHEET] for i in range(SHEET)] if len(samples) > SHEET else samples
         sheet([overlay(sample, [], f"{sample.image.name}: {sample.query}") for sample in some], 6).save(args.overlay)
@@ -279,12 +283,11 @@ def convert(args, read: Callable[[argparse.Namespace, Report], list[Entry]]) -> 
         tqdm.write(f"image paths lead out of {args.out}: move it and the pictures together, or write --out {home}")
 
 
-def look(entries: list[Entry], phrase: Callable, args, report: Report) -> dict[str, list[dict]]:
-    """Open every picture, its masks too -> the records of each split."""
+def look(entries: list[Entry], phrase: Callable, splits: dict[str, list[dict]], args, report: Report) -> None:
+    """Open every picture, its masks too, and put the records into their splits."""
     pictures = defaultdict(list)
     for entry in entries:
         pictures[entry.image].append(entry)
-    splits = {split: [] for split in sorted({entry.split for entry in entries}, key=HELD_OUT.index, reverse=True)}
     for image, some in tqdm(pictures.items(), desc="pictures", unit=""):
         notes = Report()  # of this picture, which may turn out unusable
         try:
@@ -294,15 +297,11 @@ def look(entries: list[Entry], phrase: Callable, args, report: Report) -> dict[s
             report.bad.add(str(image), error)
         else:
             report.merge(notes)
-    return splits
 
 
-def write(out: Path, splits: dict[str, list[dict]], overwrite: bool) -> list:
+def write(out: Path, splits: dict[str, list[dict]]) -> list[Sample]:
     """Write out/<split>.jsonl: all of them whole or none, after the loader that training uses has read them back."""
     targets = {out / f"{split}.jsonl": records for split, records in splits.items() if records}
-    for path in targets:
-        if path.exists() and not overwrite:
-            raise InputError(f"{path} is already there; name another --out, or give --overwrite")
     out.mkdir(parents=True, exist_ok=True)
     partial = {path: path.with_name(f".partial-{path.name}") for path in targets}
     samples = []
@@ -320,6 +319,11 @@ def write(out: Path, splits: dict[str, list[dict]], overwrite: bool) -> list:
 
 
 # -------------------------------------------------------------------------------------------------------- command line
+
+
+def files_below(folder: Path, *endings: str) -> list[Path]:
+    """Files of the folder and its folders, in order, but no hidden ones: archives made on a Mac hold a ._a.jpg too."""
+    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in endings and f.name[0] != "." and f.is_file())
 
 
 def read_text(path: Path) -> str:
@@ -362,12 +366,8 @@ def parser(script: str, doc: str, query: str | None = "the {class}", masks: bool
     flag("--val", type=share, default=0, help="make new splits: this share of the pictures, copies together, for val")
     flag("--test", type=share, default=0, help="and this share for test")
     flag("--seed", type=int, default=0, help="of the new splits")
-    flag(
-        "--leaks",
-        choices=["refuse", "drop", "keep"],
-        default="refuse",
-        help="one picture, or its copies, in two splits",
-    )
+    leaks = ["refuse", "drop", "keep"]
+    flag("--leaks", choices=leaks, default="refuse", help="when a picture, or copies of it, are in two splits")
     flag("--skip-bad", type=int, default=0, help="pictures that may be unusable; they are left out and listed")
     flag("--overlay", type=png, help="a PNG of some pictures with their boxes: look at it")
     flag("--overwrite", action="store_true", help="replace train.jsonl ... if they are there")

@@ -40,10 +40,10 @@ def metadata(source) -> list[tuple[str, dict]]:
     return [(f"{files[0]}:{reader.line_num}", row) for row in reader]
 
 
-def by_name(files, report) -> dict:
+def by_name(files: list, report) -> dict:
     """Stem -> file. Kaggle's archive holds the pictures twice, under names of folders that differ in case only."""
     found = {}
-    for file in sorted(files):
+    for file in files:
         if file.stem in found:
             report.note("not used, a second file of that name", file)
         found.setdefault(file.stem, file)
@@ -52,8 +52,8 @@ def by_name(files, report) -> dict:
 
 def read(args, report) -> list[Entry]:
     rows = metadata(args.source)
-    pictures = by_name(args.source.rglob("ISIC_*.jpg"), report)
-    masks = by_name(args.source.rglob(f"ISIC_*{MASK}.png"), report)
+    pictures = by_name(common.files_below(args.source, ".jpg"), report)
+    masks = by_name([f for f in common.files_below(args.source, ".png") if f.stem.endswith(MASK)], report)
     entries = []
     for where, row in rows:
         name, lesion, dx = (row[column] or "" for column in ("image_id", "lesion_id", "dx"))
@@ -63,7 +63,7 @@ def read(args, report) -> list[Entry]:
             report.bad.add(where, InputError(f"{where}: {lacking[0]} is not there; unpack all archives"))
             continue
         entries.append(Entry(picture, where, DIAGNOSES.get(dx, dx), mask=mask, group=lesion))
-    for name in pictures.keys() - {row["image_id"] for _, row in rows}:
+    for name in sorted(pictures.keys() - {row["image_id"] for _, row in rows}):
         report.note("not used, the metadata does not name the picture", pictures[name])
     return entries
 

@@ -21,7 +21,7 @@ def matches(source: Path, pattern: str, flag: str) -> dict[str, Path]:
     if not star or "*" in after:
         raise InputError(f"{flag} {pattern!r}: exactly one * is needed, such as 'images/*.jpg'")
     folder = source / before.rpartition("/")[0]
-    files = {f.relative_to(source).as_posix(): f for f in sorted(folder.rglob("*")) if f.is_file()}
+    files = {f.relative_to(source).as_posix(): f for f in common.files_below(folder, *common.PICTURES)}
     size = len(before) + len(after)
     found = {
         name[len(before) : len(name) - len(after)]: file
@@ -29,7 +29,7 @@ def matches(source: Path, pattern: str, flag: str) -> dict[str, Path]:
         if name.startswith(before) and name.endswith(after) and len(name) > size
     }
     if not found:
-        raise InputError(f"{flag} {pattern!r}: fits none of {len(files)} files in {folder}; quote it for the shell")
+        raise InputError(f"{flag} {pattern!r}: fits none of {len(files)} pictures in {folder}; quote it for the shell")
     return found
 
 

@@ -18,12 +18,12 @@ from prepare.common import Entry
 def numbered(folder) -> list:
     """The pictures of a folder in the order of their numbers."""
     try:
-        files = [f for f in folder.iterdir() if f.suffix.lower() in common.PICTURES]
-        return sorted(files, key=lambda f: int(f.stem))
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be read ({error.strerror}); --source must hold it") from error
+        files = sorted(common.files_below(folder, *common.PICTURES), key=lambda f: int(f.stem))
     except ValueError as error:
         raise InputError(f"{folder}: pictures are named by number, such as 0000.jpg ({error})") from error
+    if not files:
+        raise InputError(f"{folder}: no pictures are there; --source must be the folder that holds it")
+    return files
 
 
 def fold_splits(path, count: int) -> list[str]:

@@ -19,19 +19,19 @@ from prepare import common
 from prepare.common import Entry
 
 
-def picture_of(file: Path, stated: str | None, pictures: dict[tuple[Path, str], Path]) -> Path:
-    """VOC pairs by name: a.xml tells of a.jpg; <filename> must not name another picture that is there.
+def picture_of(file: Path, stated: str, pictures: dict[tuple[Path, str], Path]) -> Path:
+    """VOC pairs by name: a.xml tells of a.jpg; stated, its <filename>, must not be another picture that is there.
 
     pictures: (folder, name without its ending) -> file.
     """
     folders = [file.parent, file.parent.parent / "JPEGImages", file.parent.parent / "images"]
-    stated = Path((stated or "").replace("\\", "/"))
-    places = ([(folder, stem) for folder in folders] for stem in (stated.stem, file.stem))
-    named, paired = (next((pictures[place] for place in some if place in pictures), None) for some in places)
-    if named and paired and named != paired:
-        raise InputError(f"its <filename> is {stated.name}, its own name tells of {paired.name}, and both are there")
+    stated = stated.replace("\\", "/").rpartition("/")[2]
+    named = next((folder / stated for folder in folders if stated and (folder / stated).is_file()), None)
+    paired = next((pictures[folder, file.stem] for folder in folders if (folder, file.stem) in pictures), None)
+    if named and paired and named.stem != paired.stem:
+        raise InputError(f"its <filename> is {stated}, its own name tells of {paired.name}, and both are there")
     if not named and not paired:
-        raise InputError(f"no picture {stated.stem or file.stem} is beside it, in JPEGImages or in images")
+        raise InputError(f"no picture {stated or file.stem} is beside it, in JPEGImages or in images")
     return named or paired
 
 
@@ -49,7 +49,7 @@ def objects(file: Path, pictures: dict[tuple[Path, str], Path], one_based: bool)
         root = ElementTree.parse(file).getroot()
     except (ElementTree.ParseError, OSError, ValueError) as error:
         raise InputError(f"is not XML that can be read ({error})") from error
-    image = picture_of(file, root.findtext("filename"), pictures)
+    image = picture_of(file, root.findtext("filename") or "", pictures)
     stated = root.find("size") is not None
     size = tuple(number(root, f"size/{side}") for side in ("width", "height")) if stated else (0, 0)
     entries = []
@@ -76,10 +76,10 @@ def split_lists(source: Path) -> dict[str, str]:
 
 
 def read(args, report) -> list[Entry]:
-    files = sorted(args.source.rglob("*.xml"))
+    files = common.files_below(args.source, ".xml")
     if not files:
         raise InputError(f"--source {args.source}: holds no .xml")
-    pictures = {(f.parent, f.stem): f for f in args.source.rglob("*") if f.suffix.lower() in common.PICTURES}
+    pictures = {(f.parent, f.stem): f for f in common.files_below(args.source, *common.PICTURES)}
     listed, entries = split_lists(args.source), []
     for file in files:
         split = listed.get(file.stem) if listed else common.split_of(*common.folders_below(file, args.source))

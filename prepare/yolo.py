@@ -34,18 +34,18 @@ def class_names(path: Path, values: dict) -> dict[int, str]:
 
 def pictures(path: Path, values: dict, split: str) -> list[Path]:
     """The pictures of a split: a folder, a .txt that lists them, or several of these."""
-    base = path.parent / values.get("path", "")
+    base = path.parent / str(values.get("path", ""))
     base = base if base.exists() else path.parent  # the path of another machine
     named = values.get(split) or []
     found = []
-    for name in [named] if isinstance(named, str) else named:
+    for name in map(str, [named] if isinstance(named, str) else named):
         # Roboflow writes ../train/images for a folder that lies beside data.yaml
         choices = [base / name, path.parent / name, path.parent / re.sub(r"^(\.\./)+", "", name)]
         place = next((Path(os.path.normpath(choice)) for choice in choices if choice.exists()), None)
         if place is None:
             raise InputError(f"{path}: {split}: {name} is not there, from {base}; unpack it or take the line out")
         if place.is_dir():
-            found += sorted(f for f in place.rglob("*") if f.suffix.lower() in common.PICTURES)
+            found += common.files_below(place, *common.PICTURES)
         else:
             listed = [line.strip() for line in common.read_text(place).splitlines() if line.strip()]
             found += [(place.parent if line.startswith("./") else base) / line for line in listed]

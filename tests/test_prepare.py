@@ -402,7 +402,7 @@ def test_a_pixel_beyond_the_edge_is_cut_and_said_and_more_is_refused(tmp_path):
     assert f"{file} annotation 0: its box [10.0, 8.0, 65.5, 28.0] reaches 1.5 pixels out of the 64x48 picture" in said
     for number in ("NaN", "Infinity", "1e999"):
         file.write_text(file.read_text().replace("55.5", number))
-        assert "is not four finite numbers" in run(coco, "--source", file, "--overwrite", expect=2)
+        assert "must be four finite numbers" in run(coco, "--source", file, "--overwrite", expect=2)
         file.write_text(file.read_text().replace(number, "55.5"))
 
 
@@ -692,7 +692,7 @@ def test_tn3k_layouts_that_are_not_whole(tmp_path):
     picture(folder / "trainval-image" / "x1.jpg")
     assert "trainval-image: pictures are named by number" in run(tn3k, "--source", folder, expect=2)
     said = run(tn3k, "--source", folder / "test-image", expect=2)
-    assert "trainval-image: cannot be read (No such file or directory); --source must hold it" in said
+    assert "trainval-image: no pictures are there; --source must be the folder that holds it" in said
     (folder / "trainval-image" / "x1.jpg").unlink()
     (folder / "test-mask" / "9.jpg").unlink()
     assert f"test-image/9.jpg: the mask {folder}/test-mask/9.jpg is not there" in run(
@@ -788,7 +788,8 @@ def test_coco_pictures_elsewhere_and_files_by_name(tmp_path):
     flags = ["--source", tmp_path, "--images", tmp_path / "images" / "Fractured"]
     run(coco, *flags)
     assert read(tmp_path / "val.jsonl")[0]["image"] == "images/Fractured/a.png"
-    assert f"the picture {tmp_path}/annotations/a.png is not there" in run(coco, "--source", tmp_path, expect=2)
+    said = run(coco, "--source", tmp_path, "--overwrite", expect=2)
+    assert f"the picture {tmp_path}/annotations/a.png is not there" in said
     (tmp_path / "annotations" / "instances_val2017.json").rename(tmp_path / "annotations" / "boxes.json")
     said = run(coco, *flags, expect=2)
     assert "holds 2 JSON files, none is called ..coco.json; name the file" in said
@@ -807,9 +808,10 @@ def test_coco_files_that_are_wrong_somewhere(tmp_path):
         return run(coco, "--source", file, expect=2)
 
     where = f"error: {file}"
-    for bad in (None, [1, 2, 3], ["1", 2, 3, 4], {"x": 1}, [True, 1, 2, 3]):
-        assert f"{where} image 0: {file} annotation 0: field 'bbox' must be four numbers [x, y, width, height]" in said(
-            lambda w, bad=bad: w["annotations"][0].update(bbox=bad)
+    for bad in (None, [1, 2, 3], ["1", 2, 3, 4], {"x": 1}, [True, 1, 2, 3], [10**400, 1, 2, 3]):
+        assert (
+            f"{where} image 0: {file} annotation 0: field 'bbox' must be four finite numbers [x, y, width, height]"
+            in said(lambda w, bad=bad: w["annotations"][0].update(bbox=bad))
         )
     assert "annotation 0: field 'category_id' 7 is none of 'categories'" in said(
         lambda w: w["annotations"][0].update(category_id=7)
@@ -886,7 +888,7 @@ def test_voc_splits_of_lists_and_of_folders(tmp_path):
 def test_voc_pairs_by_name_and_says_so_if_two_names_disagree(tmp_path):
     folder = voc_folder(tmp_path, "a", "b")
     xml(folder / "Annotations" / "a.xml", "C:\\elsewhere\\A0.jpg", ("Nodule", *BOX))  # the file's own name stands
-    xml(folder / "Annotations" / "c.xml", "b.jpg", ("Nodule", 1, 2, 3, 4))  # no c.png: what it names stands
+    xml(folder / "Annotations" / "c.xml", "b.png", ("Nodule", 1, 2, 3, 4))  # no c.png: what it names stands
     run(voc, "--source", folder, "--all")
     assert names_of(folder / "all.jsonl") == ["a.png", "b.png", "b.png"]
     xml(folder / "Annotations" / "a.xml", "b.png", ("Nodule", *BOX))
@@ -895,7 +897,7 @@ def test_voc_pairs_by_name_and_says_so_if_two_names_disagree(tmp_path):
     xml(folder / "Annotations" / "a.xml", "a.png")
     xml(folder / "Annotations" / "d.xml", "e.png", ("Nodule", *BOX))
     said = run(voc, "--source", folder, "--overwrite", expect=2)
-    assert "d.xml: no picture e is beside it, in JPEGImages or in images" in said
+    assert "d.xml: no picture e.png is beside it, in JPEGImages or in images" in said
     said = run(voc, "--source", folder, "--overwrite", "--skip-bad", 1, "--all")
     assert "left out, nothing is marked in the picture: 1 (Annotations/a.xml)" in said
 
@@ -1052,8 +1054,8 @@ GOOD_YAML = [
     "names:\n    - a, b\n    - Sever's disease\n",
     "names: {0: a, 1: 'b, c', 2: Sever's disease}",
     "names: [Sever's disease, heel spur]",
-    "# a comment with 'one quote\n---\npath: ../datasets/x # root\ntrain: [a, b]\nval: 'C:/x y'\ntest: # none\nnames: [x]",
-    '"names": [x]\nroboflow:\n  workspace: w\n  version: 1\nkpt_shape: [17, 3]\ntrain: a\ndownload: |\n  import os\n  x: [',
+    "# a 'comment\n---\npath: ../datasets/x # root\ntrain: [a, b]\nval: 'C:/x y'\ntest: # none\nnames: [x]",
+    '"names": [x]\nroboflow:\n  workspace: w\n  version: 1\nkpt_shape: [17, 3]\ntrain: a\nx: |\n  import os\n  [',
     "names: ['ä', ß]\nval: größe\n",
     "names: [a]\r\ntrain: x\r\n",
 ]
@@ -1126,7 +1128,7 @@ def test_mask_patterns_that_fit_nothing(tmp_path):
         said = run(masks, *flags, "--images", pattern, expect=2)
         assert f"--images '{pattern}': exactly one * is needed" in said
     said = run(masks, *flags, "--masks", "masks/*.tif", expect=2)
-    assert f"--masks 'masks/*.tif': fits none of 1 files in {tmp_path}/masks; quote it for the shell" in said
+    assert f"--masks 'masks/*.tif': fits none of 1 pictures in {tmp_path}/masks; quote it for the shell" in said
 
 
 # ---------------------------------------------------------------- VLM-R1
