@@ -101,7 +101,7 @@ def read(args, report) -> list[Entry]:
             entries += some
     for folder, labels in labelled.items():
         for label in sorted(set(folder.glob("*.txt")) - labels):
-            if label.name != "classes.txt":
+            if label.name != "classes.txt" and label.name[0] != ".":
                 report.bad.add(str(label), InputError(f"{label}: no picture of that name is in data.yaml's folders"))
     return entries
 

@@ -361,9 +361,8 @@ def test_one_phrase_for_several_objects_is_left_out_or_kept(tmp_path):
     run(coco, "--source", file, "--all", "--overwrite")
     assert boxes(tmp_path / "all.jsonl") == [BOX, other, (1, 2, 4, 6)]
     # what counts is the phrase: two classes that --query gives one phrase are two objects of it
-    said = run(
-        coco, "--source", one_coco(tmp_path, (0, 0, [1, 2, 3, 4]), (0, 1, [5, 6, 7, 8])), "--query", "it", expect=2
-    )
+    file = one_coco(tmp_path / "two", (0, 0, [1, 2, 3, 4]), (0, 1, [5, 6, 7, 8]))
+    said = run(coco, "--source", file, "--query", "it", expect=2)
     assert "one phrase for several objects (--all keeps them): 1 (a.png: it)" in said
 
 
@@ -1098,6 +1097,21 @@ def test_yaml_that_is_not_understood_is_refused(tmp_path, text, why):
     (tmp_path / "data.yaml").write_text(text)
     with pytest.raises(InputError, match=why):
         read_yaml(tmp_path / "data.yaml")
+
+
+def test_hidden_files_that_archives_of_a_mac_hold_are_no_pictures(tmp_path):
+    """A ._a.jpg beside each a.jpg, which is no picture, and a ._a.xml, which is no XML."""
+    yolo_folder(tmp_path / "y")
+    voc_folder(tmp_path / "v", "a")
+    tn3k_folder(tmp_path / "t")
+    flags = pairs(tmp_path / "m", a=[BOX])
+    ham_folder(tmp_path / "h", 6)
+    for file in [f for f in tmp_path.rglob("*.*") if f.is_file() and f.suffix not in (".yaml", ".json")]:
+        file.with_name(f"._{file.name}").write_bytes(b"\0\5\x16\7")
+    for script, folder in ((yolo, "y"), (voc, "v"), (tn3k, "t"), (ham10000, "h")):
+        said = run(script, "--source", tmp_path / folder)
+        assert "._" not in said
+    assert "._" not in run(masks, *flags)
 
 
 # ---------------------------------------------------------------- pairs of folders
