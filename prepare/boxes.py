@@ -21,15 +21,14 @@ def components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Pixels that touch at an edge or a corner belong together (8-connected). What union-find joins are the runs of each
     row, not pixels: a lesion has a few hundred, so a loop over them is quick enough.
     """
+    wide = mask.shape[1] + 1
     padded = np.pad(mask, ((0, 0), (1, 1)))
-    edges = np.flatnonzero(padded[:, 1:] != padded[:, :-1])  # of (H, W + 1): begin of a run, place behind it, ...
-    row, start = np.divmod(edges[::2], mask.shape[1] + 1)  # (R,) each, R runs in reading order
-    end = edges[1::2] % (mask.shape[1] + 1)
-    # Run j of the next row touches run i if end_j >= start_i and start_j <= end_i: those from first_i to behind_i - 1.
-    # row * wide + column rises along the runs and keeps the rows apart.
-    wide = mask.shape[1] + 2
-    first = np.searchsorted(row * wide + end, (row + 1) * wide + start, "left")
-    behind = np.searchsorted(row * wide + start, (row + 1) * wide + end, "right")
+    edges = np.flatnonzero(padded[:, 1:] != padded[:, :-1])  # of (H, wide): first of a run, behind it, of the next, ...
+    begin, behind = edges[::2], edges[1::2]  # (R,) each, R runs in reading order; place = row * wide + column
+    row, start, end = begin // wide, begin % wide, behind % wide
+    # Run j touches run i of the row above if it ends at or right of i's start and begins at or left of i's end.
+    first = np.searchsorted(behind, begin + wide, "left")
+    last = np.searchsorted(begin, behind + wide, "right")
     parent = list(range(len(row)))
 
     def root(i: int) -> int:
@@ -37,7 +36,7 @@ def components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             parent[i] = i = parent[parent[i]]
         return i
 
-    for i, (low, high) in enumerate(zip(first.tolist(), behind.tolist(), strict=True)):
+    for i, (low, high) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
         for j in range(low, high):
             a, b = root(i), root(j)
             parent[max(a, b)] = min(a, b)

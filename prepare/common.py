@@ -16,7 +16,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class Entry:
     size: tuple[int, int] | None = None
     crowd: bool = False  # several objects in one box: never a record, but its phrase is not unique any more
     split: str = "all"
-    group: str = ""  # pictures of one group show the same thing and must share a split; "": see source_of
+    group: str = ""  # pictures of one group show the same thing and must share a split; see groups_of
 
 
 class Report:
@@ -170,34 +170,61 @@ def folders_below(path: Path, source: Path) -> list[str]:
     return [folder.name for folder in path.parents if source in folder.parents]
 
 
-def source_of(entry: Entry) -> str:
-    """The group of a picture: of Roboflow's copies, x_jpg.rf.<hash>.jpg, the name of what they were made from."""
-    copy = re.fullmatch(r"(.+)\.rf\.[0-9A-Za-z]+", entry.image.stem)
-    return entry.group or (copy[1] if copy else str(entry.image))
+def groups_of(entries: list[Entry]) -> dict[Path, str]:
+    """Picture -> the name of its group: pictures of the same thing, which belong into one split.
+
+    That is what the source says (Entry.group), Roboflow's copies x_jpg.rf.<hash>.jpg of one x.jpg, and files whose
+    bytes are equal, whatever their names: real sets have some.
+    """
+    groups = {}
+    for entry in entries:
+        copy = re.fullmatch(r"(.+)\.rf\.[0-9A-Za-z]+", entry.image.stem)
+        groups[entry.image] = entry.group or (copy[1] if copy else str(entry.image))
+    joined = {}  # name of a group -> name of the one that it went into
+
+    def name(group: str) -> str:
+        while group in joined:
+            group = joined[group]
+        return group
+
+    for files in equal_files(groups):
+        first, *others = sorted({name(groups[file]) for file in files})
+        joined |= dict.fromkeys(others, first)
+    return {image: name(group) for image, group in groups.items()}
 
 
-def make_splits(entries: list[Entry], val: float, test: float, seed: int) -> list[Entry]:
+def equal_files(files: Iterable[Path]) -> list[list[Path]]:
+    """The files of equal bytes, together. Only those are read whose size another one has too."""
+    of_size, of_content = defaultdict(list), defaultdict(list)
+    for file in files:
+        if file.is_file():  # if not, it is named when its turn comes to be opened
+            of_size[file.stat().st_size].append(file)
+    for file in (file for some in of_size.values() if len(some) > 1 for file in some):
+        try:
+            of_content[hashlib.sha256(file.read_bytes()).digest()].append(file)
+        except OSError:
+            continue  # the same
+    return [some for some in of_content.values() if len(some) > 1]
+
+
+def make_splits(entries: list[Entry], groups: dict[Path, str], val: float, test: float, seed: int) -> list[Entry]:
     """New splits, whole groups at a time. A group's place follows from its name and the seed, on every machine."""
-    groups = sorted({source_of(e) for e in entries}, key=lambda g: hashlib.sha256(f"{seed}/{g}".encode()).digest())
-    sizes = {name: max(1, round(part * len(groups))) for name, part in (("test", test), ("val", val)) if part}
-    if len(groups) <= sum(sizes.values()):
-        raise InputError(f"--val {val} --test {test} leave nothing to train on: the pictures make {len(groups)} groups")
-    names = [name for name, size in sizes.items() for _ in range(size)]
-    split = dict(zip(groups, names + ["train"] * (len(groups) - len(names)), strict=True))
-    return [replace(e, split=split[source_of(e)]) for e in entries]
+    names = sorted(set(groups.values()), key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+    sizes = {name: max(1, round(part * len(names))) for name, part in (("test", test), ("val", val)) if part}
+    if len(names) <= sum(sizes.values()):
+        raise InputError(f"--val {val} --test {test} leave nothing to train on: the pictures make {len(names)} groups")
+    splits = [name for name, size in sizes.items() for _ in range(size)]
+    split = dict(zip(names, splits + ["train"] * (len(names) - len(splits)), strict=True))
+    return [replace(entry, split=split[groups[entry.image]]) for entry in entries]
 
 
-def part_groups(entries: list[Entry], leaks: str, report: Report) -> list[Entry]:
+def part_groups(entries: list[Entry], groups: dict[Path, str], leaks: str, report: Report) -> list[Entry]:
     """See that no group is in two splits: what a policy is trained on is then not what it is measured on."""
     splits = defaultdict(dict)  # group -> split -> a picture
     for entry in entries:
-        splits[source_of(entry)].setdefault(entry.split, entry.image)
+        splits[groups[entry.image]].setdefault(entry.split, entry.image)
     shared = {group: where for group, where in splits.items() if len(where) > 1}
-    if not shared or leaks == "keep":
-        for group in shared:
-            report.note("kept in two splits (--leaks keep)", group)
-        return entries
-    if leaks == "refuse":
+    if shared and leaks == "refuse":
         (a, one), (b, other) = list(next(iter(shared.values())).items())[:2]
         raise InputError(
             f"{len(shared)} pictures or copies of them are in two splits: {one} in {a}, {other} in {b}; --val SHARE "
@@ -205,10 +232,13 @@ def part_groups(entries: list[Entry], leaks: str, report: Report) -> list[Entry]
         )
     kept = []
     for entry in entries:
-        if entry.split == min(splits[source_of(entry)], key=HELD_OUT.index):
-            kept.append(entry)
-        else:
+        where = shared.get(groups[entry.image], {})
+        if leaks == "drop" and where and entry.split != min(where, key=HELD_OUT.index):
             report.note(f"left out of {entry.split}, a copy is in a more held-out split (--leaks drop)", entry.source)
+            continue
+        if where and leaks == "keep":
+            report.note("kept in two splits (--leaks keep)", entry.source)
+        kept.append(entry)
     return kept
 
 
@@ -260,9 +290,10 @@ def convert(args, read: Callable[[argparse.Namespace, Report], list[Entry]]) -> 
     args.dataset = args.dataset or home.name
     phrase, report = phrase_of(args.query, home), Report(args.skip_bad)
     entries = read(args, report)
+    groups = groups_of(entries)
     if args.val or args.test:
-        entries = make_splits(entries, args.val, args.test, args.seed)
-    entries = part_groups(entries, args.leaks, report)
+        entries = make_splits(entries, groups, args.val, args.test, args.seed)
+    entries = part_groups(entries, groups, args.leaks, report)
     splits = {split: [] for split in sorted({entry.split for entry in entries}, key=HELD_OUT.index, reverse=True)}
     for path in (args.out / f"{split}.jsonl" for split in splits):
         if path.exists() and not args.overwrite:

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import time
+import zlib
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -45,9 +46,10 @@ def run(script, *flags, expect: int = 0) -> str:
 
 
 def picture(path: Path, box=BOX, size=SIZE, orientation: int = 1) -> Path:
-    """A picture STORED at size, bright in box; lossless unless the name says .jpg."""
+    """A picture STORED at size, bright in box, no two alike; lossless unless the name says .jpg."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.new("L", size, 20)
+    rng = np.random.default_rng(zlib.crc32(str(path).encode()))
+    image = Image.fromarray(rng.integers(0, 40, size[::-1], np.uint8))
     image.paste(220, box)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -203,8 +205,10 @@ def test_the_largest_part_the_box_of_all_or_none(tmp_path):
     assert mask_box(parts, 127, "drop") == (None, 2, SIZE)
     assert mask_box(mask(tmp_path / "one.png", large), 127, "drop") == (large, 1, SIZE)
     assert mask_box(mask(tmp_path / "tie.png", large, equal), 127, "largest")[0] == large  # the first of equal ones
-    thin = mask(tmp_path / "thin.png", (0, 0, 64, 1), (0, 2, 9, 10))  # the largest by pixels, not by its box
-    assert mask_box(thin, 127, "largest")[0] == (0, 2, 9, 10)
+    line = Image.open(mask(tmp_path / "line.png", (45, 2, 55, 12)))
+    ImageDraw.Draw(line).line((0, 0, 39, 39), fill=255)  # the largest by its box, not by its 40 pixels
+    line.save(tmp_path / "line.png")
+    assert mask_box(tmp_path / "line.png", 127, "largest") == ((45, 2, 55, 12), 2, SIZE)
 
 
 def test_boxes_are_half_open_to_the_last_pixel(tmp_path):
@@ -499,11 +503,37 @@ def test_copies_of_one_picture_in_two_splits(tmp_path):
     assert "left out of train, a copy is in a more held-out split (--leaks drop): 2" in said
     assert names_of(tmp_path / "train.jsonl") == ["y_jpg.rf.03.png"] and names_of(tmp_path / "val.jsonl") == sorted(val)
     said = run(coco, "--source", folder, "--leaks", "keep", "--overwrite")
-    assert "kept in two splits (--leaks keep): 1 (x_jpg)" in said and len(read(tmp_path / "train.jsonl")) == 3
+    assert "kept in two splits (--leaks keep): 3 (" in said and len(read(tmp_path / "train.jsonl")) == 3
     for seed in range(6):
         run(coco, "--source", folder, "--val", 0.3, "--seed", seed, "--overwrite")
         parts = [{n.split(".rf.")[0] for n in names_of(tmp_path / f"{s}.jsonl")} for s in ("train", "val")]
         assert not parts[0] & parts[1] and parts[0] | parts[1] == {"x_jpg", "y_jpg", "z_jpg"}
+
+
+def test_files_of_equal_bytes_are_one_picture_whatever_their_names(tmp_path):
+    folder = augmented(tmp_path, {"train": ["a.png", "b.png", "c.png"], "valid": ["d.png", "e.png"]})
+    (folder / "valid" / "d.png").write_bytes((folder / "train" / "b.png").read_bytes())
+    (folder / "valid" / "e.png").write_bytes((folder / "train" / "c.png").read_bytes()[:-1] + b"\0")  # as long only
+    said = run(coco, "--source", folder, expect=2)
+    assert "error: 1 pictures or copies of them are in two splits: " in said
+    assert "train/b.png in train" in said and "valid/d.png in val" in said
+    run(coco, "--source", folder, "--leaks", "drop", "--skip-bad", 1)
+    assert names_of(tmp_path / "train.jsonl") == ["a.png", "c.png"]
+    for seed in range(4):
+        flags = ["--val", 0.3, "--seed", seed, "--overwrite", "--skip-bad", 1]
+        run(coco, "--source", folder, *flags)
+        parts = [set(names_of(tmp_path / f"{split}.jsonl")) for split in ("train", "val")]
+        assert len({"b.png", "d.png"} & parts[0]) != 1, seed
+
+
+def test_groups_that_share_a_picture_are_one_group(tmp_path):
+    """Lesion 0 and 1 share a picture, 1 and 2 another: none of their pictures may be apart."""
+    files = {name: picture(tmp_path / f"{name}.png") for name in ("a0", "b0", "b1", "c1", "c2", "d2", "e3")}
+    for one, other in (("b0", "b1"), ("c1", "c2")):
+        files[other].write_bytes(files[one].read_bytes())
+    groups = common.groups_of([common.Entry(f, "", group=f"lesion {name[1]}") for name, f in files.items()])
+    assert {groups[files[name]] for name in files if name != "e3"} == {"lesion 0"}
+    assert groups[files["e3"]] == "lesion 3"
 
 
 def test_equal_names_in_two_folders_are_two_pictures(tmp_path):
@@ -1195,8 +1225,8 @@ def test_two_thousand_pictures_and_masks_with_a_broken_one_among_them(tmp_path):
             folder = tmp_path / "many" / f"{part}-{kind}"
             folder.mkdir(parents=True)
             content = (start / f"trainval-{kind}" / "3.jpg").read_bytes()
-            for i in range(n):
-                (folder / f"{i:04d}.jpg").write_bytes(content)
+            for i in range(n):  # a few bytes behind the picture make no two files equal
+                (folder / f"{i:04d}.jpg").write_bytes(content + f"{part}{i}".encode())
     write_fold(tmp_path / "many", list(range(0, 1500)), list(range(1500, count)))
     bad = damaged(tmp_path / "many" / "trainval-image" / f"{broken}.jpg", 0.8)
     said = run(tn3k, "--source", tmp_path / "many", expect=2)
