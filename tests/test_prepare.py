@@ -6,6 +6,7 @@ Pictures here are dark with one bright rectangle, so that a box can be held agai
 import csv
 import io
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -220,9 +221,9 @@ def test_masks_of_other_kinds(tmp_path):
     assert mask_box(mask(tmp_path / "bits.png", BOX, mode="1"), 127, "largest")[0] == BOX
     assert mask_box(mask(tmp_path / "rgb.png", BOX, mode="RGB", value=(255, 255, 255)), 127, "largest")[0] == BOX
     deep = np.zeros((48, 64), np.uint16)
-    deep[8:28, 10:30] = 1  # a value that 8 bits would hold, in 16
+    deep[8:28, 10:30], deep[0, 0] = 700, 600  # 8 bits hold neither
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    assert mask_box(tmp_path / "deep.png", 0, "largest")[0] == BOX
+    assert mask_box(tmp_path / "deep.png", 650, "largest")[0] == BOX
     for value in (1, 127):
         dim = mask(tmp_path / "dim.png", BOX, value=value)
         with pytest.raises(
@@ -663,6 +664,23 @@ def test_as_a_program(tmp_path):
     assert done.returncode == 0 and done.stdout == f"{tmp_path}/all.jsonl: 1 records of 1 pictures\n"
     said = run(coco, "--source", file, "--al", "--nonsense", expect=2)
     assert said.startswith("error: ") and said.endswith("(python -m prepare.coco --help lists all flags)\n")
+
+
+SCRIPTS = {script.__name__: script for script in (coco, ham10000, masks, tn3k, vlm_r1, voc, yolo)}
+
+
+def test_the_commands_of_the_data_page_and_of_the_scripts_have_flags_that_exist(monkeypatch):
+    asked = []
+    monkeypatch.setattr(common, "convert", lambda args, read: asked.append(args))
+    texts = [(ROOT / "prepare" / "README.md").read_text()] + [script.__doc__ for script in SCRIPTS.values()]
+    commands = [
+        line for text in texts for line in text.replace("\\\n", " ").splitlines() if "python -m prepare" in line
+    ]
+    commands = [line.strip() for line in commands if not line.lstrip().startswith(("core", "an", "10"))]
+    for command in commands:
+        _, _, module, *flags = shlex.split(command)
+        SCRIPTS[module].main(flags)
+    assert len(asked) == len(commands) >= 14 and {c.split()[2] for c in commands} == set(SCRIPTS)
 
 
 # ---------------------------------------------------------------- TN3K
