@@ -26,7 +26,7 @@ def matches(source: Path, pattern: str, flag: str) -> dict[str, Path]:
     found = {
         name[len(before) : len(name) - len(after)]: file
         for name, file in files.items()
-        if name.startswith(before) and name.endswith(after) and len(name) > size
+        if name.startswith(before) and name.endswith(after) and len(name) >= size
     }
     if not found:
         raise InputError(f"{flag} {pattern!r}: fits none of {len(files)} pictures in {folder}; quote it for the shell")

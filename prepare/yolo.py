@@ -48,7 +48,8 @@ def pictures(path: Path, values: dict, split: str) -> list[Path]:
             found += common.files_below(place, *common.PICTURES)
         else:
             listed = [line.strip() for line in common.read_text(place).splitlines() if line.strip()]
-            found += [(place.parent if line.startswith("./") else base) / line for line in listed]
+            places = ((place.parent if line.startswith("./") else base) / line for line in listed)
+            found += [Path(os.path.normpath(place)) for place in places]
     return found
 
 

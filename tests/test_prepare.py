@@ -529,7 +529,7 @@ def test_files_of_equal_bytes_are_one_picture_whatever_their_names(tmp_path):
         assert len({"b.png", "d.png"} & parts[0]) != 1, seed
 
 
-@pytest.mark.parametrize("a, b, c", permutations(range(3)))
+@pytest.mark.parametrize("a, b, c", list(permutations(range(3))))
 def test_groups_that_share_a_picture_are_one_group(tmp_path, a, b, c):
     """Lesions a and b share one, b and c another: none of their pictures may be apart, in whatever order they come."""
     lesions = {"a": a, "ab": a, "ba": b, "bc": b, "cb": c, "c": c, "other": 3}
@@ -630,6 +630,7 @@ def test_paths_start_at_the_jsonl_also_through_links(tmp_path):
     folder = augmented(tmp_path / "data" / "größe", {"train": ["ä b.png"]})
     assert "lead out" not in run(coco, "--source", folder)
     assert read(folder / "train.jsonl")[0]["image"] == "train/ä b.png"
+    assert "ä b.png" in (folder / "train.jsonl").read_text(encoding="utf-8")  # for people, too
     (folder / "train.jsonl").rename(folder.parent / "moved.jsonl")
     (folder / "train").rename(folder.parent / "train")
     assert len(read(folder.parent / "moved.jsonl")) == 1  # both together, elsewhere
@@ -1057,13 +1058,14 @@ def test_yolo_pictures_without_labels_and_labels_without_pictures(tmp_path):
     [
         "train: ../train/images\nval: ../valid/images\n",  # Roboflow's
         "path: /of/another/machine\ntrain: train/images\nval: [valid/images]\ntest:\n",
-        "train: train.txt\nvalid: valid.txt\n",
+        "path: /of/another/machine\ntrain: lists/train.txt\nvalid: valid.txt\n",
         "train:\n  - train/images\nval: valid/images/\n",
     ],
 )
 def test_yolo_places(tmp_path, places):
     folder = yolo_folder(tmp_path, places + "names: [RBC, WBC]")
-    (folder / "train.txt").write_text("./train/images/train.png\n")
+    (folder / "lists").mkdir()
+    (folder / "lists" / "train.txt").write_text("./../train/images/train.png\n")
     (folder / "valid.txt").write_text("valid/images/valid.png\n")
     run(yolo, "--source", folder)
     assert names_of(folder / "train.jsonl") == ["train.png"] and names_of(folder / "val.jsonl") == ["valid.png"]
@@ -1102,7 +1104,7 @@ GOOD_YAML = [
     "names:\n- a b\n- 'x: y'\n- c#d\n",
     "names:\n    - a, b\n    - Sever's disease\n",
     "names: {0: a, 1: 'b, c', 2: Sever's disease}",
-    "names: [Sever's disease, heel spur]",
+    "names: [Sever's disease, heel spur]  # two",
     "# a 'comment\n---\npath: ../datasets/x # root\ntrain: [a, b]\nval: 'C:/x y'\ntest: # none\nnames: [x]",
     '"names": [x]\nroboflow:\n  workspace: w\n  version: 1\nkpt_shape: [17, 3]\ntrain: a\nx: |\n  import os\n  [',
     "names: ['ä', ß]\nval: größe\n",
@@ -1184,6 +1186,14 @@ def test_mask_patterns_pair_through_folders_and_in_one_folder(tmp_path):
     found = [(r["image"], r["query"]) for r in read(tmp_path / "busi" / "all.jsonl")]
     assert found == [(f"{k}/{k} (1).png", f"the {k} tumour") for k in ("benign", "malignant")]
     assert "--query" in run(masks, *flags, expect=2)  # there is no class that could name the thing
+
+
+def test_the_two_ends_of_a_pattern_do_not_overlap(tmp_path):
+    picture(tmp_path / "images" / "X.png")
+    mask(tmp_path / "masks" / "aXa.png", BOX)
+    mask(tmp_path / "masks" / "a.png", BOX)  # begins with a and ends with a.png, but there is one a only
+    run(masks, "--source", tmp_path, "--images", "images/*.png", "--masks", "masks/a*a.png", "--query", "it")
+    bright(tmp_path / "all.jsonl")
 
 
 def test_mask_patterns_that_fit_nothing(tmp_path):
