@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: masks -> boxes, frames, splits, and JSONL that is whole or not there.
+"""What the scripts of this folder share: boxes as displayed, phrases, splits, and JSONL that is whole or not there.
 
 A script only reads its source's layout and names what it finds: a list of Entry, one per object, in the source's own
 coordinates. convert() opens the pictures, brings every box into the one frame that data.py knows (pixels of the image

@@ -438,10 +438,10 @@ def test_a_damaged_picture_is_named_and_skipped_as_the_flag_says(tmp_path, name)
     images = [(file, *SIZE) for file in ("a.jpg", name, "b.jpg")]
     file = write_coco(tmp_path / "coco.json", images, [(i, c, xywh(BOX)) for i in range(3) for c in range(2)])
     said = run(coco, "--source", file, expect=2)
-    assert f"{bad} is not there" in said if name == "gone.png" else f"image {bad} cannot be read" in said
+    assert f"{bad} is not there" in said if name == "gone.png" else f"/{name} cannot be read" in said
     assert "--skip-bad N leaves up to N such records out" in said and not list(tmp_path.glob("*.jsonl"))
     said = run(coco, "--source", file, "--skip-bad", 1)
-    assert said.count("left out: ") == 1 and str(bad) in said  # one fault, whatever the number of its objects
+    assert said.count("left out: ") == 1 and f"/{name}" in said  # one fault, whatever the number of its objects
     assert [r["image"] for r in read(tmp_path / "all.jsonl")] == ["a.jpg", "a.jpg", "b.jpg", "b.jpg"]
 
 
@@ -1260,11 +1260,11 @@ def test_two_thousand_pictures_and_masks_with_a_broken_one_among_them(tmp_path):
     write_fold(tmp_path / "many", list(range(0, 1500)), list(range(1500, count)))
     bad = damaged(tmp_path / "many" / "trainval-image" / f"{broken}.jpg", 0.8)
     said = run(tn3k, "--source", tmp_path / "many", expect=2)
-    assert f"error: image {bad} cannot be read (image file is truncated" in said
+    assert "error: image " in said and f"/{bad.name} cannot be read (image file is truncated" in said
     begin = time.process_time()
     said = run(tn3k, "--source", tmp_path / "many", "--skip-bad", 1)
     assert time.process_time() - begin < 12
-    assert f"left out: image {bad} cannot be read" in said
+    assert "left out: image " in said and f"/{bad.name} cannot be read" in said
     assert "pictures: 100%" in said and "2000/2000" in said  # the progress bar
     assert "train.jsonl: 1499 records of 1499 pictures" in said and "val.jsonl: 400 records" in said
 
