@@ -36,11 +36,11 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from errors import InputError
+from generate import Completions, generate
 
 HEAD_ROWS = (
     1024  # rows of the vocabulary head computed at a time: [1024, 151936] in bf16 is 0.3 GB, all rows would be 10
 )
-STOP_EVERY = 4  # decode steps between two looks at "has every row ended?": each look makes the host wait for the device
 SHARD_BYTES = 5 * 10**9  # size of one file of a saved checkpoint, as the hub has it
 
 # What belongs to a checkpoint beside weights and config.json, and is carried on from folder to folder as it is.
@@ -192,10 +192,32 @@ def rotary_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
     return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
 
 
+@lru_cache
+def rotary_axes(section: tuple[int, int, int], device: torch.device) -> Tensor:
+    """(dim / 2,) which of the three positions turns each frequency."""
+    return torch.repeat_interleave(torch.arange(3), torch.tensor(section)).to(device)
+
+
+def turns(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """angles (..., D/2) -> what `rotate` takes: cosines, and sines with the sign of each half (..., D)."""
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + D/2]) by the given angles. x (..., D); cos, sin broadcast to (..., D/2), fp32."""
-    a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """Turn the pairs (x[i], x[i + D/2]) of x (..., D); cos, sin of `turns` broadcast to it, fp32."""
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    """q (..., S, D), k (..., L, D) -> q k^T (..., S, L) in fp32 at least, as inside flash attention: scores rounded to
+    16 bits would sample from another policy than the one that is trained."""
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return q @ k.mT
+    if not q.is_cuda:
+        return q.float() @ k.float().mT
+    return torch.bmm(q.flatten(0, -3), k.flatten(0, -3).mT, out_dtype=torch.float32).unflatten(0, q.shape[:-2])
 
 
 # -------------------------------------------------------------------------------------------------------- vision tower
@@ -324,7 +346,7 @@ class VisionTower(nn.Module):
         layout = VisionLayout.of(grids, window, config.spatial_merge_size, patches.device)
         head_dim = config.hidden_size // config.num_heads
         angles = layout.places[..., None] * rotary_frequencies(head_dim // 2, 1e4, patches.device)  # (N, 2, D/4)
-        cos, sin = angles.flatten(1).cos()[:, None], angles.flatten(1).sin()[:, None]  # (N, 1, D/2): rows, then columns
+        cos, sin = turns(angles.flatten(1)[:, None])  # (N, 1, D): frequencies turned by the row, then by the column
 
         x = self.patch_embed(patches.view(-1, unit, patches.shape[-1])[layout.order].flatten(0, 1))  # (N, hidden)
         for i, block in enumerate(self.blocks):
@@ -386,16 +408,29 @@ class Attention(nn.Module):
         return self.o_proj(torch.cat(outs))
 
     def decode(
-        self, x: Tensor, cos: Tensor, sin: Tensor, ck: Tensor, cv: Tensor, at: int, mask: Tensor | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        pk: Tensor,
+        pv: Tensor,
+        k: Tensor,
+        v: Tensor,
+        at: Tensor,
+        bias: Tensor,
     ) -> Tensor:
-        """One token per row, x (N, 1, H), written at place `at` of the static cache ck, cv (N, kv_heads, P + T, D)."""
-        q, k, v = self.project(x, cos, sin)
-        ck[:, :, at], cv[:, :, at] = k[:, :, 0], v[:, :, 0]
-        # The heads that share a key head become its queries: grouped-query attention with no mask and no copied keys.
-        q = q.view(len(x), self.kv_heads, -1, self.head_dim)
-        mask = None if mask is None else mask[..., : at + 1]
-        out = F.scaled_dot_product_attention(q, ck[:, :, : at + 1], cv[:, :, : at + 1], attn_mask=mask)
-        return self.o_proj(out.reshape(len(x), 1, -1))
+        """One token per row, x (B * G, 1, H). pk, pv (B, kv_heads, P, D): what the G rows of a prompt share; k, v
+        (B, kv_heads, G, T, D): their own, written here at place `at` (1,); bias (B, 1, 1, 1, P + T) hides places."""
+        b, _, p, _ = pk.shape
+        q, new_k, new_v = (y.view(b, len(x) // b, self.kv_heads, -1, self.head_dim) for y in self.project(x, cos, sin))
+        k.index_copy_(3, at, new_k.transpose(1, 2))
+        v.index_copy_(3, at, new_v.transpose(1, 2))
+        q = q.transpose(1, 2).contiguous()  # (B, kv_heads, G, r, D): r query heads share a key head
+        shared = scores(q.flatten(2, 3), pk).view(*q.shape[:4], p)
+        seen = torch.cat((shared, scores(q, k)), dim=-1)  # (B, kv_heads, G, r, P + T)
+        weights = torch.add(bias, seen, alpha=self.head_dim**-0.5).softmax(-1).to(x.dtype)
+        out = (weights[..., :p].flatten(2, 3) @ pv).view(q.shape) + weights[..., p:] @ v
+        return self.o_proj(out.transpose(1, 2).reshape(len(x), 1, -1))
 
 
 class Block(nn.Module):
@@ -419,10 +454,8 @@ class Block(nn.Module):
     def suffix(self, x: Tensor, cos: Tensor, sin: Tensor, pk: Tensor, pv: Tensor, spans: list) -> Tensor:
         return self.finish(x, self.self_attn.suffix(self.input_layernorm(x), cos, sin, pk, pv, spans))
 
-    def decode(
-        self, x: Tensor, cos: Tensor, sin: Tensor, ck: Tensor, cv: Tensor, at: int, mask: Tensor | None
-    ) -> Tensor:
-        return self.finish(x, self.self_attn.decode(self.input_layernorm(x), cos, sin, ck, cv, at, mask))
+    def decode(self, x: Tensor, *rest: Tensor) -> Tensor:
+        return self.finish(x, self.self_attn.decode(self.input_layernorm(x), *rest))
 
 
 class Decoder(nn.Module):
@@ -483,13 +516,6 @@ class Prefix:
         return [(a, b, self.lengths[a]) for a, b in zip(starts, starts[1:] + [len(self.lengths)], strict=True)]
 
 
-@dataclass
-class Completions:
-    ids: Tensor  # (B, G, T) up to and including the first EOS; after it the first EOS id, which no mask ever lets in
-    lengths: Tensor  # (B, G) tokens up to and including the first EOS
-    truncated: Tensor  # (B, G) bool: no EOS within the limit
-
-
 class Policy(nn.Module):
     """Qwen2.5-VL. Parameter names are the published tensor names."""
 
@@ -498,6 +524,7 @@ class Policy(nn.Module):
         self.config, self.eos_ids = config, eos_ids
         self.compute_dtype = torch.float32  # of activations; --dtype sets it
         self.checkpointing = False  # compute each block again in the backward pass instead of keeping what is inside
+        self.graph = False  # decode by replaying a CUDA graph
         self.source: Path | None = None  # folder it was loaded from
         self.raw_config: dict = {}  # its config.json as read, carried on when saved
         self.visual = VisionTower(config.vision)
@@ -510,12 +537,11 @@ class Policy(nn.Module):
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions (3, N, S) -> cos, sin (N, 1, S, D/2); mrope_section says which axis turns a frequency."""
-        section = torch.tensor(self.config.mrope_section)
-        axis = torch.repeat_interleave(torch.arange(3), section).to(positions.device)  # (D/2,)
+        """positions (3, N, S) -> cos, sin (N, 1, S, D); mrope_section says which axis turns a frequency."""
+        axis = rotary_axes(self.config.mrope_section, positions.device)
         frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_theta, positions.device)
         angles = positions.permute(1, 2, 0)[..., axis] * frequencies  # (N, S, D/2)
-        return angles.cos()[:, None], angles.sin()[:, None]
+        return turns(angles[:, None])
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.model.embed_tokens(ids).to(self.compute_dtype)
@@ -594,67 +620,16 @@ class Policy(nn.Module):
                 out[caller, member, :n] = logp
         return out
 
-    @torch.no_grad()
     def generate(
         self, prefix: Prefix, group_size: int, max_tokens: int, temperature: float = 0.0, uniforms: Tensor | None = None
     ) -> Completions:
-        """Sample `group_size` completions of each prompt; temperature 0 is greedy.
+        """Sample `group_size` completions of each prompt, without gradient; temperature 0 is greedy. How: generate.py.
 
         uniforms (B, G, max_tokens) in [0, 1), in the caller's order of prompts: one number per token, turned into it by
         the inverse of the cumulative distribution. Made from (seed, step, sample), they give the same rollouts on any
         number of ranks. No top-p, no top-k: the sampled policy is the trained one.
         """
-        if temperature > 0 and uniforms is None:
-            raise ValueError("sampling at temperature > 0 needs uniforms (B, G, max_tokens)")
-        device, b = prefix.hidden.device, len(prefix.hidden)
-        n, p = b * group_size, prefix.keys[0].shape[2]
-        if uniforms is not None:
-            uniforms = uniforms.to(device)[prefix.order].flatten(0, 1)  # (N, max_tokens)
-        cache = [self._cache(k, v, group_size, max_tokens) for k, v in zip(prefix.keys, prefix.values, strict=True)]
-        mask = None
-        if prefix.lengths[0] != p:  # unequal prompts: hide the padding between a shorter prompt and its completion
-            place = torch.arange(p + max_tokens, device=device)
-            lengths = torch.tensor(prefix.lengths, device=device).repeat_interleave(group_size)
-            mask = ((place < lengths[:, None]) | (place >= p))[:, None, None]  # (N, 1, 1, P + T)
-        positions = prefix.next_position.repeat_interleave(group_size)  # (N,)
-        eos = torch.tensor(self.eos_ids, device=device)
-        ids = torch.full((n, max_tokens), self.eos_ids[0], dtype=torch.long, device=device)
-        lengths = torch.full((n,), max_tokens, device=device)
-        alive = torch.ones(n, dtype=torch.bool, device=device)
-
-        logits = self.logits(prefix.hidden).repeat_interleave(group_size, 0)  # (N, V)
-        steps = 0
-        for t in range(max_tokens):
-            token = sample(logits, temperature, None if uniforms is None else uniforms[:, t])
-            token = torch.where(alive, token, self.eos_ids[0])
-            ids[:, t] = token
-            ended = alive & torch.isin(token, eos)
-            lengths = torch.where(ended, t + 1, lengths)
-            alive = alive & ~ended
-            steps = t + 1
-            if steps == max_tokens or (steps % STOP_EVERY == 0 and not alive.any()):
-                break
-            x = self.embed(token[:, None])  # (N, 1, H)
-            cos, sin = self.rotary((positions + t)[None, :, None].expand(3, -1, -1))
-            for layer, (k, v) in zip(self.model.layers, cache, strict=True):
-                x = layer.decode(x, cos, sin, k, v, p + t, mask)
-            logits = self.logits(self.model.norm(x[:, 0]))
-        lengths = lengths.clamp(max=steps)
-        longest = int(lengths.max())
-        back = torch.argsort(prefix.order)
-        shape = (b, group_size)
-        return Completions(ids[:, :longest].view(*shape, -1)[back], lengths.view(shape)[back], alive.view(shape)[back])
-
-    def _cache(self, k: Tensor, v: Tensor, group_size: int, max_tokens: int) -> tuple[Tensor, Tensor]:
-        """Static keys and values (B * G, kv_heads, P + max_tokens, D), the prefix filled in."""
-
-        def room(prefix: Tensor) -> Tensor:
-            b, heads, p, d = prefix.shape
-            cache = prefix.new_zeros(b, group_size, heads, p + max_tokens, d)
-            cache[:, :, :, :p] = prefix[:, None]
-            return cache.flatten(0, 1)
-
-        return room(k), room(v)
+        return generate(self, prefix, group_size, max_tokens, temperature, uniforms, self.graph)
 
     @torch.no_grad()
     def init_weights(self, seed: int, gain: float = 0.8) -> "Policy":
@@ -753,23 +728,6 @@ class Policy(nn.Module):
         for name in COMPANIONS:
             if self.source and (self.source / name).exists() and self.source.resolve() != folder.resolve():
                 shutil.copyfile(self.source / name, folder / name)
-
-
-def sample(logits: Tensor, temperature: float, uniforms: Tensor | None) -> Tensor:
-    """logits (N, V), uniforms (N,) in [0, 1) -> tokens (N,). Greedy at temperature 0, else the inverse of the CDF."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    p = torch.softmax(logits.float() / temperature, dim=-1)  # (N, V)
-    if torch.are_deterministic_algorithms_enabled():
-        # Whole numbers of 2^-52 have the same sums in whatever order a GPU adds them up; floats do not.
-        cdf = (p * 2.0**52).long().cumsum(-1).double()
-    else:
-        cdf = p.cumsum(-1)
-    total = cdf[:, -1:]  # 1, or 2^52, up to rounding
-    # Strictly below the total, and the first entry strictly above: a token of probability 0 is never drawn.
-    target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    # Of NaN logits the entry is V: any token will do, since the step's loss is NaN too and will be skipped.
-    return torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
 def check_device(name: str) -> str:

@@ -14,7 +14,8 @@ from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForCondit
 
 import model
 from errors import InputError
-from model import ModelConfig, Policy, collate, sample
+from generate import sample
+from model import ModelConfig, Policy, collate
 
 IMAGE, EOS = 120, 5
 
