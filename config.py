@@ -55,6 +55,7 @@ DEFAULTS = dict(
     seed=0,
     device="cuda" if torch.cuda.is_available() else "cpu",
     dtype=None,  # of the arithmetic: bfloat16 on CUDA, float32 on a CPU; trained weights are float32 on both
+    decode=None,  # graph on CUDA, eager on a CPU
     deterministic=False,  # CPU runs are anyway; on CUDA it costs time
 )
 RECIPES = {
@@ -90,12 +91,26 @@ CHOICES = scheduler.CHOICES | {
     "kl": loss.KLS,
     "overlong": ("keep", "mask"),
     "log": tuple(LOGS),
+    "decode": ("eager", "graph"),
 }
-TYPES = {"val": str, "prompt": str, "dtype": str, "log": str, "eval_limit": int, "max_pixels": int}  # default None
+TYPES = {
+    "val": str,
+    "prompt": str,
+    "dtype": str,
+    "log": str,
+    "decode": str,
+    "eval_limit": int,
+    "max_pixels": int,
+}  # default None
 # What a resumed run may change: nothing here decides what is learned. More --steps is a longer run (the learning rate
 # is constant after the warm-up); schedules that go by the share of the steps refuse it themselves.
 FREE_ON_RESUME = {"resume", "out", "steps", "device", "eval_every", "eval_limit", "samples_every", "save_every", "log"}
-FREE_ON_RESUME |= {"skip_bad", "checkpointing", "micro_batch"}  # micro-batches round a little differently, no more
+FREE_ON_RESUME |= {
+    "skip_bad",
+    "checkpointing",
+    "decode",
+    "micro_batch",
+}  # micro-batches round a little differently, no more
 
 GROUPS = {  # title -> flag -> help
     "what": dict(
@@ -164,6 +179,7 @@ GROUPS = {  # title -> flag -> help
         lora_alpha="adapters are scaled by alpha / rank",
         freeze_vision="leave the vision tower as it is",
         checkpointing="recompute activations in the backward pass",
+        decode="run each decode step as operators, or replay it as a CUDA graph (generate.py)",
         deterministic="refuse operations that may differ from run to run",
     ),
 }
@@ -306,6 +322,8 @@ def wrong(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
     for name, (nothing, why) in idle.items():
         if nothing and name in explicit:
             yield f"{flag(name)} changes nothing beside {why}; drop it"
+    if args.decode == "graph" and not args.device.startswith("cuda"):
+        yield f"--decode graph records a CUDA graph, --device {args.device} has none: give --decode eager"
     try:
         check_device(args.device)
     except InputError as error:

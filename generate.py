@@ -17,6 +17,7 @@ Left out: top-p, top-k, beams (the sampled policy must be the trained one), cont
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -85,23 +86,15 @@ def generate(
     if uniforms is not None:
         uniforms = uniforms.to(prefix.hidden.device)[prefix.order].flatten(0, 1)  # (N, max_tokens)
     rows = Decoding(policy, prefix, group_size, max_tokens, temperature, uniforms)
-    drawn, pool = 1, torch.cuda.graph_pool_handle() if graph else None
-    for first in range(0, max_tokens - 1, WINDOW):
-        places = min(first + WINDOW, max_tokens)
-
-        def step(places=places) -> None:
-            rows.step(places)
-
-        for fed in range(first, min(first + WINDOW, max_tokens - 1)):
-            if drawn % STOP_EVERY == 0 and not rows.alive.any():
-                break
-            step()
-            drawn += 1
-            if graph and fed == first:
-                step = recorded(step, pool)
-        else:
-            continue
-        break
+    pool = torch.cuda.graph_pool_handle() if graph else None
+    for fed in range(max_tokens - 1):
+        if (fed + 1) % STOP_EVERY == 0 and not rows.alive.any():
+            break
+        if fed % WINDOW == 0:
+            step = partial(rows.step, min(fed + WINDOW, max_tokens))
+        elif fed % WINDOW == 1 and graph:
+            step = recorded(step, pool)
+        step()
     longest = int(rows.lengths.max())
     back, shape = torch.argsort(prefix.order), (len(prefix.hidden), group_size)
     ids, lengths, alive = (x.unflatten(0, shape)[back] for x in (rows.ids[:, :longest], rows.lengths, rows.alive))

@@ -358,6 +358,17 @@ class VisionTower(nn.Module):
 # ------------------------------------------------------------------------------------------------------------- decoder
 
 
+def spans_of(lengths: list[int]) -> list[tuple[int, int, int]]:
+    """Runs of neighbouring prompts of equal length: (first, last + 1, length)."""
+    starts = [i for i, n in enumerate(lengths) if i == 0 or n != lengths[i - 1]]
+    return [(a, b, lengths[a]) for a, b in zip(starts, starts[1:] + [len(lengths)], strict=True)]
+
+
+def last_tokens(x: Tensor, spans: list) -> Tensor:
+    """x (B, ..., P, D), right-padded -> (B, ..., 1, D) at the last real token of each prompt."""
+    return torch.cat([x[a:b, ..., n - 1 : n, :] for a, b, n in spans])
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -373,11 +384,11 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, S, H) -> q (N, heads, S, D), k and v (N, kv_heads, S, D), rotated."""
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (self.split_heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal, aligned at the end: the last query sees every key. q (N, heads, S, D), k, v (N, kv_heads, L, D)."""
@@ -385,10 +396,18 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return out.transpose(1, 2).flatten(2)  # (N, S, heads * D)
 
-    def prefix(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The prompts, right-padded: no real token sees a pad, so plain causal attention is right at every length."""
-        q, k, v = self.project(x, cos, sin)
-        return self.o_proj(self.attend(q, k, v)), k, v
+    def prefix(self, x: Tensor, cos: Tensor, sin: Tensor, spans: list | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The prompts, right-padded: no real token sees a pad, so plain causal attention is right at every length.
+        With spans only the last token of each prompt looks (B, 1, H); keys and values are those of all."""
+        if spans is None:
+            q, k, v = self.project(x, cos, sin)
+            return self.o_proj(self.attend(q, k, v)), k, v
+        k, v = rotate(self.split_heads(self.k_proj(x)), cos, sin), self.split_heads(self.v_proj(x))
+        q = rotate(
+            self.split_heads(self.q_proj(last_tokens(x, spans))), last_tokens(cos, spans), last_tokens(sin, spans)
+        )
+        outs = [self.attend(q[a:b], k[a:b, :, :n], v[a:b, :, :n]) for a, b, n in spans]
+        return self.o_proj(torch.cat(outs)), k, v
 
     def suffix(self, x: Tensor, cos: Tensor, sin: Tensor, pk: Tensor, pv: Tensor, spans: list) -> Tensor:
         """Completions x (B * G, S, H) over prefixes pk, pv (B, kv_heads, P, D): one call per span of equal prompts."""
@@ -447,9 +466,11 @@ class Block(nn.Module):
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def prefix(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        attended, k, v = self.self_attn.prefix(self.input_layernorm(x), cos, sin)
-        return self.finish(x, attended), k, v
+    def prefix(self, x: Tensor, cos: Tensor, sin: Tensor, spans: list | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """All prompts x (B, P, H) -> x of the next layer, keys, values. With spans, as the last layer of a prefix: of x
+        only each prompt's last token (B, 1, H), since from there on nobody reads the others."""
+        attended, k, v = self.self_attn.prefix(self.input_layernorm(x), cos, sin, spans)
+        return self.finish(x if spans is None else last_tokens(x, spans), attended), k, v
 
     def suffix(self, x: Tensor, cos: Tensor, sin: Tensor, pk: Tensor, pv: Tensor, spans: list) -> Tensor:
         return self.finish(x, self.self_attn.suffix(self.input_layernorm(x), cos, sin, pk, pv, spans))
@@ -509,12 +530,6 @@ class Prefix:
     lengths: list[int]
     order: Tensor  # (B,)
 
-    @property
-    def spans(self) -> list[tuple[int, int, int]]:
-        """Runs of prompts of equal length: (first, last + 1, length)."""
-        starts = [i for i, n in enumerate(self.lengths) if i == 0 or n != self.lengths[i - 1]]
-        return [(a, b, self.lengths[a]) for a, b in zip(starts, starts[1:] + [len(self.lengths)], strict=True)]
-
 
 class Policy(nn.Module):
     """Qwen2.5-VL. Parameter names are the published tensor names."""
@@ -559,12 +574,11 @@ class Policy(nn.Module):
         cos, sin = self.rotary(batch.positions)
         keys, values = [], []
         for layer in self.model.layers:
-            x, k, v = recomputed(layer.prefix, x, cos, sin, when=self.checkpointing)
+            spans = spans_of(batch.lengths) if layer is self.model.layers[-1] else None
+            x, k, v = recomputed(layer.prefix, x, cos, sin, spans, when=self.checkpointing)
             keys.append(k)
             values.append(v)
-        last = torch.tensor(batch.lengths, device=x.device) - 1
-        hidden = self.model.norm(x[torch.arange(len(x), device=x.device), last])
-        return Prefix(keys, values, hidden, batch.next_position, batch.lengths, batch.order)
+        return Prefix(keys, values, self.model.norm(x[:, 0]), batch.next_position, batch.lengths, batch.order)
 
     def logprobs(
         self, prefix: Prefix, ids: Tensor, lengths: Tensor, temperature: float = 1.0, entropy: bool = False
@@ -584,8 +598,9 @@ class Policy(nn.Module):
             steps = torch.arange(t - 1, device=ids.device)
             positions = (prefix.next_position[:, None] + steps).repeat_interleave(g, 0)  # (B * G, T - 1)
             cos, sin = self.rotary(positions.expand(3, -1, -1))
+            spans = spans_of(prefix.lengths)
             for layer, k, v in zip(self.model.layers, prefix.keys, prefix.values, strict=True):
-                x = recomputed(layer.suffix, x, cos, sin, k, v, prefix.spans, when=self.checkpointing)
+                x = recomputed(layer.suffix, x, cos, sin, k, v, spans, when=self.checkpointing)
             hidden = torch.cat((hidden, self.model.norm(x)), dim=1)  # (B * G, T, H)
         real = torch.arange(t, device=ids.device) < lengths.flatten()[:, None]  # by position, never by token id
         flat = kernels.linear_logprob(

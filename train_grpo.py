@@ -374,6 +374,7 @@ def make_policies(args, base: Path, start: Path) -> tuple[Policy, Policy, Policy
         base if args.lora_rank else start, args.device, dtype if args.lora_rank else torch.float32
     )
     policy.compute_dtype, policy.checkpointing = dtype, args.checkpointing
+    policy.graph = args.decode == "graph"
     if args.lora_rank:
         lora.add(policy, args.lora_rank, args.lora_alpha, args.seed)
         return policy, policy, policy if args.beta > 0 else None
@@ -395,7 +396,9 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     base = model_folder(args.model)
     args.prompt = args.prompt or default_prompt(base)
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    on_gpu = args.device.startswith("cuda")
+    args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
+    args.decode = args.decode or ("graph" if on_gpu else "eager")
     schedule_config = ScheduleConfig(**{f.name: getattr(args, f.name) for f in fields(ScheduleConfig)})
     schedule = make_schedule(args.schedule, schedule_config, args.steps)
     out = check_out(args)
