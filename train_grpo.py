@@ -40,7 +40,7 @@ from errors import InputError
 from eval import NANO, Task, default_prompt, evaluate, model_folder, overlay, sheet, summary
 from logs import open_log
 from loss import BatchTotals, LossStats, completion_mask, grpo_loss, mask_overlong
-from model import Policy, collate, read_json
+from model import Policy, Prefix, collate, read_json
 from scheduler import WATCHING, ByShareOfSteps, Schedule, ScheduleConfig, make_schedule
 
 STATE = ("schedule", "bad_in_a_row", "drawn", "bad", "evaluation")  # what a resumed run needs beside the weights
@@ -70,6 +70,7 @@ class Rollout:
     advantage: Tensor  # (B, G)
     logp_old: Tensor | None  # (B, G, T); None with one inner step, where it equals the policy's own
     logp_ref: Tensor | None  # (B, G, T); None with beta = 0
+    prefix: Prefix | None = None  # of all prompts, with gradient, for the update to go on from; None: it makes its own
 
     @property
     def spread(self) -> Tensor:
@@ -98,8 +99,8 @@ def join(rolls: list[Rollout]) -> Rollout:
             return {name: of([value[name] for value in values]) for name in first}
         if isinstance(first, list):
             return [item for value in values for item in value]
-        if first is None:
-            return None
+        if first is None or isinstance(first, Prefix):  # kept only where the step is a single forward pass
+            return first
         widest = max(value.shape[-1] for value in values) if first.ndim == 3 else 0
         return torch.cat([torch.nn.functional.pad(v, (0, widest - v.shape[-1])) if widest else v for v in values])
 
@@ -145,10 +146,18 @@ def uniforms(seed: int, step: int, slots: list[int], indices: list[int], group: 
 
 
 @torch.no_grad()
-def roll_groups(actor: Policy, task: Task, prompts: list[Prompt], noise: Tensor, schedule: Schedule, args) -> Rollout:
-    """One forward pass's worth of prompts: G answers to each, scored under the schedule's present threshold."""
+def roll_groups(
+    policy: Policy, actor: Policy, task: Task, prompts: list[Prompt], noise: Tensor, schedule: Schedule, args
+) -> Rollout:
+    """One forward pass's worth of prompts: G answers to each, scored under the schedule's present threshold.
+
+    Where one pass is the whole step, policy and actor have the same weights until it ends: the policy makes the prefix,
+    the actor decodes on top of it, and the update goes on from it instead of computing image and question again.
+    """
     device = next(actor.parameters()).device
-    prefix = actor.prefix(collate(prompts, device))
+    whole = args.micro_batch >= args.batch_size and args.inner_steps == 1 and not args.dynamic_sampling
+    with torch.set_grad_enabled(whole):
+        prefix = (policy if whole else actor).prefix(collate(prompts, device))
     done = actor.generate(prefix, args.group_size, args.max_tokens, args.temperature, noise)
     b, g = done.lengths.shape
     texts = task.texts(done.ids.flatten(0, 1), done.lengths.flatten())
@@ -173,11 +182,19 @@ def roll_groups(actor: Policy, task: Task, prompts: list[Prompt], noise: Tensor,
         advantage=kernels.group_advantage(reward, "none" if args.loss == "dr-grpo" else "std").to(device),
         logp_old=actor.logprobs(prefix, done.ids, done.lengths, args.temperature) if args.inner_steps > 1 else None,
         logp_ref=None,
+        prefix=prefix if whole else None,
     )
 
 
 def rollout(
-    actor: Policy, reference: Policy | None, task: Task, stream: Stream, step: int, schedule: Schedule, args
+    policy: Policy,
+    actor: Policy,
+    reference: Policy | None,
+    task: Task,
+    stream: Stream,
+    step: int,
+    schedule: Schedule,
+    args,
 ) -> tuple[Rollout, Rollout]:
     """Sample G answers to each of B prompts -> (all that was rolled out, what the update is to learn from).
 
@@ -191,7 +208,7 @@ def rollout(
         for first in range(0, missing, args.micro_batch):
             slot = sum(len(roll.prompts) for roll in rolls)
             prompts, noise = stream.draw(step, slot, min(args.micro_batch, missing - first))
-            rolls.append(roll_groups(actor, task, prompts, noise, schedule, args))
+            rolls.append(roll_groups(policy, actor, task, prompts, noise, schedule, args))
             useful += int(rolls[-1].spread.sum())
         if useful == args.batch_size:
             break
@@ -225,13 +242,14 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, roll: Rollout, args
         mask = mask_overlong(mask, roll.truncated)
     totals = BatchTotals(roll.lengths.numel(), int(mask.sum()), args.max_tokens)
     trained = [p for p in policy.parameters() if p.requires_grad]
+    kept, roll.prefix = roll.prefix, None  # its graph serves one backward pass
     stats, losses, norms, entropy, skipped = None, [], [], 0.0, 0
     for inner in range(args.inner_steps):
         optimizer.zero_grad(set_to_none=True)
         loss_sum = 0.0
         for i in range(0, len(roll.prompts), args.micro_batch):
             rows = slice(i, i + args.micro_batch)
-            prefix = policy.prefix(collate(roll.prompts[rows], device))
+            prefix = kept or policy.prefix(collate(roll.prompts[rows], device))
             logp, rows_entropy = policy.logprobs(
                 prefix, roll.ids[rows], roll.lengths[rows], args.temperature, entropy=True
             )
@@ -490,7 +508,7 @@ def main() -> None:
             group["lr"] = lr
         tau = schedule.tau
         try:
-            seen, used = rollout(actor, reference, task, stream, step, schedule, args)
+            seen, used = rollout(policy, actor, reference, task, stream, step, schedule, args)
         except InputError as error:  # a picture that cannot be decoded, found on the way: keep what was learned
             save(step, drawn)
             raise InputError(f"{error}. All up to step {step} is saved: repair it and go on by --resume") from error
