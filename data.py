@@ -476,15 +476,15 @@ def image_to_patches(image: Image.Image, config: ImageConfig) -> tuple[torch.Ten
     h, w = smart_resize(image.height, image.width, config.factor, config.min_pixels, config.max_pixels)
     pixels = np.asarray(image.resize((w, h), Image.Resampling.BICUBIC))  # (h, w, C) uint8
     gh, gw = h // p, w // p
-    cells = pixels.reshape(gh // m, m, p, gw // m, m, p, 3)
-    cells = cells.transpose(0, 3, 1, 4, 6, 2, 5)  # (gh/m, gw/m, m, m, C, p, p)
     # A byte has 256 values: normalise those, rounding where transformers rounds (1/255 in float64), and look them up.
     values = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
-    mean, std = (np.array(x, np.float32)[:, None] for x in (config.mean, config.std))
-    table = (values - mean) / std  # (C, 256)
+    normalised = np.empty((h, w, 3), np.float32)
+    for channel, (mean, std) in enumerate(zip(np.float32(config.mean), np.float32(config.std), strict=True)):
+        normalised[..., channel] = ((values - mean) / std).take(pixels[..., channel])
+    cells = normalised.reshape(gh // m, m, p, gw // m, m, p, 3)
+    cells = cells.transpose(0, 3, 1, 4, 6, 2, 5)  # (gh/m, gw/m, m, m, C, p, p)
     patches = np.empty((*cells.shape[:5], config.temporal_patch_size, p, p), np.float32)  # (.., C, T, p, p)
-    for channel, normalised in enumerate(table):
-        patches[:, :, :, :, channel] = normalised[cells[:, :, :, :, channel, None]]  # one frame, broadcast to T
+    patches[:] = cells[:, :, :, :, :, None]  # one frame, T times
     return torch.from_numpy(patches.reshape(gh * gw, -1)), (1, gh, gw)
 
 
