@@ -162,7 +162,7 @@ GROUPS = {  # title -> flag -> help
         dtype="of the arithmetic; weights are trained in float32",
         lora_rank="train adapters of this rank in the decoder (lora.py) and keep one frozen copy of all weights",
         lora_alpha="adapters are scaled by alpha / rank",
-        freeze_vision="leave the vision tower as it is",
+        freeze_vision="leave the vision tower as it is; it then looks at a picture once a step",
         checkpointing="recompute activations in the backward pass",
         deterministic="refuse operations that may differ from run to run",
     ),

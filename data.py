@@ -532,6 +532,7 @@ class Prompt:
     box: Box  # original frame
     sample: Sample
     text: str  # the rendered chat, with one image token
+    image_tokens: torch.Tensor | None = None  # (gh*gw/4, H) once a frozen vision tower has seen it: Policy.see
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

@@ -148,6 +148,7 @@ def uniforms(seed: int, step: int, slots: list[int], indices: list[int], group: 
 def roll_groups(actor: Policy, task: Task, prompts: list[Prompt], noise: Tensor, schedule: Schedule, args) -> Rollout:
     """One forward pass's worth of prompts: G answers to each, scored under the schedule's present threshold."""
     device = next(actor.parameters()).device
+    actor.see(prompts)  # a frozen tower looks once a step: reference and inner steps have the same one
     prefix = actor.prefix(collate(prompts, device))
     done = actor.generate(prefix, args.group_size, args.max_tokens, args.temperature, noise)
     b, g = done.lengths.shape
