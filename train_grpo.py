@@ -13,6 +13,7 @@ Left out here: learned reward models, a critic, top-p sampling (the sampled poli
 """
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -34,13 +36,14 @@ import kernels
 import lora
 import rewards
 from config import describe, parse_arguments
-from data import BadRecords, Prompt, Sample, Sampler, held_out_phantoms, load_samples
+from data import BadRecords, Picture, Prompt, Sample, Sampler, held_out_phantoms, load_samples
 from diagnose import Watch
 from errors import InputError
 from eval import NANO, Task, default_prompt, evaluate, model_folder, overlay, sheet, summary
 from logs import open_log
 from loss import BatchTotals, LossStats, completion_mask, grpo_loss, mask_overlong
 from model import Policy, Prefix, collate, read_json
+from pipeline import Readers
 from scheduler import WATCHING, ByShareOfSteps, Schedule, ScheduleConfig, make_schedule
 
 STATE = ("schedule", "bad_in_a_row", "drawn", "bad", "evaluation")  # what a resumed run needs beside the weights
@@ -108,22 +111,33 @@ def join(rolls: list[Rollout]) -> Rollout:
 
 
 class Stream:
-    """The endless stream of training prompts. Its only state is `drawn`: how many places of it are used up."""
+    """The endless stream of training prompts. Its only state is `drawn`: how many places of it are used up; what was
+    read ahead is read again by a resumed run. Without readers each picture is read when its turn comes."""
 
-    def __init__(self, samples: list[Sample], task: Task, bad: BadRecords, args, drawn: int = 0):
+    def __init__(self, samples: list[Sample], task: Task, bad: BadRecords, args, drawn: int = 0, readers=None):
         self.samples, self.task, self.bad, self.args, self.drawn = samples, task, bad, args, drawn
         self.sampler = Sampler(len(samples), args.batch_size, args.seed)
+        self.readers: Readers = readers or Readers(0)
+        self.pictures = self._read()
+        self.seconds = 0.0  # that draw() has taken: what the step waits for
+
+    def _read(self) -> Iterator[tuple[int, Picture | InputError]]:
+        """(index of the sample, its picture) from the place on that the first draw finds in `drawn`."""
+        indices = (self.sampler.take(place, 1)[0] for place in itertools.count(self.drawn))
+        ahead = 2 * self.args.batch_size  # a step's worth ready when it begins, another for dynamic sampling
+        yield from self.readers.read(indices, self.samples, self.task.image_config.limits, ahead)
 
     def draw(self, step: int, slot: int, count: int) -> tuple[list[Prompt], Tensor]:
         """The next `count` prompts, which take places slot, slot + 1 ... in the step's batch, and their luck.
 
         A picture that cannot be decoded makes room for the next prompt, as long as --skip-bad allows.
         """
+        started = time.perf_counter()
         prompts, indices, failures = [], [], 0
         while len(prompts) < count:
-            (index,) = self.sampler.take(self.drawn, 1)
+            index, picture = next(self.pictures)
             try:
-                prompts.append(self.task.prompt(self.samples[index]))
+                prompts.append(self.task.prompt(self.samples[index], picture))
                 indices.append(index)
             except InputError as error:
                 failures += 1
@@ -133,7 +147,9 @@ class Stream:
                 tqdm.write(f"left out: {error}")
             self.drawn += 1
         slots = list(range(slot, slot + count))
-        return prompts, uniforms(self.args.seed, step, slots, indices, self.args.group_size, self.args.max_tokens)
+        luck = uniforms(self.args.seed, step, slots, indices, self.args.group_size, self.args.max_tokens)
+        self.seconds += time.perf_counter() - started
+        return prompts, luck
 
 
 def uniforms(seed: int, step: int, slots: list[int], indices: list[int], group: int, tokens: int) -> Tensor:
@@ -155,6 +171,7 @@ def roll_groups(
     the actor decodes on top of it, and the update goes on from it instead of computing image and question again.
     """
     device = next(actor.parameters()).device
+    actor.see(prompts)  # a frozen tower looks once a step: reference and inner steps have the same one
     whole = args.micro_batch >= args.batch_size and args.inner_steps == 1 and not args.dynamic_sampling
     with torch.set_grad_enabled(whole):
         prefix = (policy if whole else actor).prefix(collate(prompts, device))
@@ -407,6 +424,12 @@ def make_policies(args, base: Path, start: Path) -> tuple[Policy, Policy, Policy
 
 def main() -> None:
     args = parse_arguments()
+    with Readers(args.workers) as readers:
+        train(args, readers)
+
+
+def train(args, readers: Readers) -> None:
+    """A run, from the flags to the last checkpoint."""
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -438,7 +461,7 @@ def main() -> None:
     judge.policy = actor
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0, fused=True)
-    stream = Stream(samples, task, bad, args)
+    stream = Stream(samples, task, bad, args, readers=readers)
     first, bad_in_a_row, evaluation = 0, 0, {"start": None, "final": None, "history": []}
     if args.resume:
         state = checkpoint.load(start, policy, optimizer, STATE)
@@ -502,7 +525,7 @@ def main() -> None:
     metrics_file = open(out / "metrics.jsonl", "a", encoding="utf-8")
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=args.schedule, unit="step")
     for step in bar:
-        started, drawn = time.perf_counter(), stream.drawn
+        started, drawn, stream.seconds = time.perf_counter(), stream.drawn, 0.0
         lr = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -526,6 +549,7 @@ def main() -> None:
         row |= {"margin": decision.margin, "decision": str(decision), "lr": lr, "drawn": stream.drawn}
         row |= rollout_metrics(seen, used) | losses
         row |= {"seconds": ended - started, "seconds_rollout": rolled - started, "seconds_update": ended - rolled}
+        row |= {"seconds_input": stream.seconds}  # of seconds_rollout
         row |= {"peak_mb": peak_megabytes(args.device)}
         print(json_line(row), file=metrics_file, flush=True)
         if log:

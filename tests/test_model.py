@@ -56,6 +56,7 @@ class FakePrompt:
     next_position: int
     patches: Tensor
     grid: tuple[int, int, int]
+    image_tokens: Tensor | None = None
 
 
 def fake_prompt(peer, rows: int, columns: int, before: int, after: int, seed: int = 0) -> FakePrompt:

@@ -21,7 +21,7 @@ import errors
 import eval as evaluation
 import train_grpo
 import train_sft
-from data import BadRecords, load, load_samples, phantom_samples
+from data import BadRecords, ImageConfig, load, load_samples, phantom_samples
 from eval import Task, metrics
 from model import ModelConfig, Policy, collate
 from scheduler import ScheduleConfig, make_schedule
@@ -30,9 +30,9 @@ ROOT = Path(__file__).parent.parent
 METRICS = (
     "step tau hit_rate sigma margin iou_mean iou_q25 iou_q50 iou_q75 reward_mean reward_box zero_spread parse_failures "
     "truncated kl clip_low clip_high entropy grad_norm loss lr seconds seconds_rollout seconds_update tokens peak_mb "
-    "groups dropped drawn skipped"
+    "groups dropped drawn skipped seconds_input"
 ).split()
-TIMES = {"seconds", "seconds_rollout", "seconds_update", "peak_mb"}
+TIMES = {"seconds", "seconds_input", "seconds_rollout", "seconds_update", "peak_mb"}
 
 
 def run(script, *flags: str, expect: int = 0) -> str:
@@ -483,8 +483,9 @@ FLAT, SPREAD, HIT = [0.1, 0.1], [0.1, 0.9], [0.9, 0.95]
 
 def scripted_stream(drawn: int = 0, **options):
     args = arguments(schedule="medloc", batch_size=4, micro_batch=2, **options)
-    task = Namespace(prompt=lambda sample: f"prompt {sample}")
-    stream = train_grpo.Stream([0], task, BadRecords(), args, drawn)
+    task = Namespace(prompt=lambda sample, picture: f"prompt {sample}", image_config=ImageConfig())
+    readers = Namespace(read=lambda indices, *_: ((index, None) for index in indices))
+    stream = train_grpo.Stream([0], task, BadRecords(), args, drawn, readers)
     stream.samples = Anything()
     return args, stream
 
