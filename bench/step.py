@@ -60,7 +60,7 @@ PROGRAMS = {  # name -> what it is called in the table
     "trl": "TRL, gradient checkpointing off",
     "trl-checkpointing": "TRL, gradient checkpointing on (its default)",
 }
-NO_TRL = "not run: name an interpreter that has TRL by --trl-python"
+NO_TRL = "not run: --trl-python names no interpreter"
 
 
 def prepare(folder: Path, case: Case, steps: int, seed: int, threads: int) -> None:
@@ -83,7 +83,7 @@ def prepare(folder: Path, case: Case, steps: int, seed: int, threads: int) -> No
 
 
 class Program:
-    """A program's process, which works while `ask` waits and sleeps otherwise."""
+    """A program's process: it loads its models, is heard once, then works while `ask` waits and sleeps otherwise."""
 
     def __init__(self, name: str, folder: Path, threads: int, python: str):
         self.name, self.errors = name, open(folder / f"{name}.log", "w+")
@@ -93,7 +93,6 @@ class Program:
             [python, *file, name, str(folder)], cwd=ROOT, env=os.environ | quiet | {"OMP_NUM_THREADS": str(threads)},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
         )  # fmt: skip
-        self.about = self.hear()
 
     def ask(self, command: str) -> dict:
         print(command, file=self.process.stdin, flush=True)
@@ -157,30 +156,30 @@ def generate_calls(case: Case, programs: dict[str, Program], steps: int) -> dict
     return seconds
 
 
-def results(name: str, programs: dict[str, Program], steps: dict, calls: dict, splits: list[dict]) -> dict:
-    """The JSON: what each program did, and what follows from it."""
+def results(name: str, about: dict, steps: dict, calls: dict, splits: list[dict]) -> dict:
+    """The JSON: what each program said about itself, its steps, and what follows from them."""
     case, rows = CASES[name], {}
     for program, answers in steps.items():
-        median, about = statistics.median(a["seconds"] for a in answers), programs[program].about
-        rows[program] = about | {
+        median = statistics.median(a["seconds"] for a in answers)
+        rows[program] = about[program] | {
             "seconds": [a["seconds"] for a in answers],
             "median_seconds": median,
             "tokens_per_second": case.prompts * GROUP * case.tokens / median,
-            "peak_mib": max(a["peak_mib"] for a in answers) - about["resident_mib"],
+            "peak_mib": max(a["peak_mib"] for a in answers) - about[program]["resident_mib"],
         }
 
-    def over_ours(program: str, figure: str) -> float | None:
-        return rows[program][figure] / rows["ours"][figure] if program in rows else None
-
-    prompt_tokens = sorted({len(ids) for answer in steps["ours"] for ids in answer["prompts"]})
-    ratios = {f"ratio_{key.replace('-', '_')}": over_ours(key, "median_seconds") for key in PROGRAMS if key != "ours"}
-    memory = {f"memory_{key.replace('-', '_')}": over_ours(key, "peak_mib") for key in PROGRAMS if key != "ours"}
+    ours, ratios = rows["ours"], {}
+    for program in PROGRAMS.keys() - {"ours"}:
+        row, key = rows.get(program), program.replace("-", "_")
+        ratios[f"ratio_{key}"] = row and row["median_seconds"] / ours["median_seconds"]  # above 1: ours is faster
+        ratios[f"memory_{key}"] = row and ours["peak_mib"] / row["peak_mib"]  # below 1: ours needs less
+    prompt_tokens = [len(ids) for answer in steps["ours"] for ids in answer["prompts"]]
     return {
-        "case": name, **asdict(case), "group": GROUP, "prompt_tokens": [prompt_tokens[0], prompt_tokens[-1]],
-        "steps": len(steps["ours"]), "beta": step_programs.BETA, "programs": rows, **ratios,
-        **{key: value and 1 / value for key, value in memory.items()},  # ours over theirs
+        "case": name, **asdict(case), "group": GROUP, "prompt_tokens": [min(prompt_tokens), max(prompt_tokens)],
+        "steps": len(steps["ours"]), "beta": step_programs.BETA, "programs": rows, **dict(sorted(ratios.items())),
         "split": {part: statistics.median(s[part] for s in splits) for part in step_programs.PARTS},
-        "ratio_generate": statistics.median(calls["ours"]) / statistics.median(calls["plain"]), "generate": calls,
+        "ratio_generate": statistics.median(calls["ours"]) / statistics.median(calls["plain"]),  # ours over theirs
+        "generate": calls,
     }  # fmt: skip
 
 
@@ -224,13 +223,14 @@ def compare(name: str, steps: int, seed: int, threads: int, trl_python: str | No
                 python = trl_python if program.startswith("trl") else sys.executable
                 if python:
                     programs[program] = Program(program, folder, threads, python)
+            about = {program: programs[program].hear() for program in programs}
             done = interleaved(CASES[name], programs, steps)
             calls = generate_calls(CASES[name], programs, steps)
             splits = [programs["ours"].ask("split") for _ in range(steps)]
         finally:
             for program in programs.values():
                 program.close()
-    return machine(threads) | results(name, programs, done, calls, splits)
+    return machine(threads) | results(name, about, done, calls, splits)
 
 
 def main() -> None:

@@ -115,6 +115,7 @@ class Ours:
     """train_grpo's own objects, put together as its main() does."""
 
     def __init__(self, folder: Path):
+        self.case = case = read_case(folder)
         import rewards
         import train_grpo
         from config import parse_arguments
@@ -122,7 +123,6 @@ class Ours:
         from eval import Task
         from scheduler import ScheduleConfig, make_schedule
 
-        self.case = case = read_case(folder)
         rewards.REWARDS["letters"] = lambda texts, scores, samples: [letters(text) for text in texts]
         model, records = folder / "model", str(folder / "records.jsonl")
         flags = f"""--model {model} --data {records} --recipe nano --prompt answer --rewards box=1,letters=1
@@ -245,11 +245,11 @@ class Plain:
     """What one writes with transformers in an afternoon: nothing wasted by mistake, nothing shared within a group."""
 
     def __init__(self, folder: Path):
+        self.case = case = read_case(folder)
         from transformers import Qwen2_5_VLForConditionalGeneration
 
         from data import ImageConfig, Sampler, build_prompt, load_samples, load_tokenizer
 
-        self.case = case = read_case(folder)
         load = Qwen2_5_VLForConditionalGeneration.from_pretrained
         self.policy, self.reference = (load(folder / "model", dtype=torch.float32).eval() for _ in range(2))
         self.reference.requires_grad_(False)
