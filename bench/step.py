@@ -11,9 +11,10 @@
 
 A step: pictures from disk, rollout, scoring, reference, update. The policy has random weights (hidden 128, 4 + 4
 layers, fp32). Every program (step_programs.py) is a process of its own and does a step when its turn comes, so that
-whatever else the machine does hits all alike; the first round is not counted. Ratios are of medians, theirs over ours;
-memory is the highest resident size in a step beyond what is resident once the models are loaded. A run in which a
-program was given another prompt or picture, or in which an answer ended early, is refused.
+whatever else the machine does hits all alike; the first round is not counted. Ratios are of medians, theirs over ours,
+by the clock and by processor time: on a machine that is busy with other work the second is the one to trust. Memory is
+the highest resident size in a step beyond what is resident once the models are loaded. A run in which a program was
+given another prompt or picture, or in which an answer ended early, is refused.
 
 Left out: GPUs, several threads by default, vLLM (TRL's generation here is transformers').
 """
@@ -60,6 +61,7 @@ PROGRAMS = {  # name -> what it is called in the table
     "trl": "TRL, gradient checkpointing off",
     "trl-checkpointing": "TRL, gradient checkpointing on (its default)",
 }
+CLOCKS = {"seconds": "", "cpu_seconds": "_cpu"}  # what a program measures -> how its ratios are marked
 NO_TRL = "not run: --trl-python names no interpreter"
 
 
@@ -115,16 +117,20 @@ class Program:
         self.errors.close()
 
 
+def check_lengths(case: Case, name: str, answer: dict) -> None:
+    lengths = answer["lengths"]
+    if lengths != [case.tokens] * (case.prompts * GROUP):
+        raise InputError(
+            f"{name}: {case.prompts * GROUP} completions of {case.tokens} tokens were asked for, it made "
+            f"{len(lengths)} of {min(lengths)} to {max(lengths)}; its times compare with nothing"
+        )
+
+
 def check_same_work(case: Case, answers: dict[str, dict]) -> None:
     """InputError unless all programs of a round did the same: ours is what the others are held to."""
     ours = answers["ours"]
     for name, answer in answers.items():
-        if answer["lengths"] != [case.tokens] * (case.prompts * GROUP):
-            raise InputError(
-                f"{name}: {case.prompts * GROUP} completions of {case.tokens} tokens were asked for, it made "
-                f"{len(answer['lengths'])} of {min(answer['lengths'])} to {max(answer['lengths'])}; "
-                "its times compare with nothing"
-            )
+        check_lengths(case, name, answer)
         if answer["prompts"] != ours["prompts"]:
             raise InputError(f"{name}: its prompts have other token ids than ours; its times compare with nothing")
         pairs = zip(answer["pictures"], ours["pictures"], strict=True)
@@ -144,42 +150,45 @@ def interleaved(case: Case, programs: dict[str, Program], steps: int) -> dict[st
     return {name: [answers[name] for answers in rounds[1:]] for name in programs}
 
 
-def generate_calls(case: Case, programs: dict[str, Program], steps: int) -> dict[str, list[float]]:
-    """Seconds of whole generate calls, ours and transformers', in turns after one that is not counted."""
-    seconds = {"ours": [], "plain": []}
+def generate_calls(case: Case, programs: dict[str, Program], steps: int) -> dict[str, list[dict]]:
+    """Whole generate calls, ours and transformers', in turns after one that is not counted."""
+    calls = {"ours": [], "plain": []}
     for n in range(1 + steps):
-        for name, times in seconds.items():
+        for name, answers in calls.items():
             answer = programs[name].ask("generate")
-            if answer["lengths"] != [case.tokens] * (case.prompts * GROUP):
-                raise InputError(f"{name}: an answer of a generate call ended early")
-            times += [answer["seconds"]] if n else []
-    return seconds
+            check_lengths(case, name, answer)
+            answers += [answer] if n else []
+    return calls
+
+
+def median(answers: list[dict], key: str) -> float:
+    return statistics.median(answer[key] for answer in answers)
 
 
 def results(name: str, about: dict, steps: dict, calls: dict, splits: list[dict]) -> dict:
     """The JSON: what each program said about itself, its steps, and what follows from them."""
     case, rows = CASES[name], {}
     for program, answers in steps.items():
-        median = statistics.median(a["seconds"] for a in answers)
+        peak = max(answer["peak_mib"] for answer in answers) - about[program]["resident_mib"]
         rows[program] = about[program] | {
-            "seconds": [a["seconds"] for a in answers],
-            "median_seconds": median,
-            "tokens_per_second": case.prompts * GROUP * case.tokens / median,
-            "peak_mib": max(a["peak_mib"] for a in answers) - about[program]["resident_mib"],
-        }
-
+            **{key: [answer[key] for answer in answers] for key in CLOCKS},
+            **{f"median_{key}": median(answers, key) for key in CLOCKS},
+            "tokens_per_second": case.prompts * GROUP * case.tokens / median(answers, "seconds"), "peak_mib": peak,
+        }  # fmt: skip
     ours, ratios = rows["ours"], {}
     for program in PROGRAMS.keys() - {"ours"}:
-        row, key = rows.get(program), program.replace("-", "_")
-        ratios[f"ratio_{key}"] = row and row["median_seconds"] / ours["median_seconds"]  # above 1: ours is faster
-        ratios[f"memory_{key}"] = row and ours["peak_mib"] / row["peak_mib"]  # below 1: ours needs less
+        row, of = rows.get(program), program.replace("-", "_")
+        for key, clock in CLOCKS.items():  # above 1: ours is faster
+            ratios[f"ratio{clock}_{of}"] = row and row[f"median_{key}"] / ours[f"median_{key}"]
+        ratios[f"memory_{of}"] = row and ours["peak_mib"] / row["peak_mib"]  # below 1: ours needs less
+    for key, clock in CLOCKS.items():  # below 1: ours is faster
+        ratios[f"ratio{clock}_generate"] = median(calls["ours"], key) / median(calls["plain"], key)
     prompt_tokens = [len(ids) for answer in steps["ours"] for ids in answer["prompts"]]
     return {
         "case": name, **asdict(case), "group": GROUP, "prompt_tokens": [min(prompt_tokens), max(prompt_tokens)],
-        "steps": len(steps["ours"]), "beta": step_programs.BETA, "programs": rows, **dict(sorted(ratios.items())),
-        "split": {part: statistics.median(s[part] for s in splits) for part in step_programs.PARTS},
-        "ratio_generate": statistics.median(calls["ours"]) / statistics.median(calls["plain"]),  # ours over theirs
-        "generate": calls,
+        "steps": len(steps["ours"]), "beta": step_programs.BETA, **dict(sorted(ratios.items())), "programs": rows,
+        "split": {part: median(splits, part) for part in step_programs.PARTS},
+        "generate": {who: {key: [c[key] for c in answers] for key in CLOCKS} for who, answers in calls.items()},
     }  # fmt: skip
 
 
@@ -189,21 +198,23 @@ def table(found: dict) -> str:
     for name, title in PROGRAMS.items():
         row = found["programs"].get(name)
         if row is None:
-            lines.append([title, NO_TRL, "", "", "", ""])
+            lines.append([title, NO_TRL, *[""] * 5])
             continue
+        ratio, cpu = (f"{row[key] / ours[key]:.2f}" for key in ("median_seconds", "median_cpu_seconds"))
         seconds = f"{row['median_seconds']:.2f} ({min(row['seconds']):.2f} - {max(row['seconds']):.2f})"
-        ratio = f"{row['median_seconds'] / ours['median_seconds']:.2f}"
         peak = f"{row['peak_mib']:.0f} ({ours['peak_mib'] / row['peak_mib']:.2f})"
         versions = ", ".join(f"{package} {number}" for package, number in row["versions"].items())
-        lines.append([title, seconds, ratio, f"{row['tokens_per_second']:.0f}", peak, versions])
-    header = ["program", "s/step (range)", "x ours", "tokens/s", "peak MiB (ours / it)", "versions"]
+        cpu = f"{row['median_cpu_seconds']:.2f} ({cpu})"
+        lines.append([title, seconds, ratio, cpu, f"{row['tokens_per_second']:.0f}", peak, versions])
+    header = ["program", "s/step (range)", "/ ours", "CPU s (/ ours)", "tokens/s", "peak MiB (ours /)", "versions"]
     total = sum(found["split"].values())
     split = [f"{part} {seconds:.3f} ({seconds / total:.0%})" for part, seconds in found["split"].items()]
+    generate = f"{found['ratio_generate']:.2f} of transformers' time, {found['ratio_cpu_generate']:.2f} of its CPU time"
     return "\n".join([
         markdown(header, lines),
         "",
         f"a step of ours, in seconds: {', '.join(split)}",
-        f"a whole generate call: {found['ratio_generate']:.2f} of transformers' time",
+        f"a whole generate call (vision, prefill, decode): {generate}",
     ])  # fmt: skip
 
 

@@ -69,14 +69,15 @@ def memory(field: str) -> float:
 
 
 class Meter:
-    """Seconds, and the highest resident memory, from start() to stop()."""
+    """From start() to stop(): seconds by the clock and of the processor, and the highest resident memory."""
 
     def start(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM becomes what is resident now
-        self.began = time.perf_counter()
+        self.began = time.perf_counter(), time.process_time()
 
     def stop(self) -> dict:
-        return {"seconds": time.perf_counter() - self.began, "peak_mib": memory("VmHWM")}
+        seconds, cpu = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
+        return {"seconds": seconds, "cpu_seconds": cpu, "peak_mib": memory("VmHWM")}
 
 
 def read_case(folder: Path) -> SimpleNamespace:
@@ -152,7 +153,7 @@ class Ours:
         return measured | work([p.ids for p in roll.prompts], [p.patches for p in roll.prompts], roll.lengths)
 
     def generate(self) -> dict:
-        """Vision, prefill and decode, of prompts that are ready."""
+        """Vision, prefill and decode, of prompts that have been read."""
         prompts, luck = self.stream.draw(self.steps, 0, self.case.prompts)
         self.meter.start()
         with torch.no_grad():

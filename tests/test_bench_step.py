@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from argparse import Namespace
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from errors import InputError
 
 TINY = step.CASES["tiny"]
 ROWS = TINY.prompts * step.GROUP
-TRL_KEYS = [f"{what}_{which}" for what in ("ratio", "memory") for which in ("trl", "trl_checkpointing")]
+TRL_KEYS = [f"{what}_{which}" for what in ("ratio", "ratio_cpu", "memory") for which in ("trl", "trl_checkpointing")]
 TRL = "MEDLOC_TRL_PYTHON"  # names an interpreter that has TRL
 
 
@@ -134,7 +135,7 @@ def test_the_box_reward_is_that_of_ours():
 
 def answer(**changes) -> dict:
     done = {"prompts": [[1, 5, 7], [1, 5, 5, 7]], "pictures": [0.5, 1.5], "lengths": [TINY.tokens] * ROWS}
-    return done | {"seconds": 1.0, "peak_mib": 100.0} | changes
+    return done | {"seconds": 1.0, "cpu_seconds": 1.0, "peak_mib": 100.0} | changes
 
 
 @pytest.mark.parametrize(
@@ -180,32 +181,46 @@ def found(with_trl: bool) -> dict:
     about = dict.fromkeys(names, {"versions": {"torch": "2.13.0"}, "resident_mib": 40.0})
     seconds = {"ours": [1, 2, 9], "plain": [6, 7, 50], "trl": [8, 8, 8], "trl-checkpointing": [9, 11, 10]}
     peaks = {"ours": 100, "plain": 160, "trl": 240, "trl-checkpointing": 190}
-    steps = {name: [answer(seconds=s, peak_mib=peaks[name] - i) for i, s in enumerate(seconds[name])] for name in names}
+    steps = {
+        name: [answer(seconds=s, cpu_seconds=s * s, peak_mib=peaks[name] - i) for i, s in enumerate(seconds[name])]
+        for name in names
+    }
+    calls = {"ours": [2, 1, 3], "plain": [8, 5, 4]}
+    calls = {name: [{"seconds": s, "cpu_seconds": s + 1} for s in times] for name, times in calls.items()}
     splits = [dict.fromkeys(step_programs.PARTS, 0.25) for _ in range(3)]
-    return step.results("tiny", about, steps, {"ours": [2, 1, 3], "plain": [8, 5, 4]}, splits)
+    return step.results("tiny", about, steps, calls, splits)
 
 
 def test_ratios_are_of_medians_and_memory_is_beyond_the_loaded_model():
     figures = found(with_trl=True)
     assert (figures["ratio_plain"], figures["ratio_trl"], figures["ratio_trl_checkpointing"]) == (3.5, 4, 5)  # theirs
     assert (figures["memory_plain"], figures["memory_trl"], figures["memory_trl_checkpointing"]) == (0.5, 0.3, 0.4)
-    assert figures["ratio_generate"] == 0.4  # ours over theirs
+    assert (figures["ratio_cpu_plain"], figures["ratio_cpu_trl"]) == (49 / 4, 16)
+    assert (figures["ratio_generate"], figures["ratio_cpu_generate"]) == (0.4, 0.5)  # ours over theirs
     assert figures["prompt_tokens"] == [3, 4]
     ours = figures["programs"]["ours"]
     assert ours["tokens_per_second"] == ROWS * TINY.tokens / 2 and ours["peak_mib"] == 60
     assert figures["split"] == dict.fromkeys(step_programs.PARTS, 0.25)
     table = step.table(figures)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[:6]]
-    assert rows[3] == ["transformers by hand", "7.00 (6.00 - 50.00)", "3.50", "9", "120 (0.50)", "torch 2.13.0"]
-    assert rows[4][:3] == ["TRL, gradient checkpointing off", "8.00 (8.00 - 8.00)", "4.00"]
-    assert "vision 0.250 (12%)" in table and "generate call: 0.40 of" in table
+    assert rows[3] == [
+        "transformers by hand",
+        "7.00 (6.00 - 50.00)",
+        "3.50",
+        "49.00 (12.25)",
+        "9",
+        "120 (0.50)",
+        "torch 2.13.0",
+    ]
+    assert rows[4][:4] == ["TRL, gradient checkpointing off", "8.00 (8.00 - 8.00)", "4.00", "64.00 (16.00)"]
+    assert "vision 0.250 (12%)" in table and "0.40 of transformers' time, 0.50 of its CPU time" in table
     json.dumps(figures)
 
 
 def test_without_trl_its_columns_say_that_it_did_not_run():
     figures = found(with_trl=False)
     assert figures["ratio_plain"] == 3.5 and figures["memory_plain"] == 0.5
-    assert [figures[key] for key in TRL_KEYS] == [None] * 4
+    assert [figures[key] for key in TRL_KEYS] == [None] * 6
     assert step.table(figures).count("not run: --trl-python names no interpreter") == 2
 
 
@@ -230,10 +245,21 @@ def test_time_goes_to_the_innermost_part(monkeypatch):
     assert clock.seconds == {"other": 33, "prefill": 10, "vision": 4, "decode": 16}
 
 
-def test_the_split_is_of_a_whole_step_and_leaves_nothing_behind(folder):
-    ours = step_programs.Ours(folder)
+def test_the_split_is_of_a_whole_step_and_leaves_nothing_behind(folder, monkeypatch):
+    ours, parts, of = step_programs.Ours(folder), Counter(), step_programs.Clock.of
+
+    def counted(clock, part, function):
+        def named():
+            name = part if isinstance(part, str) else part()
+            parts[name] += 1
+            return name
+
+        return of(clock, named, function)
+
+    monkeypatch.setattr(step_programs.Clock, "of", counted)
     before = torch.Tensor.backward, torch.nn.utils.clip_grad_norm_
     split = ours.split()
+    assert parts == dict(vision=3, prefill=1, decode=1, reference=2, forward=2, backward=1, optimiser=3)
     assert tuple(split) == step_programs.PARTS and min(split.values()) > 0 and ours.steps == 1
     assert (torch.Tensor.backward, torch.nn.utils.clip_grad_norm_) == before
     assert not {"prefix", "logprobs", "generate"} & vars(ours.policy).keys()
@@ -258,6 +284,11 @@ def test_a_whole_run(tmp_path):
         assert row["versions"].keys() == {"torch", "transformers"}
     (plain,), (ours,) = (figures["programs"][name]["seconds"] for name in ("plain", "ours"))
     assert figures["ratio_plain"] == plain / ours
+    assert all(
+        0 < cpu < 1.2 * wall  # one thread
+        for row in figures["programs"].values()
+        for cpu, wall in zip(row["cpu_seconds"], row["seconds"], strict=True)
+    )
     assert figures["ratio_trl"] is None and figures["threads"] == 1 and figures["date"] and figures["cpu"]
     assert figures["prompt_tokens"][0] < figures["prompt_tokens"][1]
     assert "round 1 of 1: ours" in printed and "not run: --trl-python" in printed
