@@ -1,7 +1,7 @@
 """One whole optimiser step of GRPO, ours against TRL and against transformers by hand, interleaved in one run.
 
-    python -m bench.step --case A                                       ours and transformers by hand
-    python -m bench.step --case A --trl-python trl/bin/python           and TRL, which has its own interpreter (README)
+    python -m bench.step --case A                                           ours and transformers by hand
+    python -m bench.step --case A --trl-python .venv/trl/bin/python         and TRL: bench/README.md makes its venv
     python -m bench.step --case C --steps 5 --json step-c.json
 
     A    8 prompts x 8 answers, 140 x 140 px (about 62 prompt tokens), 32 new tokens
@@ -16,7 +16,7 @@ by the clock and by processor time: on a machine that is busy with other work th
 the highest resident size in a step beyond what is resident once the models are loaded. A run in which a program was
 given another prompt or picture, or in which an answer ended early, is refused.
 
-Left out: GPUs, several threads by default, vLLM (TRL's generation here is transformers').
+Left out: GPUs; TRL with vLLM, which needs one.
 """
 
 import json
@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -97,7 +98,8 @@ class Program:
         )  # fmt: skip
 
     def ask(self, command: str) -> dict:
-        print(command, file=self.process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # it has ended: hear() says so
+            print(command, file=self.process.stdin, flush=True)
         return self.hear()
 
     def hear(self) -> dict:
@@ -109,7 +111,8 @@ class Program:
         return json.loads(line)
 
     def close(self) -> None:
-        self.process.stdin.close()  # no more commands: it ends by itself, unless something is wrong
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()  # no more commands: it ends by itself, unless something is wrong
         try:
             self.process.wait(timeout=60)
         except subprocess.TimeoutExpired:
@@ -176,7 +179,7 @@ def results(name: str, about: dict, steps: dict, calls: dict, splits: list[dict]
             "tokens_per_second": case.prompts * GROUP * case.tokens / median(answers, "seconds"), "peak_mib": peak,
         }  # fmt: skip
     ours, ratios = rows["ours"], {}
-    for program in PROGRAMS.keys() - {"ours"}:
+    for program in list(PROGRAMS)[1:]:
         row, of = rows.get(program), program.replace("-", "_")
         for key, clock in CLOCKS.items():  # above 1: ours is faster
             ratios[f"ratio{clock}_{of}"] = row and row[f"median_{key}"] / ours[f"median_{key}"]
@@ -186,7 +189,7 @@ def results(name: str, about: dict, steps: dict, calls: dict, splits: list[dict]
     prompt_tokens = [len(ids) for answer in steps["ours"] for ids in answer["prompts"]]
     return {
         "case": name, **asdict(case), "group": GROUP, "prompt_tokens": [min(prompt_tokens), max(prompt_tokens)],
-        "steps": len(steps["ours"]), "beta": step_programs.BETA, **dict(sorted(ratios.items())), "programs": rows,
+        "steps": len(steps["ours"]), "beta": step_programs.BETA, **ratios, "programs": rows,
         "split": {part: median(splits, part) for part in step_programs.PARTS},
         "generate": {who: {key: [c[key] for c in answers] for key in CLOCKS} for who, answers in calls.items()},
     }  # fmt: skip
@@ -208,12 +211,12 @@ def table(found: dict) -> str:
         lines.append([title, seconds, ratio, cpu, f"{row['tokens_per_second']:.0f}", peak, versions])
     header = ["program", "s/step (range)", "/ ours", "CPU s (/ ours)", "tokens/s", "peak MiB (ours /)", "versions"]
     total = sum(found["split"].values())
-    split = [f"{part} {seconds:.3f} ({seconds / total:.0%})" for part, seconds in found["split"].items()]
+    split = [f"{part} {seconds:.3f} s ({seconds / total:.0%})" for part, seconds in found["split"].items()]
     generate = f"{found['ratio_generate']:.2f} of transformers' time, {found['ratio_cpu_generate']:.2f} of its CPU time"
     return "\n".join([
         markdown(header, lines),
         "",
-        f"a step of ours, in seconds: {', '.join(split)}",
+        f"processor time of a step of ours: {', '.join(split)}",
         f"a whole generate call (vision, prefill, decode): {generate}",
     ])  # fmt: skip
 
@@ -259,13 +262,16 @@ def main() -> None:
         parser.error("this reads peak memory from /proc, which only Linux has")
     if options.trl_python and not os.access(options.trl_python, os.X_OK):
         parser.error(f"--trl-python {options.trl_python} is not a program; bench/README.md makes one in three lines")
-    found = compare(options.case, options.steps, options.seed, options.threads, options.trl_python)
+    trl_python = options.trl_python and os.path.abspath(options.trl_python)
+    file = open(options.json, "w") if options.json else None  # now: not after minutes of work
+    found = compare(options.case, options.steps, options.seed, options.threads, trl_python)
     about = f"case {found['case']}: {found['prompts']} prompts x {GROUP}, {found['side']} px, "
     about += f"{' - '.join(map(str, found['prompt_tokens']))} prompt tokens, {found['tokens']} new tokens"
     about += f"; {found['cpu']}, {found['threads']} of {found['cores']} cores, {found['date']}"
     print(f"\n{about}\n\n{table(found)}")
-    if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+    if file:
+        with file:
+            print(json.dumps(found, indent=1), file=file)
 
 
 if __name__ == "__main__":

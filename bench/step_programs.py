@@ -126,10 +126,10 @@ class Ours:
 
         rewards.REWARDS["letters"] = lambda texts, scores, samples: [letters(text) for text in texts]
         model, records = folder / "model", str(folder / "records.jsonl")
-        flags = f"""--model {model} --data {records} --recipe nano --prompt answer --rewards box=1,letters=1
-            --batch-size {case.prompts} --micro-batch {case.prompts} --group-size {case.group} --beta {BETA}
-            --max-tokens {case.tokens} --lr {LEARNING_RATE} --seed {case.seed} --device cpu --dtype float32"""
-        self.args = args = parse_arguments(flags.split())
+        flags = f"""--recipe nano --prompt answer --rewards box=1,letters=1 --batch-size {case.prompts}
+            --micro-batch {case.prompts} --group-size {case.group} --max-tokens {case.tokens} --beta {BETA}
+            --lr {LEARNING_RATE} --seed {case.seed} --device cpu --dtype float32"""
+        self.args = args = parse_arguments(["--model", str(model), "--data", records, *flags.split()])
         self.policy, self.actor, self.reference = train_grpo.make_policies(args, model, model)
         self.policy.eos_ids = (self.policy.config.vocab_size,)  # the head has no such row: no answer ends early
         self.task = Task(self.policy, model, args.prompt)
@@ -139,6 +139,7 @@ class Ours:
         self.train_grpo, self.meter, self.steps = train_grpo, Meter(), 0
 
     def one_step(self):
+        """A step of train_grpo's main() -> the Rollout that was learned from."""
         arguments = self.actor, self.reference, self.task, self.stream, self.steps, self.schedule, self.args
         seen, used = self.train_grpo.rollout(*arguments)
         self.schedule.observe(seen.iou.tolist())
@@ -162,7 +163,7 @@ class Ours:
         return self.meter.stop() | {"lengths": done.lengths.flatten().tolist()}
 
     def split(self) -> dict:
-        """Seconds of each of PARTS in one step more, whose wrappers disturb none of the others."""
+        """Processor time of each of PARTS, in one step more: its wrappers disturb none of the others."""
         clock, policy, reference = Clock(), self.policy, self.reference
         with ExitStack() as wrapped:
             for owner, name, part in (
@@ -186,14 +187,14 @@ class Ours:
 
 
 class Clock:
-    """Time by part. Where one part calls another, as prefill does vision, the inner one has it."""
+    """Processor time by part. Where one part calls another, as prefill does vision, the inner one has it."""
 
     def start(self) -> None:
-        self.seconds, self.open, self.last = Counter(), ["other"], time.perf_counter()
+        self.seconds, self.open, self.last = Counter(), ["other"], time.process_time()
 
     def charge(self) -> None:
         """The time since the last charge goes to the part that is innermost now."""
-        now = time.perf_counter()
+        now = time.process_time()
         self.seconds[self.open[-1]] += now - self.last
         self.last = now
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as peer
 
+import errors
 import rewards
 import train_grpo
 from bench import step, step_programs
@@ -213,7 +214,7 @@ def test_ratios_are_of_medians_and_memory_is_beyond_the_loaded_model():
         "torch 2.13.0",
     ]
     assert rows[4][:4] == ["TRL, gradient checkpointing off", "8.00 (8.00 - 8.00)", "4.00", "64.00 (16.00)"]
-    assert "vision 0.250 (12%)" in table and "0.40 of transformers' time, 0.50 of its CPU time" in table
+    assert "vision 0.250 s (12%)" in table and "0.40 of transformers' time, 0.50 of its CPU time" in table
     json.dumps(figures)
 
 
@@ -226,7 +227,7 @@ def test_without_trl_its_columns_say_that_it_did_not_run():
 
 def test_time_goes_to_the_innermost_part(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(step_programs.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(step_programs.time, "process_time", lambda: now[0])
 
     def spend(seconds):
         now[0] += seconds
@@ -305,6 +306,11 @@ def test_a_whole_run_with_trl(tmp_path):
 def test_a_program_that_dies_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match="'plain' ended in the middle of the run; its last words: it said nothing"):
         step.Program("plain", tmp_path, 1, "/bin/false").hear()
+    program = step.Program("plain", tmp_path, 1, "/bin/false")
+    program.process.wait()
+    with pytest.raises(InputError, match="it said nothing"):  # also where the command finds nobody
+        program.ask("step")
+    program.close()
     with pytest.raises(InputError, match="its last words: .*case.json"):  # an empty folder: nothing to read
         step.Program("plain", tmp_path, 1, sys.executable).hear()
 
@@ -315,10 +321,11 @@ def test_a_program_that_dies_is_one_sentence(tmp_path):
         (["--case", "D"], "invalid choice"),
         (["--case", "A", "--steps", "0"], "--steps and --threads must be at least 1"),
         (["--case", "A", "--trl-python", "/nowhere/python"], "makes one in three lines"),
+        (["--case", "A", "--json", "/nowhere/step.json"], "/nowhere/step.json: No such file or directory"),
     ],
 )
 def test_flags_that_cannot_be(flags, sentence, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["step", *flags])
     with pytest.raises(SystemExit) as ended:
-        step.main()
+        errors.run(step.main)
     assert ended.value.code == 2 and sentence in capsys.readouterr().err
