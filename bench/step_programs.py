@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LEARNING_RATE, CLIP, BETA, GRAD_CLIP = 1e-5, 0.2, 0.04, 1.0
-PARTS = ("vision", "prefill", "decode", "reference", "forward", "backward", "optimiser", "other")
+PARTS = ("vision", "prefix", "decode", "reference", "forward", "backward", "optimiser", "other")
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
@@ -140,8 +140,8 @@ class Ours:
 
     def one_step(self):
         """A step of train_grpo's main() -> the Rollout that was learned from."""
-        arguments = self.actor, self.reference, self.task, self.stream, self.steps, self.schedule, self.args
-        seen, used = self.train_grpo.rollout(*arguments)
+        models = self.policy, self.actor, self.reference
+        seen, used = self.train_grpo.rollout(*models, self.task, self.stream, self.steps, self.schedule, self.args)
         self.schedule.observe(seen.iou.tolist())
         self.train_grpo.update(self.policy, self.optimizer, used, self.args)
         self.steps += 1
@@ -169,7 +169,7 @@ class Ours:
             for owner, name, part in (
                 (policy.visual, "forward", "vision"),
                 (reference.visual, "forward", "vision"),
-                (policy, "prefix", lambda: "forward" if torch.is_grad_enabled() else "prefill"),
+                (policy, "prefix", "prefix"),
                 (policy, "generate", "decode"),
                 (reference, "prefix", "reference"),
                 (reference, "logprobs", "reference"),
@@ -187,7 +187,7 @@ class Ours:
 
 
 class Clock:
-    """Processor time by part. Where one part calls another, as prefill does vision, the inner one has it."""
+    """Processor time by part. Where one part calls another, as prefix does vision, the inner one has it."""
 
     def start(self) -> None:
         self.seconds, self.open, self.last = Counter(), ["other"], time.process_time()
@@ -198,10 +198,10 @@ class Clock:
         self.seconds[self.open[-1]] += now - self.last
         self.last = now
 
-    def of(self, part: str | Callable[[], str], function: Callable) -> Callable:
+    def of(self, part: str, function: Callable) -> Callable:
         def timed(*inputs, **options):
             self.charge()
-            self.open.append(part if isinstance(part, str) else part())
+            self.open.append(part)
             try:
                 return function(*inputs, **options)
             finally:

@@ -260,7 +260,7 @@ def test_the_split_is_of_a_whole_step_and_leaves_nothing_behind(folder, monkeypa
     monkeypatch.setattr(step_programs.Clock, "of", counted)
     before = torch.Tensor.backward, torch.nn.utils.clip_grad_norm_
     split = ours.split()
-    assert parts == dict(vision=3, prefill=1, decode=1, reference=2, forward=2, backward=1, optimiser=3)
+    assert parts == dict(vision=2, prefix=1, decode=1, reference=2, forward=1, backward=1, optimiser=3)
     assert tuple(split) == step_programs.PARTS and min(split.values()) > 0 and ours.steps == 1
     assert (torch.Tensor.backward, torch.nn.utils.clip_grad_norm_) == before
     assert not {"prefix", "logprobs", "generate"} & vars(ours.policy).keys()
