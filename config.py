@@ -52,9 +52,11 @@ DEFAULTS = dict(
     samples_every=20,
     save_every=100,
     log=None,  # metrics.jsonl alone
+    workers=min(4, (os.cpu_count() or 1) - 1),  # one core stays with the step; four read 100 large pictures a second
     seed=0,
     device="cuda" if torch.cuda.is_available() else "cpu",
     dtype=None,  # of the arithmetic: bfloat16 on CUDA, float32 on a CPU; trained weights are float32 on both
+    decode=None,  # graph on CUDA, eager on a CPU
     deterministic=False,  # CPU runs are anyway; on CUDA it costs time
 )
 RECIPES = {
@@ -90,12 +92,22 @@ CHOICES = scheduler.CHOICES | {
     "kl": loss.KLS,
     "overlong": ("keep", "mask"),
     "log": tuple(LOGS),
+    "decode": ("eager", "graph"),
 }
-TYPES = {"val": str, "prompt": str, "dtype": str, "log": str, "eval_limit": int, "max_pixels": int}  # default None
+TYPES = {
+    "val": str,
+    "prompt": str,
+    "dtype": str,
+    "log": str,
+    "decode": str,
+    "eval_limit": int,
+    "max_pixels": int,
+}  # default None
 # What a resumed run may change: nothing here decides what is learned. More --steps is a longer run (the learning rate
 # is constant after the warm-up); schedules that go by the share of the steps refuse it themselves.
 FREE_ON_RESUME = {"resume", "out", "steps", "device", "eval_every", "eval_limit", "samples_every", "save_every", "log"}
-FREE_ON_RESUME |= {"skip_bad", "checkpointing", "micro_batch"}  # micro-batches round a little differently, no more
+FREE_ON_RESUME |= {"workers", "skip_bad", "checkpointing"}
+FREE_ON_RESUME |= {"decode", "micro_batch"}  # round a little differently, no more
 
 GROUPS = {  # title -> flag -> help
     "what": dict(
@@ -158,12 +170,14 @@ GROUPS = {  # title -> flag -> help
         log="also to this package, which must be installed",
     ),
     "machine": dict(
+        workers="processes that read pictures ahead of the step, two steps at most; 0: read them when they are needed",
         device="cpu or cuda",
         dtype="of the arithmetic; weights are trained in float32",
         lora_rank="train adapters of this rank in the decoder (lora.py) and keep one frozen copy of all weights",
         lora_alpha="adapters are scaled by alpha / rank",
-        freeze_vision="leave the vision tower as it is",
+        freeze_vision="leave the vision tower as it is; it then looks at a picture once a step",
         checkpointing="recompute activations in the backward pass",
+        decode="run each decode step as operators, or replay it as a CUDA graph (generate.py)",
         deterministic="refuse operations that may differ from run to run",
     ),
 }
@@ -253,7 +267,8 @@ def read_saved(file: Path) -> dict:
 
 LEAST = {
     1: "steps batch_size micro_batch inner_steps max_tokens save_every eval_limit max_pixels".split(),
-    0: ("warmup beta clip_low clip_high eval_every samples_every seed dynamic_sampling skip_bad lora_rank").split(),
+    0: "warmup beta clip_low clip_high eval_every samples_every seed dynamic_sampling skip_bad lora_rank".split()
+    + ["workers"],
 }
 
 
@@ -306,6 +321,8 @@ def wrong(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
     for name, (nothing, why) in idle.items():
         if nothing and name in explicit:
             yield f"{flag(name)} changes nothing beside {why}; drop it"
+    if args.decode == "graph" and not args.device.startswith("cuda"):
+        yield f"--decode graph records a CUDA graph, --device {args.device} has none: give --decode eager"
     try:
         check_device(args.device)
     except InputError as error:

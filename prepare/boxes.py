@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ImageOps
 
-from data import Box, picture
 from errors import InputError
+from images import Box, picture
 
 # ------------------------------------------------------------------------------------------------------------- masks
 

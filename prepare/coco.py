@@ -14,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import errors
-from errors import InputError
+from errors import InputError, named
 from prepare import common
 from prepare.common import Entry
 
@@ -70,9 +70,10 @@ def read_file(file: Path, args, report) -> list[Entry]:
         if not some:
             report.note("left out, nothing is marked in the picture", where)
         try:
-            entries += objects(image, folder, some, classes, split)
+            with named(where):
+                entries += objects(image, folder, some, classes, split)
         except InputError as error:
-            report.bad.add(where, InputError(f"{where}: {error}"))
+            report.bad.add(where, error)
     for orphans in of_image.values():
         report.bad.add(orphans[0][0], InputError(f"{orphans[0][0]}: its 'image_id' is none of 'images'"))
     return entries

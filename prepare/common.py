@@ -23,9 +23,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 import errors
-from data import BadRecords, Box, Sample, load_jsonl, size_and_orientation
-from errors import InputError
+from data import BadRecords, load_jsonl
+from errors import InputError, cause_of, named
 from eval import overlay, sheet
+from images import Box, Sample, size_and_orientation
 from prepare.boxes import as_displayed, drawn_as_stored, mask_box
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -257,10 +258,8 @@ def records_of(image: Path, entries: list[Entry], phrase: Callable, args, report
         if query is None:
             report.note(f"left out, class {entry.label!r} has no phrase in --query", entry.source)
             continue
-        try:
+        with named(entry.source):
             box = None if entry.crowd else locate(entry, size, orientation, args, report)
-        except InputError as error:
-            raise InputError(f"{entry.source}: {error}") from error
         if (box, entry.split) in found[query] and box:
             report.note("left out, the same record again", entry.source)
         elif box or entry.crowd:
@@ -361,7 +360,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise InputError(f"{path}: cannot be read ({cause_of(error)})") from error
 
 
 def read_json(path: Path):

@@ -11,7 +11,7 @@ Left out, and refused under a key that matters: nesting, anchors, tags, multi-li
 import re
 from pathlib import Path
 
-from errors import InputError
+from errors import InputError, named
 from prepare.common import read_text
 
 KEYS = ("path", "train", "val", "valid", "test", "nc", "names")  # all that matters; other keys are stepped over
@@ -34,10 +34,8 @@ def read_yaml(path: Path) -> dict[str, str | list[str] | dict[int, str]]:
         lines = found[key.strip("'\" ")] = [rest]
     values = {}
     for key in (key for key in KEYS if key in found):
-        try:
+        with named(f"{path}: {key}"):
             values[key] = value(found[key])
-        except InputError as error:
-            raise InputError(f"{path}: {key}: {error}") from error
     return values
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import errors
-from errors import InputError
+from errors import InputError, named
 from prepare import common
 from prepare.common import Entry
 
@@ -87,9 +87,10 @@ def read(args, report) -> list[Entry]:
             report.note("left out, in no list of ImageSets/Main", file)
             continue
         try:
-            some = objects(file, pictures, args.one_based)
+            with named(file):
+                some = objects(file, pictures, args.one_based)
         except InputError as error:
-            report.bad.add(str(file), InputError(f"{file}: {error}"))
+            report.bad.add(str(file), error)
             continue
         if not some:
             report.note("left out, nothing is marked in the picture", file)

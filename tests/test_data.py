@@ -20,6 +20,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 import data
+import images
 from data import (
     BadRecords,
     ImageConfig,
@@ -31,9 +32,9 @@ from data import (
     load_jsonl,
     load_samples,
     mrope_positions,
-    open_image,
 )
 from errors import InputError
+from images import open_image
 from phantoms import KINDS, QUERIES, phantom
 
 DATA = Path(__file__).parents[2] / "shared" / "data"  # real images stay outside the repository
@@ -524,7 +525,7 @@ def test_prompts_are_checked_without_their_pictures(folder, tokenizer):
 def test_phantoms_are_checked_without_drawing(tokenizer, monkeypatch):
     sample = data.phantom_samples("xray", 0, 0, 1, size=112)[0]
     n = len(build_prompt(sample, tokenizer, ImageConfig(), "answer").ids)
-    monkeypatch.delattr(data, "phantom")
+    monkeypatch.delattr(images, "phantom")
     check_prompt(sample, tokenizer, ImageConfig(), "answer", n)
     with pytest.raises(
         InputError, match=f"phantoms:xray seed 0 index 0: the prompt has {n} tokens .16 for field 'image'"

@@ -56,7 +56,7 @@ RECORDS = {  # what line 17 says: (field, words of the sentence with its remedy)
     ),
     "wrong type": (GOOD | {"query": 7}, "field 'query' must be a non-empty string, not 7"),
     "text for a box": (GOOD | {"bbox": "10,10,50,40"}, "field 'bbox' must be four finite numbers [x1, y1, x2, y2]"),
-    "several boxes": (GOOD | {"bbox": [[1, 2, 3, 4], [5, 6, 7, 8]]}, "field 'bbox' must be four finite numbers"),
+    "several boxes": (GOOD | {"bbox": [[1, 2, 3, 4], [5, 6, 7, 8]]}, "field 'bbox' holds 2 boxes"),
     "missing picture": (GOOD | {"image": "z.png"}, "field 'image' names"),
     "no picture": (GOOD | {"image": "train.jsonl"}, "train.jsonl"),
     "box outside": (GOOD | {"bbox": [10, 10, 85, 40]}, "field 'bbox' [10, 10, 85, 40] reaches outside the 84x56 image"),

@@ -14,7 +14,8 @@ from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForCondit
 
 import model
 from errors import InputError
-from model import ModelConfig, Policy, collate, sample
+from generate import sample
+from model import ModelConfig, Policy, collate
 
 IMAGE, EOS = 120, 5
 
@@ -55,6 +56,7 @@ class FakePrompt:
     next_position: int
     patches: Tensor
     grid: tuple[int, int, int]
+    image_tokens: Tensor | None = None
 
 
 def fake_prompt(peer, rows: int, columns: int, before: int, after: int, seed: int = 0) -> FakePrompt:

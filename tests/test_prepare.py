@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 import errors
-from data import load, load_jsonl, size_and_orientation
+from data import load_jsonl
 from errors import InputError
+from images import load, size_and_orientation
 from prepare import coco, common, ham10000, masks, tn3k, vlm_r1, voc, yolo
 from prepare.boxes import as_displayed, components, mask_box
 from prepare.data_yaml import KEYS, read_yaml
