@@ -118,8 +118,8 @@ def phantom_samples(kind: str | None, seed: int, start: int, count: int, size: i
     return samples
 
 
-def load_jsonl(path: str | Path, bad: BadRecords | None = None) -> list[Sample]:
-    """Read a file of records; image paths are relative to its folder, boxes are in the original frame.
+def load_jsonl(path: str | Path, bad: BadRecords | None = None, images: Path | None = None) -> list[Sample]:
+    """Read a file of records; image paths are relative to its folder or to images, boxes are in the original frame.
 
     Ours, one per line:   {"image", "query", "bbox": [x1, y1, x2, y2], "width"?, "height"?, "dataset"?, "task"?}
     VLM-R1, one per line: {"image", "conversations": [{"value": "<image>question"}, {"value": box, list or string}]}
@@ -132,7 +132,7 @@ def load_jsonl(path: str | Path, bad: BadRecords | None = None) -> list[Sample]:
     for source, record in _records(path, name):
         try:
             with named(source):
-                samples.append(_sample(record, path, source))
+                samples.append(_sample(record, images or path.parent, path.stem, source))
         except InputError as error:
             bad.add(source, error)
     if not samples:
@@ -178,7 +178,8 @@ def _short(value: Any) -> str:
     return _REPR.repr(value)[:80]
 
 
-def _sample(record: Any, path: Path, source: str) -> Sample:
+def _sample(record: Any, folder: Path, name: str, source: str) -> Sample:
+    """The record of a file called name, whose image path is relative to folder."""
     if isinstance(record, bytes):
         if len(record) > MAX_LINE:
             raise InputError(f"the line is longer than {MAX_LINE} bytes; write one JSON object per line")
@@ -205,9 +206,9 @@ def _sample(record: Any, path: Path, source: str) -> Sample:
             with named(f"field {box_field!r} {_short(box)}"):
                 box = _parse(re.sub(r"</?answer>", "", box), "write [x1, y1, x2, y2]")
 
-    image, size = _image(record, path.parent)
+    image, size = _image(record, folder)
     box = _box(box, box_field, size)
-    dataset = _text(record.get("dataset") or path.stem, "dataset")
+    dataset = _text(record.get("dataset") or name, "dataset")
     return Sample(image, query, box, dataset, _text(record.get("task", "ground"), "task"), source, size, query_field)
 
 
@@ -248,6 +249,11 @@ def _text(value: Any, field: str) -> str:
 
 
 def _box(value: Any, field: str, size: tuple[int, int]) -> Box:
+    if isinstance(value, list) and len(value) > 1 and all(isinstance(v, list | dict) for v in value):
+        raise InputError(
+            f"field {field!r} holds {len(value)} boxes, but one phrase, one box is the method; write a record for "
+            "each, with a phrase that fits it alone"
+        )
     # The bound also refuses NaN, infinities and integers beyond floats; a bool is an int to Python, but no coordinate.
     numbers = isinstance(value, list) and [type(v) in (int, float) and abs(v) < 1e9 for v in value]
     if numbers != [True] * 4:

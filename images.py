@@ -78,7 +78,7 @@ def load(sample: Sample) -> tuple[Image.Image, Box]:
 
 
 @contextmanager
-def _picture(path: Path) -> Iterator[Image.Image]:
+def picture(path: Path) -> Iterator[Image.Image]:
     """The opened file; whatever PIL says about it inside becomes one sentence."""
     try:
         with Image.open(path) as file:
@@ -90,13 +90,30 @@ def _picture(path: Path) -> Iterator[Image.Image]:
 
 def displayed_size(path: Path) -> tuple[int, int]:
     """(width, height) of the picture that open_image returns, from the file's header: no pixel is decoded."""
-    with _picture(path) as file:
-        if file.format == "PNG":
+    return size_and_orientation(path)[0]
+
+
+def size_and_orientation(path: Path, whole: bool = False) -> tuple[tuple[int, int], int]:
+    """The displayed size and EXIF's orientation, 1 to 8 (1: displayed as stored; from 5 on: sides exchanged).
+
+    whole: the pixels are decoded too, so that damage behind the header is found; a JPEG's to an eighth of its size,
+    which is nearly as quick as its header alone.
+    """
+    with picture(path) as file:
+        size = file.size
+        if file.format == "PNG" and whole:
+            file.load()
+        elif file.format == "PNG":
             # EXIF may stand behind the pixels; step over them, since getexif() of PIL's PNGs would decode them.
             file.load_prepare()
             file.load_end()
-        turned = Image.Image.getexif(file).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        return file.size[::-1] if turned and file.format != "TIFF" else file.size  # a TIFF's size is turned already
+        orientation = Image.Image.getexif(file).get(ExifTags.Base.Orientation)
+        orientation = orientation if orientation in range(2, 9) else 1
+        if whole:
+            file.draft("L", (1, 1))
+            file.load()
+        # a TIFF's size is turned already
+        return (size[::-1] if orientation > 4 and file.format != "TIFF" else size), orientation
 
 
 def open_image(path: Path) -> Image.Image:
@@ -106,7 +123,7 @@ def open_image(path: Path) -> Image.Image:
     to 0 .. 255: PIL's convert("RGB") would clip at 255 and return a white picture. Transparency is laid over white, as
     transformers and qwen-vl-utils do.
     """
-    with _picture(path) as file:
+    with picture(path) as file:
         image = ImageOps.exif_transpose(file)
         image.load()
     if image.mode[0] in "IF":
