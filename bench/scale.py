@@ -1,0 +1,327 @@
+"""What a step costs and what it grows with: FLOPs counted at Qwen2.5-VL's sizes, time and memory measured at nano's.
+
+    python -m bench.scale                                             everything, about nine minutes on one CPU core
+    python -m bench.scale --json scale.json --plot assets/scale.png   and every figure, and the curves (needs matplotlib)
+
+Two ways to do the same step. SHARED is the trainer's: the image and the prompt of a group are computed once. FULL ROWS
+is the same code without that: every prompt is given G times, with one completion each, as trainers do that know of no
+groups. Both have a reference policy (beta > 0), one inner step, all weights trained, no checkpointing, and completions
+of a forced length.
+
+FLOPs: torch's FlopCounterMode, which counts matrix products, 2 per multiply-add, and nothing else. Attention is counted
+as the plain products it consists of: causal attention in full, as torch does everywhere, and without the product that
+a fused kernel makes a second time in the backward pass. What the head's log-probs cost is said below (linear_logprob).
+The published sizes are counted on the meta device, at depth 1 and 2: every decoder layer costs the same, so that the
+rest is a straight line. A test holds the count equal to that of a real step of the trainer.
+
+Time and memory: nano policy, fp32, one thread, each point in a process of its own. Time is the fastest of three steps
+after a first one (load on the machine can only add), of one alone if it takes long; a picture's decoding is not in it.
+Memory is the peak above what was resident before the first step. The exponent of a curve is the least-squares slope of
+log y over log x, over the points from the geometric middle of its measured range on.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from unittest.mock import patch
+
+import torch
+from torch.fx.experimental import _config as meta_config
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+import errors
+import model
+from bench.kernels import markdown
+from config import parse_arguments
+from data import Prompt, Sample, mrope_positions
+from errors import InputError
+from eval import NANO, Task
+from model import ModelConfig, Policy, collate
+from scheduler import ScheduleConfig, make_schedule
+from train_grpo import peak_megabytes, rollout, uniforms, update
+
+SIZES = {  # published config.json: hidden, layers, heads, kv heads, FFN, rows of the head, tied, vision FFN
+    "3B": (2048, 36, 16, 2, 11008, 151936, True, 3420),
+    "7B": (3584, 28, 28, 4, 18944, 152064, False, 3420),
+    "32B": (5120, 64, 40, 8, 27648, 152064, False, 3456),
+}
+WAYS = ("shared", "full rows")
+PARTS = ("vision", "prefill", "decode", "reference", "forward", "backward")
+SECONDS_AT_MOST = 40  # of a point, as the two before it let expect: longer ones are left out, and that is printed
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step, in one micro-batch. Sizes of pictures are in tokens: 28 x 28 pixels each."""
+
+    prompts: int  # B
+    group: int  # G
+    rows: int
+    columns: int
+    text: int  # tokens of the prompt beside the image's
+    completion: int  # tokens
+
+    @property
+    def tokens(self) -> int:
+        """Of the prompt."""
+        return self.rows * self.columns + self.text
+
+    def way(self, name: str) -> "Case":
+        return self if name == "shared" else replace(self, prompts=self.prompts * self.group, group=1)
+
+    def batch(self, config: ModelConfig, device: str = "cpu") -> list[Prompt]:
+        """Its prompts: text, one picture of noise, which on the meta device has no values, and more text."""
+        patch, merge = config.vision, config.vision.spatial_merge_size
+        ids = torch.full((self.tokens,), config.image_token_id + 1)  # any other id will do
+        start = self.text // 2
+        ids[start : start + self.rows * self.columns] = config.image_token_id
+        grid = (1, self.rows * merge, self.columns * merge)
+        positions, next_position = mrope_positions(ids, [grid], config.image_token_id, merge)
+        width = patch.in_channels * patch.temporal_patch_size * patch.patch_size**2
+        patches = torch.rand(grid[1] * grid[2], width, device=device)
+        size = grid[2] * patch.patch_size, grid[1] * patch.patch_size
+        sample = Sample(None, "", (0, 0, *size), "noise", source="noise")
+        prompt = Prompt(ids, patches, grid, positions, next_position, (1.0, 1.0), size, (0, 0, *size), sample, "")
+        return [prompt] * self.prompts
+
+
+def square(prompts: int = 2, group: int = 8, tokens: int = 293, completion: int = 32) -> Case:
+    """A square picture, as large as leaves 37 tokens for the text at least. The defaults: 2 pictures of 448 pixels."""
+    side = math.isqrt(tokens - 37)
+    return Case(prompts, group, side, side, tokens - side**2, completion)
+
+
+COUNTED = (Case(1, 8, 30, 37, 64, 128), Case(1, 8, 16, 21, 64, 200))  # 1036 x 840 and 588 x 448 pixels
+FACTORS = {  # what is varied -> how its point x is made; all else as in square()
+    "prompt tokens": ([64, 128, 256, 512, 1024, 2048, 4096], lambda x: square(tokens=x)),
+    "group size": ([2, 4, 8, 16, 32, 64], lambda x: square(group=x)),
+    "completion tokens": ([16, 32, 64, 128, 256, 512, 1024], lambda x: square(completion=x)),
+    "prompts": ([1, 2, 4, 8, 16], lambda x: square(prompts=x)),
+}
+WHY = {
+    "prompt tokens": "linear work of vision tower and prompt takes over from that of the completions, then attention's "
+    "square: pictures are attended to whole in some vision blocks",
+    "group size": "sharing pays for a prompt once, so only the suffixes grow; full rows pay for all of it G times",
+    "completion tokens": "suffixes cost the same both ways: one decode step, and one row of the passes, a token, each "
+    "over one key more than the last",
+    "prompts": "nothing is shared between prompts, so all grows with their number",
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- counted
+
+
+@register_flop_formula(torch.ops.medloc.linear_logprob)
+def _head(hidden, weight, *rest, out_shape=None, **options) -> int:
+    """The counter does not look into operators of our own. hidden (N, H) times weight (V, H): one product."""
+    return 2 * hidden[0] * hidden[1] * weight[0]
+
+
+@register_flop_formula(torch.ops.medloc.linear_logprob_backward, get_raw=True)
+def _head_backward(grad, hidden, weight, *rest, out_val=None, **options) -> int:
+    """The product again, and one for each gradient that is wanted; rows (N,) without incoming gradient are left out."""
+    rows = len(grad) if grad.is_meta else int(grad.count_nonzero())
+    return 2 * rows * hidden.shape[1] * weight.shape[0] * (1 + sum(gradient.numel() > 0 for gradient in out_val))
+
+
+@contextmanager
+def counted() -> Iterator[FlopCounterMode]:
+    """Count the FLOPs of what runs inside, with attention done in plain products."""
+    make = model.causal_lower_right
+
+    def undispatched(*size):  # torch cannot make this subclass of Tensor under a dispatch mode, such as the counter
+        with _disable_current_modes():
+            return make(*size)
+
+    with patch.object(model, "causal_lower_right", undispatched), sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counter:
+            yield counter
+
+
+class Unknowns(TorchDispatchMode):
+    """Answers for tensors of the meta device, which have no values: every row goes on, every mask is true throughout,
+    and a length that is asked for is the longest. So it is where all completions have the forced length."""
+
+    def __init__(self, longest: int):
+        super().__init__()
+        self.longest = longest
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return True if args[0].dtype == torch.bool else self.longest
+        return function(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        self.nonzero = meta_config.patch(meta_nonzero_assume_all_nonzero=True)  # what x[mask] asks for
+        self.nonzero.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.nonzero.__exit__(*error)
+
+
+def published(size: str) -> ModelConfig:
+    hidden, layers, heads, kv_heads, ffn, rows, tied, vision_ffn = SIZES[size]
+    return ModelConfig.from_dict(
+        dict(
+            model_type="qwen2_5_vl", hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv_heads, intermediate_size=ffn, vocab_size=rows, tie_word_embeddings=tied,
+            rms_norm_eps=1e-6, rope_theta=1e6, rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
+            image_token_id=151655,
+            vision_config=dict(
+                depth=32, hidden_size=1280, intermediate_size=vision_ffn, num_heads=16, out_hidden_size=hidden,
+                fullatt_block_indexes=[7, 15, 23, 31], window_size=112, patch_size=14,
+            ),
+        )
+    )  # fmt: skip
+
+
+def step_flops(config: ModelConfig, case: Case) -> dict[str, int]:
+    """FLOPs of one optimiser step by PARTS. `vision` is the tower's three forward passes (rollout, reference, policy),
+    which the other parts leave out; `backward` is that of everything."""
+    one, two = (_flops_at(replace(config, num_hidden_layers=depth), case) for depth in (1, 2))
+    return {part: one[part] + (config.num_hidden_layers - 1) * (two[part] - one[part]) for part in PARTS}
+
+
+def _flops_at(config: ModelConfig, case: Case) -> dict[str, int]:
+    with torch.device("meta"):
+        policy = Policy(config, eos_ids=(config.vocab_size,))
+    batch = collate(case.batch(config, "meta"), "meta")
+
+    def flops(function: Callable) -> tuple[int, object]:
+        with counted() as counter:
+            result = function()
+        return counter.get_total_flops(), result
+
+    with Unknowns(case.completion):
+        with torch.no_grad():
+            vision, _ = flops(lambda: policy.visual(batch.patches, batch.grids))
+            prefill, prefix = flops(lambda: policy.prefix(batch))
+            luck = torch.empty(case.prompts, case.group, case.completion)
+            decode, done = flops(lambda: policy.generate(prefix, case.group, case.completion, 1.0, luck))
+        forward, logp = flops(lambda: policy.logprobs(policy.prefix(batch), done.ids, done.lengths))
+        backward, _ = flops(logp.sum().backward)
+    prefill, forward = prefill - vision, forward - vision
+    return dict(zip(PARTS, (3 * vision, prefill, decode, forward, forward, backward), strict=True))
+
+
+def flops_rows() -> list[dict]:
+    """Of every published size, both cases of COUNTED and both ways."""
+    rows = []
+    for size in SIZES:
+        for case in COUNTED:
+            by_way = {way: step_flops(published(size), case.way(way)) for way in WAYS}
+            ratio = sum(by_way["full rows"].values()) / sum(by_way["shared"].values())
+            rows.append(
+                dict(model=size, prompt=case.tokens, completion=case.completion, group=case.group, **by_way)
+                | dict(ratio=ratio)
+            )
+    return rows
+
+
+def flops_table(rows: list[dict]) -> str:
+    def cells(row: dict, way: str) -> list[str]:
+        parts = [f"{row[way][part] / 1e12:.1f}" for part in PARTS]
+        ratio = f"{row['ratio']:.2f}x less" if way == "shared" else ""
+        case = f"{row['prompt']} + {row['completion']}"
+        return [row["model"], case, way, *parts, f"{sum(row[way].values()) / 1e12:.0f}", ratio]
+
+    header = ["model", "prompt + completion", "way", *PARTS, "all", ""]
+    return markdown(header, [cells(row, way) for row in rows for way in reversed(WAYS)])
+
+
+# ------------------------------------------------------------------------------------------------------------ measured
+
+
+class Fixed:
+    """What a train_grpo.Stream is to a rollout, of prompts that are there already."""
+
+    def __init__(self, prompts: list[Prompt], args):
+        self.prompts, self.args = prompts, args
+
+    def draw(self, step: int, slot: int, count: int) -> tuple[list[Prompt], torch.Tensor]:
+        places = list(range(slot, slot + count))
+        noise = uniforms(self.args.seed, step, places, places, self.args.group_size, self.args.max_tokens)
+        return self.prompts[slot : slot + count], noise
+
+
+def trainer_step(case: Case, *flags: str) -> Callable[[], dict]:
+    """train_grpo's rollout() and update() of the nano policy, ready to run. Completions have the case's length, since
+    the token that would end them is outside of the vocabulary; advantages are +1 and -1 by turns, so that every row
+    has its gradient, which rewards of noise would not give it."""
+    sizes = ["--batch-size", case.prompts, "--group-size", case.group, "--max-tokens", case.completion]
+    args = parse_arguments(["--micro-batch", str(case.prompts), "--beta", ".04", *map(str, sizes), *flags])
+    policy, reference = Policy.from_folder(NANO), Policy.from_folder(NANO).requires_grad_(False)
+    policy.eos_ids, policy.checkpointing = (policy.config.vocab_size,), args.checkpointing
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+    task, schedule = Task(policy, NANO, "box"), make_schedule("raw", ScheduleConfig(), 1)
+    stream = Fixed(case.batch(policy.config), args)
+    signs = torch.ones(case.prompts * case.group)
+    signs[1::2] = -1
+
+    def step() -> dict:
+        _, roll = rollout(policy, reference if args.beta else None, task, stream, 0, schedule, args)
+        return update(policy, optimizer, replace(roll, advantage=signs.view(case.prompts, -1)), args)
+
+    return step
+
+
+def measure(case: Case) -> tuple[float, float]:
+    """Seconds of a step and the MiB that it needs; for a process that has done nothing before."""
+    torch.set_num_threads(1)
+    step = trainer_step(case)
+    resident = peak_megabytes("cpu")
+    times = []
+    while len(times) < 4 and sum(times) < 10:
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    return min(times[1:] or times), peak_megabytes("cpu") - resident
+
+
+def _answer(case: Case, answers) -> None:
+    answers.send(measure(case))
+
+
+def in_a_fresh_process(case: Case) -> tuple[float, float]:
+    """measure(), forked off a process that has imported everything and computed nothing."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["bench.scale"])
+    ours, theirs = processes.Pipe(duplex=False)
+    process = processes.Process(target=_answer, args=(case, theirs))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        raise InputError(f"the process of {case} ended without an answer: free some memory and repeat") from None
+    finally:
+        process.join()
+
+
+def curve(points: list[int], make: Callable[[int], Case], way: str, run: Callable = in_a_fresh_process) -> list[dict]:
+    """The measured points, up to the first that would take more than SECONDS_AT_MOST if time went on as before."""
+    rows = []
+    for x in points:
+        times = [row["seconds"] for row in rows[-2:]]
+        if len(times) == 2 and times[1] ** 2 / times[0] > SECONDS_AT_MOST:
+            break
+        seconds, mib = run(make(x).way(way))
+        rows.append(dict(x=x, seconds=seconds, mib=mib))
+    return rows
+
+
+def exponent(rows: list[dict], of: str) -> float:
+    """Slope of log y over log x, by least squares, from the geometric middle of the range on."""
+    middle = math.sqrt(rows[0]["x"] * rows[-1]["x"])
+    x, y = zip(*((math.log(row["x"]), math.log(row[of])) for row in rows if row["x"] >= middle), strict=True)
+    mx, my = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
