@@ -1,0 +1,279 @@
+"""What a step costs, in exact whole numbers: FLOPs against a formula of the configuration, and calls of blocks.
+
+The formula says what the design promises: a group pays for its image and prompt once and for G suffixes; logits exist
+for completion tokens only; the head is multiplied once a token in decoding, once in each pass of log-probs and once
+more in the backward pass. Whoever computes anything twice breaks an equality here; time is not looked at.
+"""
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+import kernels
+import model
+from bench import scale
+from bench.scale import Case, counted, published, square, step_flops, trainer_step
+from config import parse_arguments
+from data import BadRecords, phantom_samples
+from eval import NANO, Task
+from kernels import logprob
+from model import Policy
+from scheduler import ScheduleConfig, make_schedule
+from train_grpo import Stream, rollout, update
+
+CONFIG = Policy.from_folder(NANO).config
+CASE = Case(prompts=2, group=3, rows=3, columns=5, text=9, completion=6)  # windows of 4 x 4 that the grid cuts
+
+
+# --------------------------------------------------------------------------------------------------------- the formula
+
+
+def matrix(tokens: int, *shapes: tuple[int, int]) -> int:
+    """FLOPs of `tokens` rows times matrices."""
+    return sum(2 * tokens * a * b for a, b in shapes)
+
+
+class Formula:
+    """FLOPs of one prompt and its group, forward, by part."""
+
+    def __init__(self, config: model.ModelConfig, case: Case):
+        self.config, self.case = config, case
+        hidden, inner, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+        self.down = (inner, hidden)
+        self.decoder = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden), *[(hidden, inner)] * 2]
+        p, g, r = case.tokens, case.group, case.completion
+        self.prefix = self.blocks(p, p)
+        self.suffix = g * self.blocks(r - 1, p + r - 1)  # the last token is never an input
+        self.head = g * self.logits(r)
+        self.decode = self.logits(1) + g * sum(self.blocks(1, p + t) + self.logits(1) for t in range(1, r))
+        self.vision_blocks, self.patch_embed, merger = self.vision_parts()
+        self.vision = self.vision_blocks + self.patch_embed + merger
+
+    def blocks(self, queries: int, keys: int) -> int:
+        """One row through the decoder: q k^T and its product with v, heads * head_dim = hidden wide, causal or not."""
+        c = self.config
+        return c.num_hidden_layers * (matrix(queries, *self.decoder, self.down) + 4 * queries * keys * c.hidden_size)
+
+    def logits(self, tokens: int) -> int:
+        return matrix(tokens, (self.config.hidden_size, self.config.vocab_size))
+
+    def vision_parts(self) -> tuple[int, int, int]:
+        """All blocks, the patch embedding, the merger of 2 x 2 patches."""
+        v, rows, columns = self.config.vision, self.case.rows, self.case.columns
+        patches, h = 4 * rows * columns, v.hidden_size
+        linear = matrix(patches, (h, 3 * h), (h, h), *[(h, v.intermediate_size)] * 3)
+        side = v.window_size // v.patch_size // 2
+        sizes = [
+            4 * min(side, rows - i) * min(side, columns - j)
+            for i in range(0, rows, side)
+            for j in range(0, columns, side)
+        ]
+        full = len(v.fullatt_block_indexes)
+        attention = 4 * h * (full * patches**2 + (v.depth - full) * sum(size**2 for size in sizes))
+        merger = matrix(rows * columns, (4 * h, 4 * h), (4 * h, v.out_hidden_size))
+        return v.depth * linear + attention, matrix(patches, (3 * 2 * 14 * 14, h)), merger
+
+    def step(self, beta: bool = True, inner: int = 1, checkpointing: bool = False) -> int:
+        """All prompts: rollout, log-probs of the old policy if there are inner steps, reference, update."""
+        rolled = self.vision + self.prefix + self.decode + (self.suffix + self.head) * (inner > 1)
+        forward = self.vision + self.prefix + self.suffix + self.head
+        # Two products for each of the forward pass, but no gradient of pixels; and the head's logits are made again.
+        backward = 2 * forward - self.patch_embed + self.head
+        if checkpointing:  # torch stops a recomputation when it has all that the backward pass needs: before `down`
+            c, p, r, v = self.config, self.case.tokens, self.case.completion, self.config.vision
+            rows = c.num_hidden_layers * (p + self.case.group * (r - 1))
+            spared = matrix(rows, self.down)
+            spared += matrix(v.depth * 4 * self.case.rows * self.case.columns, (v.intermediate_size, v.hidden_size))
+            backward += self.vision_blocks + self.prefix + self.suffix - spared
+        return self.case.prompts * (rolled + forward * beta + inner * (forward + backward))
+
+
+# --------------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def real_flops(case: Case, *flags: str) -> int:
+    """Of train_grpo's rollout() and update() of the nano policy, on the CPU."""
+    step = trainer_step(case, *flags)
+    with counted() as counter:
+        step()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "case", [CASE, replace(CASE, group=2, completion=1), Case(3, 2, 4, 4, 5, 9), Case(1, 5, 1, 2, 4, 5)]
+)
+def test_the_flops_of_a_step_are_those_of_the_formula(case):
+    assert real_flops(case) == Formula(CONFIG, case).step()
+
+
+@pytest.mark.parametrize("beta", [0, 0.04])
+@pytest.mark.parametrize("inner", [1, 2])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_flops_with_and_without_reference_inner_steps_and_checkpointing(beta, inner, checkpointing):
+    flags = ["--beta", str(beta), "--inner-steps", str(inner), *["--checkpointing"] * checkpointing]
+    assert real_flops(CASE, *flags) == Formula(CONFIG, CASE).step(beta > 0, inner, checkpointing)
+
+
+def test_micro_batches_cost_nothing_and_cost_is_linear_in_prompts():
+    one = real_flops(replace(CASE, prompts=1))
+    assert real_flops(replace(CASE, prompts=2)) == 2 * one
+    assert real_flops(replace(CASE, prompts=3)) == 3 * one
+    assert real_flops(replace(CASE, prompts=3), "--micro-batch", "1") == 3 * one
+    assert real_flops(replace(CASE, prompts=3), "--micro-batch", "2") == 3 * one
+
+
+def test_cost_grows_with_the_group_by_suffixes_only():
+    """Eight more completions: their decoding and their rows of three passes, one of them with a gradient."""
+    one = Formula(CONFIG, replace(CASE, group=1))
+    decode = one.decode - one.logits(1)  # the prompt's own logits are the group's
+    suffixes = decode + 4 * one.suffix + 5 * one.head
+    eight, sixteen = (real_flops(replace(CASE, group=g)) for g in (8, 16))
+    assert sixteen - eight == 8 * CASE.prompts * suffixes
+
+
+def test_doubling_the_group_at_case_b_costs_a_third_more_at_most():
+    """2 prompts, 448 x 448 pixels, 293 prompt tokens, 32 new ones. In full rows it costs twice as much."""
+    eight, sixteen = (real_flops(square(2, group)) for group in (8, 16))
+    assert sixteen <= 1.35 * eight
+    full = [Formula(CONFIG, square(2, group).way("full rows")).step() for group in (8, 16)]
+    assert full[1] == 2 * full[0]
+
+
+@pytest.mark.parametrize("way", scale.WAYS)
+def test_the_count_without_numbers_is_that_of_a_real_step(way):
+    parts, formula = step_flops(CONFIG, CASE.way(way)), Formula(CONFIG, CASE.way(way))
+    assert sum(parts.values()) == real_flops(CASE.way(way))
+    assert parts["vision"] == formula.case.prompts * 3 * formula.vision
+    assert parts["prefill"] == formula.case.prompts * formula.prefix
+    assert parts["decode"] == formula.case.prompts * formula.decode
+    assert parts["reference"] == parts["forward"]
+
+
+@pytest.mark.parametrize("size", scale.SIZES)
+def test_the_published_sizes_follow_the_formula(size):
+    """Counted with few tokens and two vision blocks, as each of them takes its time on the meta device."""
+    config, case = published(size), Case(1, 3, 5, 6, 8, 4)
+    config = replace(config, vision=replace(config.vision, depth=2, fullatt_block_indexes=(1,)))
+    assert sum(step_flops(config, case).values()) == Formula(config, case).step()
+
+
+def test_the_ratios_of_the_table():
+    for case, full, shared, ratio in zip(scale.COUNTED, (556, 213), (99, 72), (5.60, 2.97), strict=True):
+        steps = {way: Formula(published("3B"), case.way(way)).step() for way in scale.WAYS}
+        assert round(steps["full rows"] / 1e12) == full and round(steps["shared"] / 1e12) == shared
+        assert round(steps["full rows"] / steps["shared"], 2) == ratio
+
+
+# ----------------------------------------------------------------------------------------- operators of our own
+
+
+def in_place(total, a, b, out_shape=None, **options) -> int:  # addmm_, which torch does not count
+    return 2 * a[0] * a[1] * b[1]
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_the_formula_of_the_head_is_what_its_reference_does(wanted):
+    """Seven rows, two of them without gradient, in chunks of three."""
+    hidden, weight, tokens = torch.randn(7, 8), torch.randn(20, 8), torch.arange(7)
+    grad = torch.tensor([1.0, 0, 2, 3, 0, 4, 5])
+    products = {torch.ops.aten.addmm_: in_place}
+    with torch.utils.flop_counter.FlopCounterMode(display=False, custom_mapping=products) as counter:
+        forward = logprob.reference_forward
+        _, lse, _ = logprob.linear_forward(hidden, weight, tokens, 1.0, 3, False, forward)
+    assert counter.get_total_flops() == 2 * 7 * 8 * 20
+    with torch.utils.flop_counter.FlopCounterMode(display=False, custom_mapping=products) as inside:
+        backward = logprob.reference_backward
+        logprob.linear_backward(grad, hidden, weight, tokens, lse, 1.0, 3, wanted, backward)
+    inputs = [x.requires_grad_(want) for x, want in zip((hidden, weight), wanted, strict=True)]
+    logp = kernels.linear_logprob(*inputs, tokens, chunk=3)
+    with counted() as outside:
+        logp.backward(grad)
+    assert inside.get_total_flops() == outside.get_total_flops() == 2 * 5 * 8 * 20 * (1 + sum(wanted))
+
+
+def test_no_operator_of_our_own_hides_a_product():
+    """The counter does not look into them: each has a formula or, as far as is known here, no matrix product."""
+    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("medloc::")}
+    registry = torch.utils.flop_counter.flop_registry
+    formulas = {name for name in names if getattr(torch.ops.medloc, name) in registry}
+    assert formulas == {"linear_logprob", "linear_logprob_backward"}
+    assert names - formulas == {"token_logprob", "token_logprob_backward", "box_iou", "group_advantage"}
+
+
+# --------------------------------------------------------------------------------------------------------------- calls
+
+
+@pytest.fixture
+def calls(monkeypatch) -> Counter:
+    """How often each part of the model is called: VisionTower, VisionBlock, and a decoder block's three ways."""
+    seen = Counter()
+
+    def watch(owner, method: str, name: str) -> None:
+        original = getattr(owner, method)
+
+        def counting(self, *inputs, **options):
+            seen[name] += 1
+            return original(self, *inputs, **options)
+
+        monkeypatch.setattr(owner, method, counting)
+
+    watch(model.VisionTower, "forward", "tower")
+    watch(model.VisionBlock, "forward", "vision block")
+    for way in ("prefix", "suffix", "decode"):
+        watch(model.Block, way, way)
+    return seen
+
+
+def expected_calls(micro_batches: int, decoded: list[int], beta: bool, inner: int, checkpointing: bool) -> Counter:
+    """decoded: tokens that each micro-batch's rollout samples; the first needs no decode step."""
+    layers, depth, again = CONFIG.num_hidden_layers, CONFIG.vision.depth, 1 + checkpointing
+    passes = micro_batches * (1 + beta + inner)  # rollout, reference, update
+    trained = micro_batches * inner  # of them, those with a gradient: blocks run twice if checkpointed
+    plain = passes - trained
+    return Counter(
+        {
+            "tower": passes,
+            "vision block": depth * (plain + trained * again),
+            "prefix": layers * (plain + trained * again),
+            "suffix": layers * (micro_batches * (beta + (inner > 1)) + trained * again),
+            "decode": layers * sum(n - 1 for n in decoded),
+        }
+    )
+
+
+@pytest.mark.parametrize("beta", [0, 0.04])
+@pytest.mark.parametrize("inner", [1, 2])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+def test_the_calls_of_a_step(calls, beta, inner, checkpointing, micro_batch):
+    case = replace(CASE, prompts=3, rows=2, columns=2)
+    flags = ["--beta", str(beta), "--inner-steps", str(inner), "--micro-batch", str(micro_batch)]
+    trainer_step(case, *flags, *["--checkpointing"] * checkpointing)()
+    n = math.ceil(3 / micro_batch)
+    assert calls == expected_calls(n, [case.completion] * n, beta > 0, inner, checkpointing)
+
+
+@pytest.mark.parametrize("group", [2, 9])
+def test_the_calls_do_not_grow_with_the_group(calls, group):
+    trainer_step(replace(CASE, group=group))()
+    assert calls == expected_calls(1, [CASE.completion], True, 1, False)
+
+
+def test_decoding_stops_with_the_longest_completion(calls):
+    """The nano policy's own answers: each micro-batch decodes up to the look after its longest one's end, no further,
+    and pictures are prepared once a pass."""
+    args = parse_arguments(["--batch-size", "6", "--micro-batch", "2", "--group-size", "4", "--max-tokens", "40"])
+    policy, schedule = Policy.from_folder(NANO), make_schedule("raw", ScheduleConfig(), 1)
+    task = Task(policy, NANO, "answer")
+    stream = Stream(phantom_samples(None, 1, 0, 6, size=84), task, BadRecords(), args)
+    _, roll = rollout(policy, None, task, stream, 0, schedule, args)
+    longest = roll.lengths.view(3, 8).amax(1).tolist()
+    assert min(longest) < 40 and any(n % model.STOP_EVERY for n in longest)  # else this would say nothing
+    decoded = [min(40, math.ceil(n / model.STOP_EVERY) * model.STOP_EVERY) for n in longest]
+    rolled = expected_calls(3, decoded, False, 0, False)
+    assert calls == rolled
+    update(policy, torch.optim.AdamW(policy.parameters(), lr=0.0), roll, args)
+    assert calls == expected_calls(3, decoded, False, 1, False)
