@@ -1,7 +1,8 @@
 """What a step costs and what it grows with: FLOPs counted at Qwen2.5-VL's sizes, time and memory measured at nano's.
 
-    python -m bench.scale                                             everything, about nine minutes on one CPU core
-    python -m bench.scale --json scale.json --plot assets/scale.png   and every figure, and the curves (needs matplotlib)
+    python -m bench.scale                         everything, about nine minutes on one CPU core
+    python -m bench.scale --json scale.json       and every figure in a file
+    python -m bench.scale --save assets/scale.png and the curves (needs matplotlib)
 
 Two ways to do the same step. SHARED is the trainer's: the image and the prompt of a group are computed once. FULL ROWS
 is the same code without that: every prompt is given G times, with one completion each, as trainers do that know of no

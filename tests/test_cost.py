@@ -263,8 +263,8 @@ def test_the_calls_do_not_grow_with_the_group(calls, group):
 
 
 def test_decoding_stops_with_the_longest_completion(calls):
-    """The nano policy's own answers: each micro-batch decodes up to the look after its longest one's end, no further,
-    and pictures are prepared once a pass."""
+    """The nano policy's own answers, of unequal length: each micro-batch decodes up to the look after its longest one's
+    end and no further, and the head is multiplied with their tokens only."""
     args = parse_arguments(["--batch-size", "6", "--micro-batch", "2", "--group-size", "4", "--max-tokens", "40"])
     policy, schedule = Policy.from_folder(NANO), make_schedule("raw", ScheduleConfig(), 1)
     task = Task(policy, NANO, "answer")
@@ -275,5 +275,10 @@ def test_decoding_stops_with_the_longest_completion(calls):
     decoded = [min(40, math.ceil(n / model.STOP_EVERY) * model.STOP_EVERY) for n in longest]
     rolled = expected_calls(3, decoded, False, 0, False)
     assert calls == rolled
-    update(policy, torch.optim.AdamW(policy.parameters(), lr=0.0), roll, args)
+    with counted() as counter:
+        update(policy, torch.optim.AdamW(policy.parameters(), lr=0.0), roll, args)
     assert calls == expected_calls(3, decoded, False, 1, False)
+    flops, head = counter.get_flop_counts()["Global"], (CONFIG.hidden_size, CONFIG.vocab_size)
+    assert flops[torch.ops.medloc.linear_logprob] == matrix(int(roll.lengths.sum()), head)  # not of the padding
+    learning = roll.lengths[roll.spread].sum()  # the others' gradient is 0, and costs nothing
+    assert flops[torch.ops.medloc.linear_logprob_backward] == 3 * matrix(int(learning), head)
