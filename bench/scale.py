@@ -109,12 +109,12 @@ FACTORS = {  # what is varied -> its points and how they are made; all else as i
     "prompts": ([1, 2, 4, 8], lambda x: square(prompts=x)),
 }
 WHY = {
-    "prompt tokens": "linear work of vision tower and prompt takes over from that of the completions, then attention's "
-    "square: pictures are attended to whole in some vision blocks",
-    "group size": "sharing pays for a prompt once, so only the suffixes grow; full rows pay for all of it G times",
-    "completion tokens": "suffixes cost the same both ways: one decode step, and one row of the passes, a token, each "
-    "over one key more than the last",
-    "prompts": "nothing is shared between prompts, so all grows with their number",
+    "prompt tokens": "Vision tower and prompt, linear, take over from the completions, and then attention's square, above "
+    "all in the vision blocks that look at the whole picture (4 patches a token)",
+    "group size": "Shared, the prompt is paid for once and only the suffixes grow; in full rows all of it does",
+    "completion tokens": "A token costs the same both ways, one decode step and one row of each pass; what the prompt "
+    "costs beside them differs",
+    "prompts": "Nothing is shared between prompts, so all grows with their number",
 }
 
 
@@ -316,9 +316,10 @@ def curve(points: list[int], make: Callable[[int], Case], way: str, run: Callabl
 
 
 def exponent(rows: list[dict], of: str) -> float:
-    """Slope of log y over log x, by least squares, from the geometric middle of the range on."""
+    """Slope of log y over log x, by least squares, from the geometric middle of the range on (two points at least)."""
     middle = math.sqrt(rows[0]["x"] * rows[-1]["x"])
-    x, y = zip(*((math.log(row["x"]), math.log(row[of])) for row in rows if row["x"] >= middle), strict=True)
+    upper = [row for row in rows if row["x"] >= middle]
+    x, y = ([math.log(row[key]) for row in (upper if len(upper) > 1 else rows[-2:])] for key in ("x", of))
     mx, my = sum(x) / len(x), sum(y) / len(y)
     return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
 
@@ -327,17 +328,21 @@ def sentences(curves: dict) -> list[str]:
     """What grows how, one for each factor."""
     found = []
     for factor, ways in curves.items():
-        rows = {way: ways[way] for way in WAYS}
-        ends = {way: f"{r[0]['x']} to {r[-1]['x']}" for way, r in rows.items()}
-        grow = {
-            way: f"time as x^{exponent(r, 'seconds'):.2f} and memory as x^{exponent(r, 'mib'):.2f}"
-            for way, r in rows.items()
-        }
-        cut = "" if ends["shared"] == ends["full rows"] else f" ({ends['full rows']}; beyond, too slow to wait for)"
-        found.append(
-            f"{factor}, {ends['shared']}: {grow['shared']}; in full rows {grow['full rows']}{cut}. {WHY[factor]}."
-        )
+        by_way = {}
+        for way, rows in ways.items():
+            ends = f"x = {rows[0]['x']} to {rows[-1]['x']}"
+            by_way[way] = f"time x^{exponent(rows, 'seconds'):.2f}, memory x^{exponent(rows, 'mib'):.2f} ({ends})"
+        found.append(f"{factor}: {by_way['shared']}; in full rows {by_way['full rows']}. {WHY[factor]}.")
     return found
+
+
+def doubling(ways: dict) -> str:
+    """What twice the group costs at 2 prompts x 8, 448 pixels, 32 new tokens."""
+    times = {way: {row["x"]: row["seconds"] for row in rows} for way, rows in ways.items()}
+    config = Policy.from_folder(NANO).config
+    eight, sixteen = (sum(step_flops(config, square(2, group)).values()) for group in (8, 16))
+    shared, full = (times[way][16] / times[way][8] for way in WAYS)
+    return f"group 8 -> 16: time x {shared:.2f}, FLOPs x {sixteen / eight:.2f}; in full rows time x {full:.2f}"
 
 
 def curves_table(curves: dict) -> str:
@@ -368,8 +373,7 @@ def figure(curves: dict):
             for ax, (key, label) in zip(axes[:, column], (("seconds", "s a step"), ("mib", "MiB")), strict=True):
                 for way, colour, style in zip(WAYS, COLOURS, ("-", "--"), strict=False):
                     x, y = zip(*((row["x"], row[key]) for row in ways[way]), strict=True)
-                    name = f"{way}: x^{exponent(ways[way], key):.2f}"
-                    ax.plot(x, y, color=colour, ls=style, marker=".", label=name)
+                    ax.plot(x, y, color=colour, ls=style, marker=".", label=f"{way}: x^{exponent(ways[way], key):.2f}")
                 ax.set_xscale("log", base=2)
                 ax.set_yscale("log")
                 ax.set_xticks(FACTORS[factor][0], [str(x) for x in FACTORS[factor][0]])
@@ -392,17 +396,23 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"torch {torch.__version__}, one thread\n\nTFLOP of an optimiser step per prompt, G = 8\n", flush=True)
     flops = flops_rows()
     print(flops_table(flops), flush=True)
-    print("\nnano policy: processor seconds and MiB of a step, 1 prompt x 8, 448 pixels, 32 new tokens")
-    print("where nothing else is said; 2 prompts where the group grows\n", flush=True)
+    print(
+        "\nnano policy: processor seconds and MiB of a step. One prompt (two where the group is varied) x 8, 448 pixels"
+    )
+    print(f"= 293 prompt tokens, 32 new ones. -: would take more than {SECONDS_AT_MOST} s\n", flush=True)
     curves = {f: {way: curve(*points, way) for way in WAYS} for f, points in FACTORS.items()}
-    print(curves_table(curves), *sentences(curves), sep="\n\n")
+    print(curves_table(curves), *sentences(curves), doubling(curves["group size"]), sep="\n\n")
     if options.save:
         from experiments.plot import save
 
         save(figure(curves), options.save)
     if options.json:
+        fits = {
+            factor: {way: {key: exponent(rows, key) for key in ("seconds", "mib")} for way, rows in ways.items()}
+            for factor, ways in curves.items()
+        }
         with open(options.json, "w") as file:
-            json.dump(dict(torch=torch.__version__, flops=flops, curves=curves), file, indent=1)
+            json.dump(dict(torch=torch.__version__, flops=flops, curves=curves, exponents=fits), file, indent=1)
 
 
 if __name__ == "__main__":

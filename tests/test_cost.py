@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 import kernels
 import model
@@ -18,7 +19,9 @@ from bench import scale
 from bench.scale import Case, counted, published, square, step_flops, trainer_step
 from config import parse_arguments
 from data import BadRecords, phantom_samples
+from errors import InputError
 from eval import NANO, Task
+from experiments import plot
 from kernels import logprob
 from model import Policy
 from scheduler import ScheduleConfig, make_schedule
@@ -282,3 +285,71 @@ def test_decoding_stops_with_the_longest_completion(calls):
     assert flops[torch.ops.medloc.linear_logprob] == matrix(int(roll.lengths.sum()), head)  # not of the padding
     learning = roll.lengths[roll.spread].sum()  # the others' gradient is 0, and costs nothing
     assert flops[torch.ops.medloc.linear_logprob_backward] == 3 * matrix(int(learning), head)
+
+
+# ------------------------------------------------------------------------------------------------------ bench/scale.py
+
+
+def power(xs: list[int], a: float, b: float) -> list[dict]:
+    return [dict(x=x, seconds=0.1 * x**a, mib=3.0 * x**b) for x in xs]
+
+
+def test_the_exponent_is_that_of_the_upper_half():
+    rows = power([2, 4, 8], 0.3, 2.5) + power([16, 32, 64], 1.5, 1.0)  # middle: 11.3
+    assert scale.exponent(rows, "seconds") == pytest.approx(1.5) and scale.exponent(rows, "mib") == pytest.approx(1)
+    assert scale.exponent(power([4, 8], 2, 1), "seconds") == pytest.approx(2)
+
+
+def test_a_curve_ends_before_the_point_that_would_take_too_long():
+    asked = []
+
+    def run(case: Case) -> tuple[float, float]:
+        asked.append(case)
+        return 0.001 * case.group**3, 7.0
+
+    rows = scale.curve([2, 4, 8, 16, 32, 64, 128], lambda x: square(group=x), "shared", run)
+    assert [case.group for case in asked] == [row["x"] for row in rows] == [2, 4, 8, 16, 32]  # 64: 262 s
+    assert rows[1] == dict(x=4, seconds=0.064, mib=7.0)
+
+
+def test_full_rows_are_the_prompts_once_for_each_completion():
+    full = square(2, 8).way("full rows")
+    assert (full.prompts, full.group, full.tokens) == (16, 1, square().tokens) == (16, 1, 293)
+    assert len(full.batch(CONFIG)) == 16 and [len(p.ids) for p in full.batch(CONFIG)] == [293] * 16
+    points, make = scale.FACTORS["prompt tokens"]
+    assert [make(x).tokens for x in points] == points == [64, 128, 256, 512, 1024, 2048, 4096]
+
+
+def test_a_point_is_measured_in_a_process_of_its_own():
+    seconds, mib = scale.in_a_fresh_process(CASE)
+    assert 0.005 < seconds < 60 and 18 < mib < 500  # two moments and a gradient of 2.3 M parameters are 26 MiB
+
+
+def test_a_process_that_dies_is_named():
+    with pytest.raises(InputError, match=r"the process of Case\(prompts=1.*ended without an answer"):
+        scale.in_a_fresh_process(replace(CASE, prompts=1, group=0))
+
+
+def test_tables_sentences_and_curves(tmp_path):
+    curves = {
+        factor: {"shared": power(points, 1.2, 0.5), "full rows": power(points[:3], 2, 1)}
+        for factor, (points, _) in scale.FACTORS.items()
+    }
+    table = scale.curves_table(curves).splitlines()
+    assert len(table) == 2 + 7 + 6 + 7 + 4
+    assert [cell.strip() for cell in table[-1].strip("|").split("|")] == ["prompts", "8", "1.21", "-", "8", "-"]
+    said = scale.sentences(curves)
+    assert said[1].startswith(
+        "group size: time x^1.20, memory x^0.50 (x = 2 to 64); in full rows time x^2.00, memory x^1"
+    )
+    plot.save(scale.figure(curves), tmp_path / "scale.png")
+    assert Image.open(tmp_path / "scale.png").size == (1400, 640)
+    assert (tmp_path / "scale.png").stat().st_size < 100_000
+
+
+def test_the_table_of_flops():
+    parts = dict.fromkeys(scale.PARTS, 2e12)
+    rows = [dict(model="3B", prompt=1174, completion=128, group=8, ratio=5.6, shared=parts) | {"full rows": parts}]
+    last = scale.flops_table(rows).splitlines()[-1]
+    cells = ["3B", "1174 + 128", "shared", *["2.0"] * 6, "12", "5.60x less"]
+    assert [cell.strip() for cell in last.strip("|").split("|")] == cells
