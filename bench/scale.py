@@ -109,8 +109,8 @@ FACTORS = {  # what is varied -> its points and how they are made; all else as i
     "prompts": ([1, 2, 4, 8], lambda x: square(prompts=x)),
 }
 WHY = {
-    "prompt tokens": "Vision tower and prompt, linear, take over from the completions, and then attention's square, above "
-    "all in the vision blocks that look at the whole picture (4 patches a token)",
+    "prompt tokens": "Vision tower and prompt, linear, take over from the completions, and then attention's square, "
+    "above all in the vision blocks that look at the whole picture (4 patches a token)",
     "group size": "Shared, the prompt is paid for once and only the suffixes grow; in full rows all of it does",
     "completion tokens": "A token costs the same both ways, one decode step and one row of each pass; what the prompt "
     "costs beside them differs",
