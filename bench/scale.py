@@ -4,10 +4,11 @@
     python -m bench.scale --json scale.json       and every figure in a file
     python -m bench.scale --save assets/scale.png and the curves (needs matplotlib)
 
-Two ways to do the same step. SHARED is the trainer's: the image and the prompt of a group are computed once. FULL ROWS
-is the same code without that: every prompt is given G times, with one completion each, as trainers do that know of no
-groups. Both have a reference policy (beta > 0), one inner step, all weights trained, no checkpointing, and completions
-of a forced length.
+Ways to do the same step. FULL ROWS: every prompt is given G times, with one completion each, as in trainers that know
+of no groups; by the same code otherwise. SHARED: the image and the prompt of a group are computed once, in the rollout
+and again in the update. ONE PASS: where the batch is one micro-batch, the update goes on from the rollout's prefix.
+All have a reference policy (beta > 0), one inner step, all weights trained, no checkpointing, and completions of a
+forced length. What is measured are full rows and one pass, as the trainer does it for these sizes.
 
 FLOPs: torch's FlopCounterMode, which counts matrix products, 2 per multiply-add, and nothing else. Attention is counted
 as the plain products it consists of: causal attention in full, as torch does everywhere, and without the product that
@@ -55,7 +56,7 @@ SIZES = {  # published config.json: hidden, layers, heads, kv heads, FFN, rows o
     "7B": (3584, 28, 28, 4, 18944, 152064, False, 3420),
     "32B": (5120, 64, 40, 8, 27648, 152064, False, 3456),
 }
-WAYS = ("shared", "full rows")
+WAYS = ("one pass", "full rows")  # that are measured; "shared" is counted only
 PARTS = ("vision", "prefill", "decode", "reference", "forward", "backward")
 SECONDS_AT_MOST = 60  # of a point, as the two before it let expect: longer ones are left out, and that is printed
 
@@ -70,6 +71,7 @@ class Case:
     columns: int
     text: int  # tokens of the prompt beside the image's
     completion: int  # tokens
+    reuse: bool = True  # the update goes on from the rollout's prefix
 
     @property
     def tokens(self) -> int:
@@ -77,7 +79,8 @@ class Case:
         return self.rows * self.columns + self.text
 
     def way(self, name: str) -> "Case":
-        return self if name == "shared" else replace(self, prompts=self.prompts * self.group, group=1)
+        full = replace(self, prompts=self.prompts * self.group, group=1, reuse=False)
+        return {"one pass": self, "shared": replace(self, reuse=False), "full rows": full}[name]
 
     def batch(self, config: ModelConfig, device: str = "cpu") -> list[Prompt]:
         """Its prompts: text, one picture of noise, which on the meta device has no values, and more text."""
@@ -179,8 +182,9 @@ def published(size: str) -> ModelConfig:
 
 
 def step_flops(config: ModelConfig, case: Case) -> dict[str, int]:
-    """FLOPs of one optimiser step by PARTS. `vision` is the tower's three forward passes (rollout, reference, policy),
-    which the other parts leave out; `backward` is that of everything."""
+    """FLOPs of one optimiser step by PARTS. `vision` is all forward passes of the tower, which the other parts leave
+    out: in the rollout, for the reference, and if the prefix is not reused in the update; `backward` is everything's.
+    """
     one, two = (_flops_at(replace(config, num_hidden_layers=depth), case) for depth in (1, 2))
     return {part: one[part] + (config.num_hidden_layers - 1) * (two[part] - one[part]) for part in PARTS}
 
@@ -202,35 +206,34 @@ def _flops_at(config: ModelConfig, case: Case) -> dict[str, int]:
             prefill, prefix = flops(lambda: policy.prefix(batch))
             luck = torch.empty(case.prompts, case.group, case.completion)
             decode, done = flops(lambda: policy.generate(prefix, case.group, case.completion, 1.0, luck))
-        forward, logp = flops(lambda: policy.logprobs(policy.prefix(batch), done.ids, done.lengths))
+        again, prefix = flops(lambda: policy.prefix(batch))
+        forward, logp = flops(lambda: policy.logprobs(prefix, done.ids, done.lengths))
         backward, _ = flops(logp.sum().backward)
-    prefill, forward = prefill - vision, forward - vision
-    return dict(zip(PARTS, (3 * vision, prefill, decode, forward, forward, backward), strict=True))
+    reference, update = again - vision + forward, (0 if case.reuse else again - vision) + forward
+    parts = (3 - case.reuse) * vision, prefill - vision, decode, reference, update, backward
+    return dict(zip(PARTS, parts, strict=True))
 
 
 def flops_rows() -> list[dict]:
-    """Of every published size, both cases of COUNTED and both ways."""
+    """Of every published size, both cases of COUNTED and every way, full rows first."""
     rows = []
     for size in SIZES:
         for case in COUNTED:
-            by_way = {way: step_flops(published(size), case.way(way)) for way in WAYS}
-            ratio = sum(by_way["full rows"].values()) / sum(by_way["shared"].values())
-            rows.append(
-                dict(model=size, prompt=case.tokens, completion=case.completion, group=case.group, **by_way)
-                | dict(ratio=ratio)
-            )
+            sizes = dict(model=size, prompt=case.tokens, completion=case.completion, group=case.group)
+            ways = {way: step_flops(published(size), case.way(way)) for way in ("full rows", "shared", "one pass")}
+            rows += [sizes | dict(way=way, flops=flops) for way, flops in ways.items()]
     return rows
 
 
 def flops_table(rows: list[dict]) -> str:
-    def cells(row: dict, way: str) -> list[str]:
-        parts = [f"{row[way][part] / 1e12:.1f}" for part in PARTS]
-        ratio = f"{row['ratio']:.2f}x less" if way == "shared" else ""
-        case = f"{row['prompt']} + {row['completion']}"
-        return [row["model"], case, way, *parts, f"{sum(row[way].values()) / 1e12:.0f}", ratio]
-
-    header = ["model", "prompt + completion", "way", *PARTS, "all", ""]
-    return markdown(header, [cells(row, way) for row in rows for way in reversed(WAYS)])
+    table, full = [], 0
+    for row in rows:
+        total = sum(row["flops"].values())
+        full = total if row["way"] == "full rows" else full
+        parts = [f"{row['flops'][part] / 1e12:.1f}" for part in PARTS]
+        sizes = [row["model"], f"{row['prompt']} + {row['completion']}", row["way"]]
+        table.append([*sizes, *parts, f"{total / 1e12:.0f}", f"{full / total:.2f}"])
+    return markdown(["model", "prompt + completion", "way", *PARTS, "all", "times less"], table)
 
 
 # ------------------------------------------------------------------------------------------------------------ measured
@@ -264,8 +267,10 @@ def trainer_step(case: Case, *flags: str) -> Callable[[], dict]:
     signs[1::2] = -1
 
     def step() -> dict:
-        _, roll = rollout(policy, reference if args.beta else None, task, stream, 0, schedule, args)
-        return update(policy, optimizer, replace(roll, advantage=signs.view(case.prompts, -1)), args)
+        _, roll = rollout(policy, policy, reference if args.beta else None, task, stream, 0, schedule, args)
+        roll.advantage = signs.view(case.prompts, -1)
+        roll.prefix = roll.prefix if case.reuse else None
+        return update(policy, optimizer, roll, args)
 
     return step
 
@@ -332,7 +337,7 @@ def sentences(curves: dict) -> list[str]:
         for way, rows in ways.items():
             ends = f"x = {rows[0]['x']} to {rows[-1]['x']}"
             by_way[way] = f"time x^{exponent(rows, 'seconds'):.2f}, memory x^{exponent(rows, 'mib'):.2f} ({ends})"
-        found.append(f"{factor}: {by_way['shared']}; in full rows {by_way['full rows']}. {WHY[factor]}.")
+        found.append(f"{factor}: {by_way['one pass']}; in full rows {by_way['full rows']}. {WHY[factor]}.")
     return found
 
 
@@ -341,8 +346,8 @@ def doubling(ways: dict) -> str:
     times = {way: {row["x"]: row["seconds"] for row in rows} for way, rows in ways.items()}
     config = Policy.from_folder(NANO).config
     eight, sixteen = (sum(step_flops(config, square(2, group)).values()) for group in (8, 16))
-    shared, full = (times[way][16] / times[way][8] for way in WAYS)
-    return f"group 8 -> 16: time x {shared:.2f}, FLOPs x {sixteen / eight:.2f}; in full rows time x {full:.2f}"
+    ours, full = (times[way][16] / times[way][8] for way in WAYS)
+    return f"group 8 -> 16: time x {ours:.2f}, FLOPs x {sixteen / eight:.2f}; in full rows time x {full:.2f}"
 
 
 def curves_table(curves: dict) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import generate
 import kernels
 import model
 from bench import scale
@@ -48,10 +49,17 @@ class Formula:
         self.down = (inner, hidden)
         self.decoder = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden), *[(hidden, inner)] * 2]
         p, g, r = case.tokens, case.group, case.completion
-        self.prefix = self.blocks(p, p)
+        # Behind the keys and values of the last layer, only the last token of a prompt goes on.
+        self.prefix_ends = matrix(p, (hidden, kv), (hidden, kv))
+        self.prefix_ends += matrix(1, (hidden, hidden), (hidden, hidden), *[(hidden, inner)] * 2, self.down)
+        self.prefix_ends += 4 * p * hidden
+        layers = config.num_hidden_layers
+        self.prefix = self.blocks(p, p) // layers * (layers - 1) + self.prefix_ends
         self.suffix = g * self.blocks(r - 1, p + r - 1)  # the last token is never an input
         self.head = g * self.logits(r)
-        self.decode = self.logits(1) + g * sum(self.blocks(1, p + t) + self.logits(1) for t in range(1, r))
+        # A decode step looks at as many places for completion tokens as are full, or are to be soon.
+        places = [min(t // generate.WINDOW * generate.WINDOW + generate.WINDOW, r) for t in range(r - 1)]
+        self.decode = self.logits(1) + g * sum(self.blocks(1, p + t) + self.logits(1) for t in places)
         self.vision_blocks, self.patch_embed, merger = self.vision_parts()
         self.vision = self.vision_blocks + self.patch_embed + merger
 
@@ -79,19 +87,25 @@ class Formula:
         merger = matrix(rows * columns, (4 * h, 4 * h), (4 * h, v.out_hidden_size))
         return v.depth * linear + attention, matrix(patches, (3 * 2 * 14 * 14, h)), merger
 
-    def step(self, beta: bool = True, inner: int = 1, checkpointing: bool = False) -> int:
-        """All prompts: rollout, log-probs of the old policy if there are inner steps, reference, update."""
-        rolled = self.vision + self.prefix + self.decode + (self.suffix + self.head) * (inner > 1)
-        forward = self.vision + self.prefix + self.suffix + self.head
+    def step(self, beta: bool = True, inner: int = 1, checkpointing: bool = False, reuse: bool = True) -> int:
+        """All prompts: rollout, log-probs of the old policy if there are inner steps, reference, update. reuse: the
+        update goes on from the rollout's prefix."""
+        prefix, suffix = self.vision + self.prefix, self.suffix + self.head
+        rolled = prefix + self.decode + suffix * (inner > 1)
         # Two products for each of the forward pass, but no gradient of pixels; and the head's logits are made again.
-        backward = 2 * forward - self.patch_embed + self.head
-        if checkpointing:  # torch stops a recomputation when it has all that the backward pass needs: before `down`
-            c, p, r, v = self.config, self.case.tokens, self.case.completion, self.config.vision
-            rows = c.num_hidden_layers * (p + self.case.group * (r - 1))
-            spared = matrix(rows, self.down)
-            spared += matrix(v.depth * 4 * self.case.rows * self.case.columns, (v.intermediate_size, v.hidden_size))
-            backward += self.vision_blocks + self.prefix + self.suffix - spared
-        return self.case.prompts * (rolled + forward * beta + inner * (forward + backward))
+        backward = 2 * (prefix + suffix) - self.patch_embed + self.head
+        if checkpointing:
+            backward += self.vision_blocks + self.prefix + self.suffix - self.spared()
+        trained = suffix + backward + prefix * (not reuse)
+        return self.case.prompts * (rolled + (prefix + suffix) * beta + inner * trained)
+
+    def spared(self) -> int:
+        """torch ends a recomputation when it has all that the backward pass needs: before the last matrix of a block."""
+        c, v, case = self.config, self.config.vision, self.case
+        rows = (c.num_hidden_layers - 1) * case.tokens + 1 + c.num_hidden_layers * case.group * (case.completion - 1)
+        return matrix(rows, self.down) + matrix(
+            v.depth * 4 * case.rows * case.columns, (v.intermediate_size, v.hidden_size)
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- FLOPs
@@ -117,15 +131,17 @@ def test_the_flops_of_a_step_are_those_of_the_formula(case):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_flops_with_and_without_reference_inner_steps_and_checkpointing(beta, inner, checkpointing):
     flags = ["--beta", str(beta), "--inner-steps", str(inner), *["--checkpointing"] * checkpointing]
-    assert real_flops(CASE, *flags) == Formula(CONFIG, CASE).step(beta > 0, inner, checkpointing)
+    assert real_flops(CASE, *flags) == Formula(CONFIG, CASE).step(beta > 0, inner, checkpointing, reuse=inner == 1)
 
 
-def test_micro_batches_cost_nothing_and_cost_is_linear_in_prompts():
-    one = real_flops(replace(CASE, prompts=1))
-    assert real_flops(replace(CASE, prompts=2)) == 2 * one
-    assert real_flops(replace(CASE, prompts=3)) == 3 * one
-    assert real_flops(replace(CASE, prompts=3), "--micro-batch", "1") == 3 * one
-    assert real_flops(replace(CASE, prompts=3), "--micro-batch", "2") == 3 * one
+def test_cost_is_linear_in_prompts():
+    """Micro-batches cost what an update cannot reuse of the rollout, and else nothing: their number does not matter."""
+    one, three = replace(CASE, prompts=1), replace(CASE, prompts=3)
+    whole = real_flops(one)
+    assert real_flops(replace(CASE, prompts=2)) == 2 * whole and real_flops(three) == 3 * whole
+    split = real_flops(three, "--micro-batch", "1")
+    assert split == real_flops(three, "--micro-batch", "2") == Formula(CONFIG, three).step(reuse=False)
+    assert split == 3 * (whole + Formula(CONFIG, one).vision + Formula(CONFIG, one).prefix)
 
 
 def test_cost_grows_with_the_group_by_suffixes_only():
@@ -141,18 +157,19 @@ def test_doubling_the_group_at_case_b_costs_a_third_more_at_most():
     """2 prompts, 448 x 448 pixels, 293 prompt tokens, 32 new ones. In full rows it costs twice as much."""
     eight, sixteen = (real_flops(square(2, group)) for group in (8, 16))
     assert sixteen <= 1.35 * eight
-    full = [Formula(CONFIG, square(2, group).way("full rows")).step() for group in (8, 16)]
+    full = [Formula(CONFIG, square(2, group).way("full rows")).step(reuse=False) for group in (8, 16)]
     assert full[1] == 2 * full[0]
 
 
-@pytest.mark.parametrize("way", scale.WAYS)
+@pytest.mark.parametrize("way", ["one pass", "shared", "full rows"])
 def test_the_count_without_numbers_is_that_of_a_real_step(way):
-    parts, formula = step_flops(CONFIG, CASE.way(way)), Formula(CONFIG, CASE.way(way))
-    assert sum(parts.values()) == real_flops(CASE.way(way))
-    assert parts["vision"] == formula.case.prompts * 3 * formula.vision
-    assert parts["prefill"] == formula.case.prompts * formula.prefix
-    assert parts["decode"] == formula.case.prompts * formula.decode
-    assert parts["reference"] == parts["forward"]
+    case = CASE.way(way)
+    parts, formula = step_flops(CONFIG, case), Formula(CONFIG, case)
+    assert sum(parts.values()) == real_flops(case) == formula.step(reuse=case.reuse)
+    assert parts["vision"] == case.prompts * formula.vision * (2 if way == "one pass" else 3)
+    assert parts["prefill"] == case.prompts * formula.prefix
+    assert parts["decode"] == case.prompts * formula.decode
+    assert parts["reference"] - parts["forward"] == (parts["prefill"] if way == "one pass" else 0)
 
 
 @pytest.mark.parametrize("size", scale.SIZES)
@@ -163,11 +180,11 @@ def test_the_published_sizes_follow_the_formula(size):
     assert sum(step_flops(config, case).values()) == Formula(config, case).step()
 
 
-def test_the_ratios_of_the_table():
-    for case, full, shared, ratio in zip(scale.COUNTED, (556, 213), (99, 72), (5.60, 2.97), strict=True):
-        steps = {way: Formula(published("3B"), case.way(way)).step() for way in scale.WAYS}
-        assert round(steps["full rows"] / 1e12) == full and round(steps["shared"] / 1e12) == shared
-        assert round(steps["full rows"] / steps["shared"], 2) == ratio
+@pytest.mark.parametrize("case, totals", [(scale.COUNTED[0], [548, 98, 85]), (scale.COUNTED[1], [211, 71, 67])])
+def test_the_totals_of_the_table(case, totals):
+    """TFLOP of a group at 3B: full rows, shared, in one pass."""
+    ways = [case.way(way) for way in ("full rows", "shared", "one pass")]
+    assert [round(Formula(published("3B"), way).step(reuse=way.reuse) / 1e12) for way in ways] == totals
 
 
 # ----------------------------------------------------------------------------------------- operators of our own
@@ -232,16 +249,16 @@ def calls(monkeypatch) -> Counter:
 
 def expected_calls(micro_batches: int, decoded: list[int], beta: bool, inner: int, checkpointing: bool) -> Counter:
     """decoded: tokens that each micro-batch's rollout samples; the first needs no decode step."""
-    layers, depth, again = CONFIG.num_hidden_layers, CONFIG.vision.depth, 1 + checkpointing
-    passes = micro_batches * (1 + beta + inner)  # rollout, reference, update
-    trained = micro_batches * inner  # of them, those with a gradient: blocks run twice if checkpointed
-    plain = passes - trained
+    layers, depth = CONFIG.num_hidden_layers, CONFIG.vision.depth
+    reuse = micro_batches == 1 and inner == 1  # the update's prefix is the rollout's
+    prefixes = micro_batches * (1 + beta + inner - reuse)
+    again = micro_batches * inner * checkpointing  # blocks of trained passes run twice
     return Counter(
         {
-            "tower": passes,
-            "vision block": depth * (plain + trained * again),
-            "prefix": layers * (plain + trained * again),
-            "suffix": layers * (micro_batches * (beta + (inner > 1)) + trained * again),
+            "tower": prefixes,
+            "vision block": depth * (prefixes + again),
+            "prefix": layers * (prefixes + again),
+            "suffix": layers * (micro_batches * (beta + (inner > 1) + inner) + again),
             "decode": layers * sum(n - 1 for n in decoded),
         }
     )
@@ -272,10 +289,10 @@ def test_decoding_stops_with_the_longest_completion(calls):
     policy, schedule = Policy.from_folder(NANO), make_schedule("raw", ScheduleConfig(), 1)
     task = Task(policy, NANO, "answer")
     stream = Stream(phantom_samples(None, 1, 0, 6, size=84), task, BadRecords(), args)
-    _, roll = rollout(policy, None, task, stream, 0, schedule, args)
+    _, roll = rollout(policy, policy, None, task, stream, 0, schedule, args)
     longest = roll.lengths.view(3, 8).amax(1).tolist()
-    assert min(longest) < 40 and any(n % model.STOP_EVERY for n in longest)  # else this would say nothing
-    decoded = [min(40, math.ceil(n / model.STOP_EVERY) * model.STOP_EVERY) for n in longest]
+    assert min(longest) < 40 and any(n % generate.STOP_EVERY for n in longest)  # else this would say nothing
+    decoded = [min(40, math.ceil(n / generate.STOP_EVERY) * generate.STOP_EVERY) for n in longest]
     rolled = expected_calls(3, decoded, False, 0, False)
     assert calls == rolled
     with counted() as counter:
@@ -307,7 +324,7 @@ def test_a_curve_ends_before_the_point_that_would_take_too_long():
         asked.append(case)
         return 0.001 * case.group**3, 7.0
 
-    rows = scale.curve([2, 4, 8, 16, 32, 64, 128], lambda x: square(group=x), "shared", run)
+    rows = scale.curve([2, 4, 8, 16, 32, 64, 128], lambda x: square(group=x), "one pass", run)
     assert [case.group for case in asked] == [row["x"] for row in rows] == [2, 4, 8, 16, 32]  # 64: 262 s
     assert rows[1] == dict(x=4, seconds=0.064, mib=7.0)
 
@@ -332,7 +349,7 @@ def test_a_process_that_dies_is_named():
 
 def test_tables_sentences_and_curves(tmp_path):
     curves = {
-        factor: {"shared": power(points, 1.2, 0.5), "full rows": power(points[:3], 2, 1)}
+        factor: {"one pass": power(points, 1.2, 0.5), "full rows": power(points[:3], 2, 1)}
         for factor, (points, _) in scale.FACTORS.items()
     }
     table = scale.curves_table(curves).splitlines()
@@ -348,8 +365,10 @@ def test_tables_sentences_and_curves(tmp_path):
 
 
 def test_the_table_of_flops():
-    parts = dict.fromkeys(scale.PARTS, 2e12)
-    rows = [dict(model="3B", prompt=1174, completion=128, group=8, ratio=5.6, shared=parts) | {"full rows": parts}]
-    last = scale.flops_table(rows).splitlines()[-1]
-    cells = ["3B", "1174 + 128", "shared", *["2.0"] * 6, "12", "5.60x less"]
-    assert [cell.strip() for cell in last.strip("|").split("|")] == cells
+    sizes = dict(model="3B", prompt=1174, completion=128, group=8)
+    flops = {"full rows": 9e12, "shared": 2e12, "one pass": 1.8e12}
+    rows = [sizes | dict(way=way, flops=dict.fromkeys(scale.PARTS, f)) for way, f in flops.items()]
+    shared, once = scale.flops_table(rows).splitlines()[-2:]
+    cells = ["3B", "1174 + 128", "shared", *["2.0"] * 6, "12", "4.50"]
+    assert [cell.strip() for cell in shared.strip("|").split("|")] == cells
+    assert once.split("|")[-2].strip() == "5.00"
