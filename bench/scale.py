@@ -381,6 +381,7 @@ def figure(curves: dict):
                     ax.plot(x, y, color=colour, ls=style, marker=".", label=f"{way}: x^{exponent(ways[way], key):.2f}")
                 ax.set_xscale("log", base=2)
                 ax.set_yscale("log")
+                ax.yaxis.set_major_formatter("{x:g}")
                 ax.set_xticks(FACTORS[factor][0], [str(x) for x in FACTORS[factor][0]])
                 ax.legend(loc="upper left")
                 if column == 0:

@@ -100,7 +100,7 @@ class Formula:
         return self.case.prompts * (rolled + (prefix + suffix) * beta + inner * trained)
 
     def spared(self) -> int:
-        """torch ends a recomputation when it has all that the backward pass needs: before the last matrix of a block."""
+        """torch ends a recomputation when it has what the backward pass needs: before the last matrix of a block."""
         c, v, case = self.config, self.config.vision, self.case
         rows = (c.num_hidden_layers - 1) * case.tokens + 1 + c.num_hidden_layers * case.group * (case.completion - 1)
         return matrix(rows, self.down) + matrix(
