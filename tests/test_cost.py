@@ -120,7 +120,8 @@ def real_flops(case: Case, *flags: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "case", [CASE, replace(CASE, group=2, completion=1), Case(3, 2, 4, 4, 5, 9), Case(1, 5, 1, 2, 4, 5)]
+    "case",
+    [CASE, replace(CASE, group=2, completion=1), Case(3, 2, 4, 4, 5, 9), Case(1, 5, 1, 2, 4, generate.WINDOW + 6)],
 )
 def test_the_flops_of_a_step_are_those_of_the_formula(case):
     assert real_flops(case) == Formula(CONFIG, case).step()
