@@ -95,7 +95,7 @@ class Case:
         size = grid[2] * patch.patch_size, grid[1] * patch.patch_size
         sample = Sample(None, "", (0, 0, *size), "noise", source="noise")
         prompt = Prompt(ids, patches, grid, positions, next_position, (1.0, 1.0), size, (0, 0, *size), sample, "")
-        return [prompt] * self.prompts
+        return [replace(prompt) for _ in range(self.prompts)]  # none knows what the tower saw of another
 
 
 def square(prompts: int = 1, group: int = 8, tokens: int = 293, completion: int = 32) -> Case:
@@ -260,7 +260,9 @@ def trainer_step(case: Case, *flags: str) -> Callable[[], dict]:
     args.group_size = case.group  # not as a flag, which refuses a group of one
     policy, reference = Policy.from_folder(NANO), Policy.from_folder(NANO).requires_grad_(False)
     policy.eos_ids, policy.checkpointing = (policy.config.vocab_size,), args.checkpointing
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+    policy.visual.requires_grad_(not args.freeze_vision)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0, fused=True)
     task, schedule = Task(policy, NANO, "answer"), make_schedule("raw", ScheduleConfig(), 1)
     stream = Fixed(case.batch(policy.config), args)
     signs = torch.ones(case.prompts * case.group)
