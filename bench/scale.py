@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.util import find_spec
 from unittest.mock import patch
 
@@ -104,7 +105,8 @@ def square(prompts: int = 1, group: int = 8, tokens: int = 293, completion: int 
     return Case(prompts, group, side, side, tokens - side**2, completion)
 
 
-COUNTED = (Case(1, 8, 30, 37, 64, 128), Case(1, 8, 16, 21, 64, 200))  # 1036 x 840 and 588 x 448 pixels
+LARGE, SMALL = Case(1, 8, 30, 37, 64, 128), Case(1, 8, 16, 21, 64, 200)  # 1036 x 840 and 588 x 448 pixels
+COUNTED = (("3B", LARGE), ("3B", SMALL), ("7B", LARGE), ("32B", LARGE))
 FACTORS = {  # what is varied -> its points and how they are made; all else as in square()
     "prompt tokens": ([64, 128, 256, 512, 1024, 2048, 4096], lambda x: square(tokens=x)),
     "group size": ([2, 4, 8, 16, 32, 64], lambda x: square(prompts=2, group=x)),
@@ -185,43 +187,45 @@ def step_flops(config: ModelConfig, case: Case) -> dict[str, int]:
     """FLOPs of one optimiser step by PARTS. `vision` is all forward passes of the tower, which the other parts leave
     out: in the rollout, for the reference, and if the prefix is not reused in the update; `backward` is everything's.
     """
-    one, two = (_flops_at(replace(config, num_hidden_layers=depth), case) for depth in (1, 2))
-    return {part: one[part] + (config.num_hidden_layers - 1) * (two[part] - one[part]) for part in PARTS}
-
-
-def _flops_at(config: ModelConfig, case: Case) -> dict[str, int]:
-    with torch.device("meta"):
-        policy = Policy(config, eos_ids=(config.vocab_size,))
-    batch = collate(case.batch(config, "meta"), "meta")
-
-    def flops(function: Callable) -> tuple[int, object]:
-        with counted() as counter:
-            result = function()
-        return counter.get_total_flops(), result
-
-    every_row = meta_config.patch(meta_nonzero_assume_all_nonzero=True)  # what x[mask] picks
-    with every_row, Unknowns(case.completion):
-        with torch.no_grad():
-            vision, _ = flops(lambda: policy.visual(batch.patches, batch.grids))
-            prefill, prefix = flops(lambda: policy.prefix(batch))
-            luck = torch.empty(case.prompts, case.group, case.completion)
-            decode, done = flops(lambda: policy.generate(prefix, case.group, case.completion, 1.0, luck))
-        again, prefix = flops(lambda: policy.prefix(batch))
-        forward, logp = flops(lambda: policy.logprobs(prefix, done.ids, done.lengths))
-        backward, _ = flops(logp.sum().backward)
-    reference, update = again - vision + forward, (0 if case.reuse else again - vision) + forward
-    parts = (3 - case.reuse) * vision, prefill - vision, decode, reference, update, backward
+    one, two = (passes(replace(config, num_hidden_layers=depth), replace(case, reuse=False)) for depth in (1, 2))
+    slopes = zip(one, two, strict=True)
+    vision, prefill, decode, suffix, backward = (a + (config.num_hidden_layers - 1) * (b - a) for a, b in slopes)
+    reference, update = prefill + suffix, suffix + (0 if case.reuse else prefill)
+    parts = (3 - case.reuse) * vision, prefill, decode, reference, update, backward
     return dict(zip(PARTS, parts, strict=True))
 
 
+@lru_cache
+def passes(config: ModelConfig, case: Case) -> tuple[int, ...]:
+    """FLOPs of vision tower, prompt, decoding, log-probs of the completions, backward pass, once each."""
+    with torch.device("meta"):
+        policy = Policy(config, eos_ids=(config.vocab_size,))
+    batch = collate(case.batch(config, "meta"), "meta")
+    luck = torch.empty(case.prompts, case.group, case.completion)
+    every_row = meta_config.patch(meta_nonzero_assume_all_nonzero=True)  # what x[mask] picks
+    with every_row, Unknowns(case.completion):
+        vision, _ = flops_of(lambda: policy.look(batch))
+        prefill, prefix = flops_of(lambda: policy.prefix(batch))
+        decode, done = flops_of(lambda: policy.generate(prefix, case.group, case.completion, 1.0, luck))
+        suffix, logp = flops_of(lambda: policy.logprobs(prefix, done.ids, done.lengths))
+        backward, _ = flops_of(logp.sum().backward)
+    return vision, prefill - vision, decode, suffix, backward
+
+
+def flops_of(function: Callable) -> tuple[int, object]:
+    """function() -> its FLOPs, its result."""
+    with counted() as counter:
+        result = function()
+    return counter.get_total_flops(), result
+
+
 def flops_rows() -> list[dict]:
-    """Of every published size, both cases of COUNTED and every way, full rows first."""
+    """Of COUNTED, every way, full rows first."""
     rows = []
-    for size in SIZES:
-        for case in COUNTED:
-            sizes = dict(model=size, prompt=case.tokens, completion=case.completion, group=case.group)
-            ways = {way: step_flops(published(size), case.way(way)) for way in ("full rows", "shared", "one pass")}
-            rows += [sizes | dict(way=way, flops=flops) for way, flops in ways.items()]
+    for size, case in COUNTED:
+        sizes = dict(model=size, prompt=case.tokens, completion=case.completion, group=case.group)
+        ways = {way: step_flops(published(size), case.way(way)) for way in ("full rows", "shared", "one pass")}
+        rows += [sizes | dict(way=way, flops=flops) for way, flops in ways.items()]
     return rows
 
 
@@ -297,7 +301,7 @@ def _answer(case: Case, answers) -> None:
 def in_a_fresh_process(case: Case) -> tuple[float, float]:
     """measure(), forked off a process that has imported everything and computed nothing."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["bench.scale"])
+    processes.set_forkserver_preload(["train_grpo"])  # all that takes long; not this file, which is __main__ there
     ours, theirs = processes.Pipe(duplex=False)
     process = processes.Process(target=_answer, args=(case, theirs))
     process.start()

@@ -183,7 +183,7 @@ def test_the_published_sizes_follow_the_formula(size):
     assert sum(step_flops(config, case).values()) == Formula(config, case).step()
 
 
-@pytest.mark.parametrize("case, totals", [(scale.COUNTED[0], [548, 98, 85]), (scale.COUNTED[1], [211, 71, 67])])
+@pytest.mark.parametrize("case, totals", [(scale.LARGE, [548, 98, 85]), (scale.SMALL, [211, 71, 67])])
 def test_the_totals_of_the_table(case, totals):
     """TFLOP of a group at 3B: full rows, shared, in one pass."""
     ways = [case.way(way) for way in ("full rows", "shared", "one pass")]
