@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import errors
+import hub
 import rewards
 from data import (
     PROMPTS,
@@ -106,8 +107,10 @@ class Task:
 
 
 def model_folder(model: str) -> Path:
-    """--model: a checkpoint folder, or "nano" for the policy that comes with this repository."""
-    return NANO if model == "nano" else Path(model)
+    """--model: a checkpoint folder, "nano" for the policy that comes with this repository, or org/name of the Hub."""
+    if model == "nano":
+        return NANO
+    return hub.fetch(model) if hub.is_name(model) else Path(model)
 
 
 def default_prompt(folder: Path) -> str:
