@@ -20,6 +20,7 @@ Left out: video, sliding-window text attention (no published Qwen2.5-VL uses it)
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
@@ -857,7 +858,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     if index.exists():
         where = read_json(index).get("weight_map")
         files = list(where.values()) if isinstance(where, dict) else [None]
-        if not all(isinstance(name, str) and Path(name).name == name for name in files):
+        if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in files):
             raise InputError(f"{index}: field 'weight_map' must say which file of the folder each tensor is in.")
         names = sorted(set(where.values()))
     for name in names:
