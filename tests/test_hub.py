@@ -16,12 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_model import save_peer
+from test_train import records, run  # noqa: F401  (records is a fixture)
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 import eval as evaluation
 import hub
 import lora
 import model
+import train_grpo
+import train_sft
 from config import parse_arguments
 from data import ImageConfig
 from errors import InputError
@@ -480,6 +483,26 @@ def test_a_resumed_run_goes_on_with_the_commit_that_it_began_with(tmp_path, caps
         with pytest.raises(SystemExit):
             resumed(saved, "--model", given) if saved != "runs/a@b" else resumed("./" + saved, "--model", "./" + given)
         assert "--resume goes on with --model" in capsys.readouterr().err
+
+
+def test_programs_take_a_name_and_save_its_commit(records, tmp_path, monkeypatch):  # noqa: F811
+    """A run from the Hub, stopped and resumed by the same command; the second fetch asks for the first one's commit."""
+    snapshot = tmp_path / "cache" / COMMIT
+    shutil.copytree(evaluation.NANO, snapshot)
+    asked = []
+    monkeypatch.setattr(hub, "fetch", lambda name: asked.append(name) or snapshot)
+    name, pinned = "qwen/tiny", f"qwen/tiny@{COMMIT}"
+    small = ["--model", name, "--data", str(records), "--batch-size", "2", "--micro-batch", "2", "--workers", "0"]
+    run(train_sft, *small, "--steps", "1", "--out", str(tmp_path / "sft"))
+    grpo = [*small, "--recipe", "nano", "--group-size", "2", "--max-tokens", "4", "--out", str(tmp_path / "grpo")]
+    run(train_grpo, *grpo, "--steps", "1")
+    run(train_grpo, *grpo, "--steps", "2", "--resume")
+    assert asked == [name, name, pinned]
+    assert json.loads((tmp_path / "sft" / "config.json").read_text())["model"] == pinned
+    assert json.loads((tmp_path / "grpo" / "config.json").read_text())["arguments"]["model"] == pinned
+    image = ["--image", str(records.parent / "0.png"), "--query", "x", "--out", str(tmp_path / "eval")]
+    run(evaluation, "--model", name, *image)
+    assert asked.pop() == name
 
 
 # ------------------------------------------------------------------------------------------------- no code from a disk

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -402,28 +403,21 @@ def test_bad_query_files_name_file_and_field(folder, table, words):
         data.read_queries(write_queries(folder, table))
 
 
-def test_queries_reach_training_and_evaluation(folder, tmp_path):
+def test_queries_reach_training_and_evaluation(folder, tmp_path, monkeypatch):
     """All three programs ask in the file's words; a special token in one is refused under the record's name."""
     train, queries = str(folder / "train.jsonl"), write_queries(folder, {"nv": "A", "mel": "B", "bcc": "C"})
-    small = [
-        "--data",
-        train,
-        "--val",
-        train,
-        "--queries",
-        queries,
-        "--steps",
-        "1",
-        "--batch-size",
-        "2",
-        "--workers",
-        "0",
-    ]
+    small = ["--data", train, "--val", train, "--queries", queries, "--steps", "1"]
+    small += ["--batch-size", "2", "--workers", "0"]
     grpo_flags = [*small, "--group-size", "2", "--micro-batch", "2", "--eval-limit", "1", "--max-tokens", "4"]
     out = tmp_path / "grpo"
     run(train_grpo, *grpo_flags, "--out", str(out), "--samples-every", "1")
     prompt = lines(out / "samples.jsonl")[0]["prompt"]
     assert any(f"<|vision_end|>{phrase}<|im_end|>" in prompt for phrase in "ABC")
+    taught = []
+    real = train_sft.answer_text
+    monkeypatch.setattr(train_sft, "answer_text", lambda *a: taught.append(real(*a)) or taught[-1])
+    run(train_sft, *small, "--out", str(tmp_path / "sft"), "--prompt", "qwen", "--max-tokens", "4")
+    assert len(taught) == 2 and all(re.search('"label": "[ABC]"', text) for text in taught)
     missing = write_queries(folder, {"nv": "A", "mel": "B"})
     for script, flags in [
         (train_grpo, [*grpo_flags, "--out", str(tmp_path / "x")]),
