@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 
 import errors
+import hub
 import loss
 import rewards
 import scheduler
-from data import PROMPTS, held_out_phantoms
-from errors import InputError
+from data import check_style, held_out_phantoms, prompt_style
+from errors import InputError, named
 from logs import LOGS
 from model import check_device, read_json
 from scheduler import ScheduleConfig
@@ -30,6 +31,7 @@ DEFAULTS = dict(
     model="nano",  # runs anywhere, no download
     data="phantoms",
     val=None,  # held-out phantoms for phantoms; for files it must be named
+    queries=None,  # records are asked for in their own words
     out="out",
     max_pixels=None,  # what the checkpoint says; the published ones allow 16,384 tokens an image
     schedule="medloc",
@@ -86,7 +88,6 @@ RECIPES = {
     ),
 }
 CHOICES = scheduler.CHOICES | {
-    "prompt": tuple(PROMPTS),
     "dtype": ("float32", "bfloat16"),
     "loss": loss.KINDS,
     "kl": loss.KLS,
@@ -94,15 +95,8 @@ CHOICES = scheduler.CHOICES | {
     "log": tuple(LOGS),
     "decode": ("eager", "graph"),
 }
-TYPES = {
-    "val": str,
-    "prompt": str,
-    "dtype": str,
-    "log": str,
-    "decode": str,
-    "eval_limit": int,
-    "max_pixels": int,
-}  # default None
+TYPES = dict.fromkeys(("val", "queries", "prompt", "dtype", "log", "decode"), str)  # of flags whose default is None
+TYPES |= dict.fromkeys(("eval_limit", "max_pixels"), int)
 # What a resumed run may change: nothing here decides what is learned. More --steps is a longer run (the learning rate
 # is constant after the warm-up); schedules that go by the share of the steps refuse it themselves.
 FREE_ON_RESUME = {"resume", "out", "steps", "device", "eval_every", "eval_limit", "samples_every", "save_every", "log"}
@@ -111,11 +105,12 @@ FREE_ON_RESUME |= {"decode", "micro_batch"}  # round a little differently, no mo
 
 GROUPS = {  # title -> flag -> help
     "what": dict(
-        model="checkpoint folder, or nano",
+        model="checkpoint folder, nano, or org/name of the Hugging Face Hub",
         data="JSONL files, or phantoms[:dermoscopy|xray|ultrasound]",
         val="records to evaluate on",
         out="folder for everything the run writes; must be empty or new",
-        prompt="wording of the question",
+        prompt="wording of the question: answer, think, qwen, or a text file with {query} in it",
+        queries="JSON file: what the records call it -> the phrase to ask with, or a list to choose from",
         max_pixels="largest picture that the policy sees, 784 pixels a token; larger ones are scaled down",
         skip_bad="records that may be unusable; they are left out and listed",
         seed="of data order, phantoms and sampling",
@@ -208,7 +203,7 @@ def make_parser() -> argparse.ArgumentParser:
             elif kind is tuple:
                 options |= {"type": float, "nargs": len(known[name])}
             else:
-                options["type"] = kind
+                options["type"] = prompt_style if name == "prompt" else kind
             choices = CHOICES | {
                 "schedule": tuple(scheduler.SCHEDULES)
             }  # now: a fork's own schedule is registered late
@@ -234,6 +229,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                 f"--resume: {file} does not exist, so there is no run to go on with; start it without --resume"
             )
         saved = read_saved(file)
+        if hub.is_name(explicit.get("model", "")) and explicit["model"] == saved.get("model", "").partition("@")[0]:
+            explicit["model"] = saved["model"]  # the commit that the run began with
         for name in sorted(explicit.keys() & saved.keys() - FREE_ON_RESUME):
             given = list(explicit[name]) if isinstance(explicit[name], tuple) else explicit[name]
             if given != saved[name]:
@@ -262,6 +259,9 @@ def read_saved(file: Path) -> dict:
         kinds = {float: (float, int), tuple: (list,)}.get(kind, (kind,))
         if not optional and (not isinstance(value, kinds) or isinstance(value, bool) != (kind is bool)):
             raise InputError(f"{file}: {flag(name)} is {value!r:.80} in it; restore it, or start a new run")
+    if saved.get("prompt"):
+        with named(f"{file}: --prompt"):
+            check_style(saved["prompt"])
     return saved
 
 

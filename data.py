@@ -20,7 +20,7 @@ import os
 import re
 import reprlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 BLANK = b"\xef\xbb\xbf \t\r\n"  # what may stand around a record: the UTF-8 byte order mark and JSON's white space
 MAX_LINE = 1_000_000  # bytes of a JSONL line: a record has a few hundred, so a longer line is another kind of file
 MAX_TEXT = 10_000  # characters of a query: more than any prompt holds, and the tokenizer is not kept busy with it
+QUERIES_REMEDY = 'write {"query of the records": "phrase to ask with", ...}'
 
 TRAIN_PHANTOMS = 20_000
 TEST_PHANTOMS = 600
@@ -48,11 +49,13 @@ PROMPTS = {
     "answer": "{query}",  # box only: what the nano policy is trained on
     "think": REC_QUESTION + " First output the thinking process in <think> </think> tags and then output the final "
     "answer in <answer> </answer> tags. Output the final answer in JSON format.",
+    "qwen": "Locate {query}, output its bbox coordinates using JSON format.",  # of Qwen2.5-VL's own grounding examples
 }
 THOUGHT = "I look for the region that the question describes and frame it."
 ANSWERS = {
     "answer": "[{},{},{},{}]",
     "think": f'<think> {THOUGHT} </think>\n<answer>{{{{"bbox_2d": [{{}}, {{}}, {{}}, {{}}]}}}}</answer>',
+    "qwen": '```json\n[\n\t{{"bbox_2d": [{}, {}, {}, {}], "label": {}}}\n]\n```',  # to the tab as Qwen2.5-VL answers
 }
 CHAT = (  # for a tokenizer without a template of its own: what Qwen2.5-VL's template renders
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -80,13 +83,16 @@ class BadRecords:
             raise InputError(f"{error} ({hint})") from error
 
 
-def load_samples(spec: str, seed: int, split: str, bad: BadRecords | None = None) -> list[Sample]:
+def load_samples(
+    spec: str, seed: int, split: str, bad: BadRecords | None = None, queries: str | None = None
+) -> list[Sample]:
     """Read --data: "phantoms", "phantoms:<kind>" or a JSONL/JSON file; several of them separated by commas.
 
     seed picks the training phantoms. split is "train" or "test" and matters to phantoms only (a file is its own split):
     the test phantoms are the same for every seed and disjoint from all training ones. bad takes the records that cannot
-    be used; without it the first one is an InputError.
+    be used; without it the first one is an InputError. queries: a file of other words to ask in (read_queries).
     """
+    bad = bad or BadRecords()
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
     series = (seed, 0, TRAIN_PHANTOMS) if split == "train" else (TEST_SEED, TEST_START, TEST_PHANTOMS)
@@ -97,7 +103,42 @@ def load_samples(spec: str, seed: int, split: str, bad: BadRecords | None = None
             samples += phantom_samples(kind if colon else None, *series)
         else:
             samples += load_jsonl(part.strip(), bad)
-    return samples
+    return ask_in_words_of(queries, samples, seed if split == "train" else None, bad) if queries else samples
+
+
+def read_queries(path: str | Path) -> dict[str, list[str]]:
+    """--queries, a JSON object: the query of a record, such as its class -> the phrases to ask with instead, one or
+    a list of them."""
+    with named(one_line(path)):
+        try:
+            table = _parse(Path(path).read_bytes(), QUERIES_REMEDY)
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot be read ({cause_of(error)}); {QUERIES_REMEDY}") from error
+        if not isinstance(table, dict):
+            raise InputError(f"holds {_short(table)} and no JSON object; {QUERIES_REMEDY}")
+        phrases = {query: value if isinstance(value, list) else [value] for query, value in table.items()}
+        if empty := [query for query, some in phrases.items() if not some]:
+            raise InputError(f"field {_short(empty[0])} has no phrase; {QUERIES_REMEDY}")
+        return {query: [_text(phrase, query) for phrase in some] for query, some in phrases.items()}
+
+
+def ask_in_words_of(path: str, samples: list[Sample], seed: int | None, bad: BadRecords) -> list[Sample]:
+    """The samples with a phrase of read_queries(path) each in place of their queries, all of which must be in it.
+
+    Of several phrases the seed and the sample's index choose one, for the whole run; without a seed, where answers are
+    evaluated, it is the first: two policies are asked the same.
+    """
+    phrases, asked = read_queries(path), []
+    for index, sample in enumerate(samples):
+        if some := phrases.get(sample.query):
+            luck = 0 if seed is None else int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+            asked.append(replace(sample, query=some[luck % len(some)]))
+        else:
+            field = f"field {sample.query_field!r} {_short(sample.query)}"
+            bad.add(sample.source, InputError(f"{sample.source}: {field} is not in {one_line(path)}; add it there"))
+    if samples and not asked:
+        raise InputError(f"{one_line(path)}: holds none of the queries of {len(samples)} records")
+    return asked
 
 
 def held_out_phantoms(spec: str) -> str:
@@ -383,21 +424,54 @@ def to_original(box: Box, scale: tuple[float, float]) -> Box:
     return box[0] * scale[0], box[1] * scale[1], box[2] * scale[0], box[3] * scale[1]
 
 
-def answer_text(box: Box, style: str) -> str:
+def answer_text(box: Box, style: str, query: str) -> str:
     """What supervised training wants to hear for a box of the MODEL frame, in whole pixels; the EOS is not in it.
 
-    style "answer": [x1,y1,x2,y2]; "think": a fixed thought and VLM-R1's JSON. Each side moves by half a pixel at most,
-    unless the box would vanish: then it becomes the pixel that it lies in.
+    style "think": a fixed thought and VLM-R1's JSON; "qwen": Qwen's JSON, with the query as label; else
+    [x1,y1,x2,y2]. Each side moves by half a pixel at most, unless the box would vanish: then it becomes the pixel that
+    it lies in.
     """
     x1, y1, x2, y2 = map(round, box)
     if x1 == x2:
         x1, x2 = math.floor(box[0]), math.floor(box[0]) + 1
     if y1 == y2:
         y1, y2 = math.floor(box[1]), math.floor(box[1]) + 1
-    return ANSWERS[style].format(x1, y1, x2, y2)
+    return ANSWERS.get(style, ANSWERS["answer"]).format(x1, y1, x2, y2, json.dumps(query, ensure_ascii=False))
 
 
 # ---------------------------------------------------------------- prompts
+
+
+def prompt_style(value: str) -> str:
+    """--prompt -> what all of this takes as `style`: a name of PROMPTS, or a question with {query} in it, which is the
+    text of the file that --prompt names."""
+    if value in PROMPTS:
+        return value
+    if not os.path.isfile(value):
+        known = ", ".join(PROMPTS)
+        raise InputError(f"--prompt {one_line(value)}: there are {known}, or a text file with {{query}} in it")
+    with named(f"--prompt {one_line(value)}"):
+        try:
+            text = Path(value).read_text(encoding="utf-8-sig")
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot be read ({cause_of(error)}); write it in UTF-8") from error
+        return check_style(text.strip())
+
+
+def check_style(style: str) -> str:
+    """The style, if it can be asked. {query} is the only placeholder: {"bbox_2d": [x1, y1, x2, y2]} is text."""
+    if style in PROMPTS:
+        return style
+    if len(style) > MAX_TEXT:
+        raise InputError(f"the question has {len(style)} characters; shorten it to at most {MAX_TEXT}")
+    if other := [p for p in re.findall(r"\{\s*\w*\s*\}", style) if p != "{query}"]:
+        raise InputError(f"the question holds {other[0]}; {{query}} is the only placeholder there is")
+    if "{query}" not in style:
+        hint = f"write it where the phrase of a record belongs, or name one of {', '.join(PROMPTS)}"
+        raise InputError(f"the question {_short(style)} does not hold {{query}}; {hint}")
+    if IMAGE_TOKEN in style:
+        raise InputError(f"the question holds {IMAGE_TOKEN}; leave it out, the picture is put in front of it")
+    return style
 
 
 @dataclass
@@ -418,7 +492,8 @@ class Prompt:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder; local files only, no code from the folder is run."""
+    """The tokenizer of a checkpoint folder, with the chat template that transformers' processor would take; local
+    files only, no code from the folder is run."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; a model is a Hugging Face checkpoint folder on this machine")
@@ -434,6 +509,11 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise InputError(
             f"{folder}: {IMAGE_TOKEN} is {ids[0]} in the tokenizer, but config.json: image_token_id is {ids[1]}"
         )
+    if (file := folder / "chat_template.json").is_file():  # a processor's, and goes before the tokenizer's own
+        template = _read_json(file)
+        if not isinstance(template, dict) or not isinstance(template.get("chat_template"), str):
+            raise InputError(f"{file}: field 'chat_template' must be a string; restore it from its checkpoint")
+        tokenizer.chat_template = template["chat_template"]
     return tokenizer
 
 
@@ -445,7 +525,7 @@ def build_prompt(
     max_prompt_tokens: int | None = None,
     picture: Picture | InputError | None = None,
 ) -> Prompt:
-    """Load a sample and ask for its box in one of PROMPTS' styles, image first.
+    """Load a sample and ask for its box, image first; style: see prompt_style.
 
     picture: what reading it ahead of time gave. InputError, never a cut prompt, when it is longer than
     max_prompt_tokens or the query holds a special token.
@@ -486,7 +566,7 @@ def _render(sample, size, tokenizer, config, style, max_prompt_tokens) -> tuple[
             h, w = smart_resize(size[1], size[0], *config.limits)
         if special := [token for token in tokenizer.get_added_vocab() if token in sample.query]:
             raise InputError(f"field {field!r} {_short(sample.query)} holds the special token {special[0]}; remove it")
-        text = _chat(PROMPTS[style].format(query=sample.query), tokenizer)
+        text = _chat(PROMPTS.get(style, style).replace("{query}", sample.query), tokenizer)
         ids = tokenizer.encode(text, add_special_tokens=False)
         if ids.count(image_token_id) != 1:
             raise InputError(
@@ -508,7 +588,11 @@ def _chat(question: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.chat_template is None:
         return CHAT.format(question=question)
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-    return tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # the template is a program, if one in a sandbox: it may raise anything
+        why = f"{type(error).__name__}: {cause_of(error)}"
+        raise InputError(f"the tokenizer's chat template fails ({why}); use a Qwen2.5-VL checkpoint's") from error
 
 
 def mrope_positions(

@@ -20,10 +20,12 @@ Left out: video, sliding-window text attention (no published Qwen2.5-VL uses it)
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -56,12 +58,13 @@ COMPANIONS = (
 
 @dataclass(frozen=True)
 class VisionConfig:
-    depth: int
     hidden_size: int
     intermediate_size: int
-    num_heads: int
     out_hidden_size: int  # = hidden size of the decoder
-    fullatt_block_indexes: tuple[int, ...]  # blocks in which a patch sees its whole image; elsewhere only its window
+    # What the published 32B leaves out of its config.json, since these are the values of every size:
+    depth: int = 32
+    num_heads: int = 16
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)  # blocks where a patch sees its whole image, not a window
     window_size: int = 112  # pixels of the model frame
     patch_size: int = 14
     spatial_merge_size: int = 2  # 2 x 2 patches become one token of the decoder
@@ -117,6 +120,8 @@ class ModelConfig:
             raise InputError(f"{source}: rope type {rope} is not implemented, only Qwen2.5-VL's plain M-RoPE is.")
         if text.get("use_sliding_window"):
             raise InputError(f"{source}: use_sliding_window is true; sliding-window attention is not implemented.")
+        if "quantization_config" in raw:
+            raise InputError(f"{source}: has a quantization_config; take the checkpoint that is not quantised.")
         try:
             return cls(
                 **{key: text[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
@@ -128,12 +133,10 @@ class ModelConfig:
                 max_position_embeddings=text.get("max_position_embeddings", 32768),
                 vision=VisionConfig(
                     **{
-                        k: vision[k]
-                        for k in ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size")
-                    },
-                    fullatt_block_indexes=tuple(vision["fullatt_block_indexes"]),
-                    **{k: vision[k] for k in ("window_size", "patch_size", "spatial_merge_size") if k in vision},
-                    **{k: vision[k] for k in ("temporal_patch_size", "in_channels") if k in vision},
+                        f.name: tuple(vision[f.name]) if f.name == "fullatt_block_indexes" else vision[f.name]
+                        for f in fields(VisionConfig)
+                        if f.name in vision or f.default is MISSING
+                    }
                 ),
             )
         except KeyError as missing:
@@ -688,7 +691,11 @@ class Policy(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: str | Path, device: torch.device | str = "cpu", dtype=torch.float32) -> "Policy":
-        """Load a Hugging Face folder: config.json and model.safetensors, or shards and their index. Refuses others."""
+        """Load a Hugging Face folder: config.json and model.safetensors, or shards and their index. Refuses others.
+
+        One tensor after the other is copied and converted, and a shard is let go before the next one is opened: host
+        memory holds the policy (nothing of it if device is another) and at most one shard.
+        """
         folder = Path(folder)
         raw = read_json(folder / "config.json")
         config, eos_ids = ModelConfig.from_dict(raw, str(folder / "config.json")), read_eos_ids(folder, raw)
@@ -699,19 +706,18 @@ class Policy(nn.Module):
         for file in checkpoint_files(folder):
             try:
                 with safe_open(file, framework="pt") as tensors:
-                    for name in tensors.keys():
+                    for key in tensors.keys():
+                        name = published_name(key)
                         if name == "lm_head.weight" and policy.config.tie_word_embeddings:
                             continue  # some exporters write the tied head twice
                         if name not in wanted:
-                            raise InputError(
-                                f"{file}: tensor {name} is not one of Qwen2.5-VL's; is this another model?"
-                            )
-                        tensor = tensors.get_tensor(name)
+                            raise InputError(f"{file}: tensor {key} is not one of Qwen2.5-VL's; is this another model?")
+                        tensor = tensors.get_tensor(key)  # still in the file: read when it is copied
                         if tensor.shape != wanted[name].shape:
                             shapes = f"{tuple(tensor.shape)}, config.json asks for {tuple(wanted[name].shape)}"
-                            raise InputError(f"{file}: tensor {name} has shape {shapes}.")
+                            raise InputError(f"{file}: tensor {key} has shape {shapes}.")
                         module = policy.get_submodule(name.rpartition(".")[0])
-                        weight = nn.Parameter(tensor.to(device, dtype))
+                        weight = nn.Parameter(tensor.to(device, dtype, copy=True))  # no weight hangs on the open file
                         setattr(module, name.rpartition(".")[2], weight)
                         found.add(name)
             except SafetensorError as error:
@@ -740,26 +746,31 @@ class Policy(nn.Module):
 
     def save_folder(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a Hugging Face folder that transformers, vLLM and from_folder load: weights, config, and the companions
-        of the folder this policy came from (tokenizer, preprocessor, generation config)."""
+        of the folder this policy came from (tokenizer, preprocessor, generation config). One shard after the other goes
+        through host memory."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        shards: list[dict[str, Tensor]] = [{}]
+        shards: list[list[str]] = [[]]
         size = total = 0
-        for name, tensor in self.published(dtype):
-            if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-                shards.append({})
+        for name, parameter in self.named_parameters():
+            if ".adapter." in name:
+                continue
+            nbytes = parameter.numel() * (dtype or parameter.dtype).itemsize
+            if shards[-1] and size + nbytes > SHARD_BYTES:
+                shards.append([])
                 size = 0
-            shards[-1][name] = tensor
-            size += tensor.nbytes
-            total += tensor.nbytes
+            shards[-1].append(name)
+            size += nbytes
+            total += nbytes
         names = ["model.safetensors"]
         if len(shards) > 1:
             names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
             where = {key: file for shard, file in zip(shards, names, strict=True) for key in shard}
             index = {"metadata": {"total_size": total}, "weight_map": where}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+        tensors = self.published(dtype)  # in the same order
         for shard, file in zip(shards, names, strict=True):
-            save_file(shard, folder / file, metadata={"format": "pt"})
+            save_file(dict(islice(tensors, len(shard))), folder / file, metadata={"format": "pt"})
         dtype_name = str(dtype or next(self.parameters()).dtype).removeprefix("torch.")
         key = "torch_dtype" if "torch_dtype" in self.raw_config else "dtype"
         (folder / "config.json").write_text(json.dumps(self.raw_config | {key: dtype_name}, indent=2) + "\n")
@@ -785,7 +796,8 @@ def read_json(file: Path) -> dict:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(
-            f"{file} does not exist; --model wants a folder of a Qwen2.5-VL checkpoint or 'nano'."
+            f"{file} does not exist; --model wants a folder of a Qwen2.5-VL checkpoint or 'nano', "
+            "or org/name of the Hugging Face Hub."
         ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: not readable as JSON ({error}).") from None
@@ -808,12 +820,19 @@ def read_eos_ids(folder: Path, raw: dict) -> tuple[int, ...]:
     return ids
 
 
+def published_name(name: str) -> str:
+    """A tensor's name in the published files. Some frameworks save the names that transformers has in memory."""
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
 def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the weights, all of which exist."""
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
         where = read_json(index).get("weight_map")
-        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-            raise InputError(f"{index}: field 'weight_map' must say which file each tensor is in.")
+        files = list(where.values()) if isinstance(where, dict) else [None]
+        if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in files):
+            raise InputError(f"{index}: field 'weight_map' must say which file of the folder each tensor is in.")
         names = sorted(set(where.values()))
     for name in names:
         if not (folder / name).exists():

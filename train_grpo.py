@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import checkpoint
 import errors
+import hub
 import kernels
 import lora
 import rewards
@@ -436,6 +437,7 @@ def train(args, readers: Readers) -> None:
     # Where cuBLAS splits a sum of bf16 products, the parts are added in fp32 too.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     base = model_folder(args.model)
+    args.model = hub.pinned(args.model, base)
     args.prompt = args.prompt or default_prompt(base)
     on_gpu = args.device.startswith("cuda")
     args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
@@ -446,9 +448,9 @@ def train(args, readers: Readers) -> None:
     start = checkpoint.newest(out) if args.resume else base
 
     bad = BadRecords(args.skip_bad)
-    samples = load_samples(args.data, args.seed, "train", bad)
+    samples = load_samples(args.data, args.seed, "train", bad, args.queries)
     held_out = args.val or held_out_phantoms(args.data)
-    val = load_samples(held_out, args.seed, "test", bad) if held_out else []
+    val = load_samples(held_out, args.seed, "test", bad, args.queries) if held_out else []
     policy, actor, reference = make_policies(args, base, start)
     room = policy.config.max_position_embeddings - args.max_tokens
     if room < 1:

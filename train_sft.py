@@ -26,11 +26,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm
 
 import errors
+import hub
 from config import DEFAULTS
 from data import (
     CLIP_MEAN,
     CLIP_STD,
-    PROMPTS,
     BadRecords,
     Box,
     Sampler,
@@ -38,6 +38,7 @@ from data import (
     held_out_phantoms,
     load_samples,
     phantom_samples,
+    prompt_style,
     to_model,
 )
 from errors import InputError
@@ -183,7 +184,7 @@ def sft(
                 rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([args.seed, step, index])))
                 width, height = prompt.grid[2] * patch, prompt.grid[1] * patch
                 box = coarse_box(box, width, height, rng, args.coarse_shift, args.coarse_scale, args.coarse_spread)
-            ids = task.tokenizer.encode(answer_text(box, task.style), add_special_tokens=False)
+            ids = task.tokenizer.encode(answer_text(box, task.style, samples[index].query), add_special_tokens=False)
             prompts.append(prompt)
             answers.append(torch.tensor([*ids, eos]))
         loss_sum, tokens = 0.0, sum(map(len, answers))
@@ -236,13 +237,18 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--make-nano", action="store_true", help="make assets/nano (or --out) from random weights")
     parser.add_argument("--keep-exact", help="with --make-nano: also save the exact-SFT policy in this folder")
-    parser.add_argument("--model", default="nano", help="checkpoint folder, or nano")
+    parser.add_argument("--model", default="nano", help="checkpoint folder, nano, or org/name of the Hugging Face Hub")
     parser.add_argument("--data", default="phantoms", help="JSONL files, or phantoms[:dermoscopy|xray|ultrasound]")
     parser.add_argument(
         "--val", help="evaluated before and after; default: held-out phantoms for phantoms, else nothing"
     )
     parser.add_argument("--out", help="folder for the trained checkpoint, metrics.jsonl and eval.json")
-    parser.add_argument("--prompt", choices=list(PROMPTS), help="default: the one it was trained with, else think")
+    parser.add_argument(
+        "--prompt",
+        type=prompt_style,
+        help="answer, think, qwen or a text file with {query} in it; default: the one it was trained with, else think",
+    )
+    parser.add_argument("--queries", help="JSON file: what the records call it -> the phrase to ask with, or several")
     parser.add_argument("--max-pixels", type=int, help="largest picture that the policy sees; default: its folder's")
     parser.add_argument(
         "--skip-bad", type=int, default=0, help="records that may be unusable; they are left out, listed"
@@ -286,14 +292,15 @@ def train(args: argparse.Namespace, readers: Readers) -> None:
     if out.exists() and any(out.iterdir()):
         raise InputError(f"--out {out} is not empty; name a new folder or remove it")
     folder = model_folder(args.model)
+    args.model = hub.pinned(args.model, folder)
     prompt = args.prompt or default_prompt(folder)
     max_tokens = args.max_tokens or (24 if prompt == "answer" else 512)
     policy = Policy.from_folder(folder, args.device)
     policy.compute_dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     bad = BadRecords(args.skip_bad)
-    samples = load_samples(args.data, args.seed, "train", bad)
+    samples = load_samples(args.data, args.seed, "train", bad, args.queries)
     held_out = args.val or held_out_phantoms(args.data)
-    val = load_samples(held_out, args.seed, "test", bad) if held_out else []
+    val = load_samples(held_out, args.seed, "test", bad, args.queries) if held_out else []
     task = Task(policy, folder, prompt, policy.config.max_position_embeddings - max_tokens, args.max_pixels)
     samples, val = task.usable(samples, bad), task.usable(val, bad, decode=True)
     for sentence in bad.sentences.values():

@@ -410,18 +410,18 @@ def test_frames_go_there_and_back(box, width, height):
 @given(st.floats(0, 2000), st.floats(0, 2000), st.floats(1, 500), st.floats(1, 500))
 def test_answers_are_whole_pixels_within_half_a_pixel(x, y, w, h):
     box = (x, y, x + w, y + h)
-    got = json.loads(answer_text(box, "answer"))
+    got = json.loads(answer_text(box, "answer", "it"))
     assert np.abs(np.subtract(got, box)).max() <= 0.5 + 1e-9
     assert got[0] < got[2] and got[1] < got[3]
 
 
 def test_answers_in_full():
-    assert answer_text((12.4, 3.6, 99.5, 140.0), "answer") == "[12,4,100,140]"
-    assert answer_text((12.4, 3.6, 99.5, 140.0), "think") == (
+    assert answer_text((12.4, 3.6, 99.5, 140.0), "answer", "it") == "[12,4,100,140]"
+    assert answer_text((12.4, 3.6, 99.5, 140.0), "think", "it") == (
         "<think> I look for the region that the question describes and frame it. </think>\n"
         '<answer>{"bbox_2d": [12, 4, 100, 140]}</answer>'
     )
-    assert answer_text((139.6, 7.1, 139.9, 7.3), "answer") == "[139,7,140,8]"  # thinner than a pixel: not empty, inside
+    assert answer_text((139.6, 7.1, 139.9, 7.3), "answer", "it") == "[139,7,140,8]"  # thinner than a pixel: inside it
 
 
 # ---------------------------------------------------------------- prompts
