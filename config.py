@@ -25,6 +25,7 @@ from data import check_style, held_out_phantoms, prompt_style
 from errors import InputError, named
 from logs import LOGS
 from model import check_device, read_json
+from plan import read_memory
 from scheduler import ScheduleConfig
 
 DEFAULTS = dict(
@@ -47,7 +48,9 @@ DEFAULTS = dict(
     lora_rank=0,  # 0: all weights are trained
     lora_alpha=64.0,  # adapters count alpha / rank
     freeze_vision=False,
-    checkpointing=False,  # a third more time for a fraction of the memory
+    micro_batch=None,  # prompts per pass: as many as fit (plan.py)
+    checkpointing=None,  # off, if as many prompts fit without: a third more time for a fraction of the memory
+    memory=None,  # what the device has to spare
     skip_bad=0,
     eval_every=0,  # 0: at the start and the end only
     eval_limit=None,
@@ -66,7 +69,6 @@ RECIPES = {
         prompt=None,  # the one the policy was trained with, as its folder says
         steps=200,
         batch_size=16,  # prompts per optimiser step
-        micro_batch=16,  # prompts per forward pass
         lr=1e-4,  # mIoU after 100 steps, seed 0: .718; 2e-4 .680, 4e-4 .581
         warmup=5,
         temperature=1.0,
@@ -78,7 +80,6 @@ RECIPES = {
         prompt="think",  # (s)
         steps=500,  # (?)
         batch_size=8,  # (?)
-        micro_batch=1,
         lr=1e-6,  # (s)
         warmup=10,  # (?)
         temperature=0.9,  # (s)
@@ -97,10 +98,11 @@ CHOICES = scheduler.CHOICES | {
 }
 TYPES = dict.fromkeys(("val", "queries", "prompt", "dtype", "log", "decode"), str)  # of flags whose default is None
 TYPES |= dict.fromkeys(("eval_limit", "max_pixels"), int)
+TYPES |= {"micro_batch": int, "checkpointing": bool, "memory": str}  # None: plan.py decides
 # What a resumed run may change: nothing here decides what is learned. More --steps is a longer run (the learning rate
 # is constant after the warm-up); schedules that go by the share of the steps refuse it themselves.
 FREE_ON_RESUME = {"resume", "out", "steps", "device", "eval_every", "eval_limit", "samples_every", "save_every", "log"}
-FREE_ON_RESUME |= {"workers", "skip_bad", "checkpointing"}
+FREE_ON_RESUME |= {"workers", "skip_bad", "memory", "checkpointing"}
 FREE_ON_RESUME |= {"decode", "micro_batch"}  # round a little differently, no more
 
 GROUPS = {  # title -> flag -> help
@@ -119,7 +121,7 @@ GROUPS = {  # title -> flag -> help
         steps="rollouts",
         group_size="G, completions per prompt",
         batch_size="prompts per rollout",
-        micro_batch="prompts per forward pass: less memory, same result",
+        micro_batch="prompts per forward pass: less memory, same result; None: as many as fit",
         inner_steps="optimiser steps per rollout",
         loss="what the token losses are averaged over",
         lr="learning rate of AdamW",
@@ -171,7 +173,8 @@ GROUPS = {  # title -> flag -> help
         lora_rank="train adapters of this rank in the decoder (lora.py) and keep one frozen copy of all weights",
         lora_alpha="adapters are scaled by alpha / rank",
         freeze_vision="leave the vision tower as it is; it then looks at a picture once a step",
-        checkpointing="recompute activations in the backward pass",
+        memory="what the run may take of the device, such as 24GB; None: what it has to spare",
+        checkpointing="recompute activations in the backward pass; None: if it does not fit without",
         decode="run each decode step as operators, or replay it as a CUDA graph (generate.py)",
         deterministic="refuse operations that may differ from run to run",
     ),
@@ -189,6 +192,7 @@ def make_parser() -> argparse.ArgumentParser:
     recipe = "the nano one with --model nano, else the paper's"
     parser.add_argument("--recipe", choices=tuple(RECIPES), help=f"defaults of what follows (default: {recipe})")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    parser.add_argument("--estimate", action="store_true", help="print what memory the run would take, and stop")
     known = DEFAULTS | RECIPES["nano"] | asdict(ScheduleConfig())
     for title, helps in GROUPS.items():
         group = parser.add_argument_group(title)
@@ -241,7 +245,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     model = explicit.get("model", saved.get("model", DEFAULTS["model"]))
     recipe = explicit.get("recipe", saved.get("recipe", "nano" if model == "nano" else "paper"))
     merged = asdict(ScheduleConfig()) | DEFAULTS | RECIPES[recipe] | saved | explicit
-    args = argparse.Namespace(**merged | {"recipe": recipe, "resume": bool(explicit.get("resume"))})
+    switches = {name: bool(explicit.get(name)) for name in ("resume", "estimate")}
+    args = argparse.Namespace(**merged | {"recipe": recipe} | switches)
     for sentence in wrong(args, explicit):
         parser.error(sentence)
     return args
@@ -324,7 +329,10 @@ def wrong(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
     if args.decode == "graph" and not args.device.startswith("cuda"):
         yield f"--decode graph records a CUDA graph, --device {args.device} has none: give --decode eager"
     try:
-        check_device(args.device)
+        if not (args.estimate and args.device.startswith("cuda")):  # planning for a GPU needs none
+            check_device(args.device)
+        if args.memory is not None:
+            read_memory(args.memory)
     except InputError as error:
         yield str(error)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -339,7 +347,7 @@ def describe(args: argparse.Namespace) -> dict:
     )  # fmt: skip
     packages = {name: version(name) for name in ("torch", "transformers", "safetensors", "numpy", "pillow")}
     return {
-        "arguments": {name: value for name, value in vars(args).items() if name != "resume"},
+        "arguments": {name: value for name, value in vars(args).items() if name not in ("resume", "estimate")},
         "versions": {"python": platform.python_version(), **packages},
         "git": git.stdout.strip() or None,
         "threads": torch.get_num_threads(),

@@ -549,13 +549,14 @@ def check_prompt(
     style: str,
     max_prompt_tokens: int | None,
     decode: bool = False,
-) -> None:
-    """Raise the InputError that build_prompt would, from the size and the query alone; with decode the picture too."""
+) -> int:
+    """The prompt's length in tokens, or the InputError that build_prompt would raise. Known from size and query alone;
+    with decode the picture is looked at too."""
     p = sample.image
     size = (p.size, p.size) if isinstance(p, PhantomImage) else sample.size
     if decode or size is None:
         size = load(sample)[0].size
-    _render(sample, size, tokenizer, image_config, style, max_prompt_tokens)
+    return len(_render(sample, size, tokenizer, image_config, style, max_prompt_tokens)[1])
 
 
 def _render(sample, size, tokenizer, config, style, max_prompt_tokens) -> tuple[str, list[int]]:

@@ -35,6 +35,7 @@ import errors
 import hub
 import kernels
 import lora
+import plan
 import rewards
 from config import describe, parse_arguments
 from data import BadRecords, Picture, Prompt, Sample, Sampler, held_out_phantoms, load_samples
@@ -51,7 +52,8 @@ STATE = ("schedule", "bad_in_a_row", "drawn", "bad", "evaluation")  # what a res
 PATIENCE = 5  # steps with a non-finite loss or gradient in a row before the run stops
 MEMORY = (
     "lower --micro-batch, then --max-pixels, --max-tokens or --group-size; --checkpointing trades time for memory, "
-    "--lora-rank 64 needs no optimiser state or reference copy of all weights, --beta 0 no reference at all"
+    "--lora-rank 64 needs no optimiser state or reference copy of all weights, --beta 0 no reference at all; "
+    "--estimate says what would fit"
 )
 
 
@@ -374,7 +376,7 @@ def write_samples(out: Path, step: int, roll: Rollout, tau: float | None) -> Non
 def check_out(args) -> Path:
     """--out as a path that a run may write to; nothing is created yet, so that a refused run leaves nothing behind."""
     out = Path(args.out)
-    if not args.resume and os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+    if not (args.resume or args.estimate) and os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} is not empty: name a new folder, or go on with the run in it by --resume")
     return out
 
@@ -451,6 +453,10 @@ def train(args, readers: Readers) -> None:
     samples = load_samples(args.data, args.seed, "train", bad, args.queries)
     held_out = args.val or held_out_phantoms(args.data)
     val = load_samples(held_out, args.seed, "test", bad, args.queries) if held_out else []
+    planned, words = plan.settle(args, base, samples + val)
+    tqdm.write(words)
+    if args.estimate:
+        return
     policy, actor, reference = make_policies(args, base, start)
     room = policy.config.max_position_embeddings - args.max_tokens
     if room < 1:
@@ -489,7 +495,8 @@ def train(args, readers: Readers) -> None:
 
     def measure(step: int) -> dict:
         """Greedy answers to the evaluation set; the first six as a picture, so that steps can be laid side by side."""
-        result, rows = evaluate(judge, val[: args.eval_limit], 50, args.max_tokens, progress="evaluation")
+        some, at_a_time = val[: args.eval_limit], planned.evaluation
+        result, rows = evaluate(judge, some, at_a_time, args.max_tokens, progress="evaluation")
         tqdm.write(summary(f"step {step}", result))
         tiles = [
             overlay(sample, [row["box"]], f"step {step}: IoU {row['iou']:.2f}", side=180)

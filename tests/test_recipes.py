@@ -71,7 +71,7 @@ def test_the_papers_recipe_runs_end_to_end(tiny_qwen, records, tmp_path, monkeyp
     flags += ["--steps", "3", "--batch-size", "2", "--max-tokens", "10", "--eval-limit", "2", "--samples-every", "1"]
     output = run(train_grpo, *flags, "--rewards", "box=1,format=1,length=0.01")
     resolved = json.loads((out / "config.json").read_text())["arguments"]
-    paper = dict(recipe="paper", lr=1e-6, group_size=8, temperature=0.9, beta=0.04, prompt="think", micro_batch=1)
+    paper = dict(recipe="paper", lr=1e-6, group_size=8, temperature=0.9, beta=0.04, prompt="think")
     assert paper.items() <= resolved.items()
     rows = lines(out / "metrics.jsonl")
     assert [row["lr"] for row in rows] == pytest.approx([1e-7, 2e-7, 3e-7])

@@ -1,0 +1,481 @@
+"""What a run needs of the device's memory, before anything is loaded; micro-batch and checkpointing follow from it.
+
+    python train_grpo.py --estimate --model FOLDER --memory 24GB [any other flag]
+
+Arithmetic on the shapes of config.json: nothing is measured, no weight is read. A step's memory is what is always there
+(weights and their copies, AdamW's moments) and on top of it the largest of its moments: of the rollout, of the update,
+of the evaluation between steps. What a block keeps for its backward pass is counted tensor by tensor, as autograd saves
+it in model.py's code: a change there is a change in block_kept() and kept(), and a test that asks autograd says so.
+Another test measures the peaks of whole runs.
+
+1 GB is 10^9 bytes. Left out: what driver and libraries take, and what an allocator loses (hence FILL); the groups that
+--dynamic-sampling draws beyond the batch; several ranks, each of which would hold all of this.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+import lora
+from data import ImageConfig, PhantomImage, Sample, check_prompt, held_out_phantoms, load_tokenizer, smart_resize
+from data import phantom_samples as phantoms
+from errors import InputError
+from model import HEAD_ROWS, ModelConfig, Policy, VisionConfig, read_json
+
+GB = 10**9
+# Share of the memory that a plan fills. On a CPU malloc keeps freed pages: 1.2 to 1.9 times what tensors held was seen.
+FILL = {"cpu": 0.6, "cuda": 0.9}
+CARDS = (24, 80)  # GB, for which an estimate says what would fit
+EVALUATION = 50  # prompts that the evaluation answers at a time, if they fit
+TEXT_TOKENS = {"answer": 64, "think": 128}  # of template and question, for a folder without a tokenizer
+FULL = 4  # bytes of fp32: of trained weights, gradients and moments, and of what norms and the sampler compute in
+
+Parts = dict[str, int]  # what it is -> bytes
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that decides how much memory a step takes."""
+
+    config: ModelConfig
+    prompt: int  # P, tokens of the longest prompt
+    patches: int  # of the largest picture
+    batch: int  # prompts per step
+    micro: int  # prompts per pass
+    group: int  # G
+    tokens: int  # T, of the longest completion
+    width: int  # bytes of a number in the arithmetic: 4 for fp32, 2 for bf16
+    checkpointing: bool = False
+    lora_rank: int = 0
+    freeze_vision: bool = False
+    reference: bool = False  # beta > 0
+    inner_steps: int = 1
+    device: str = "cpu"  # or cuda
+    evaluation: int = EVALUATION  # prompts at a time; 0: there is none
+
+    @property
+    def rows(self) -> int:
+        """Completions per pass."""
+        return self.micro * self.group
+
+    @property
+    def inputs(self) -> int:
+        """Completion tokens per pass that go through the decoder: the last of each is only predicted."""
+        return self.rows * (self.tokens - 1)
+
+    @property
+    def kv(self) -> int:
+        """Numbers that a token leaves in one block's keys and values."""
+        return 2 * self.config.num_key_value_heads * self.config.head_dim
+
+    @property
+    def joined(self) -> int:
+        """Bytes of one block's keys and values of all completions, each behind a copy of its prompt's."""
+        return self.width * self.rows * self.kv * (self.prompt + self.tokens - 1)
+
+    @property
+    def patch(self) -> int:
+        """Numbers of a patch."""
+        v = self.config.vision
+        return v.in_channels * v.temporal_patch_size * v.patch_size**2
+
+
+# ---------------------------------------------------------------------------------------------------- what stays there
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Numbers of parameters, counted on a policy that has shapes and no memory."""
+
+    all: int
+    vision: int
+    vision_block: int
+    merger: int
+    decoder: int  # its blocks, without embedding and head
+    head: int  # V * H
+    adapters: int  # of rank 1
+
+    @staticmethod
+    @lru_cache
+    def of(config: ModelConfig) -> "Weights":
+        with torch.device("meta"):
+            policy = Policy(config)
+
+        def count(module: torch.nn.Module) -> int:
+            return sum(p.numel() for p in module.parameters())
+
+        return Weights(
+            all=count(policy),
+            vision=count(policy.visual),
+            vision_block=count(policy.visual.blocks[0]),
+            merger=count(policy.visual.merger),
+            decoder=count(policy.model.layers),
+            head=policy.head_weight.numel(),
+            adapters=sum(sum(linear.weight.shape) for linear in lora.decoder_linears(policy)),
+        )
+
+
+def trained(run: Run) -> int:
+    """Numbers that the optimiser moves."""
+    weights = Weights.of(run.config)
+    if run.lora_rank:
+        return run.lora_rank * weights.adapters
+    return weights.all - (weights.vision if run.freeze_vision else 0)
+
+
+def always(run: Run) -> Parts:
+    """What every moment from the second step on has: train_grpo.make_policies, AdamW, and the batch itself."""
+    weights, moved = Weights.of(run.config).all, trained(run)
+    if run.lora_rank:
+        parts = {"frozen weights": run.width * weights, "adapters": FULL * moved}
+    else:
+        parts = {"weights": FULL * weights}
+        if run.width != FULL:
+            parts["copy for the rollout"] = run.width * weights
+        if run.reference:
+            parts["reference"] = run.width * weights
+    parts["AdamW's moments"] = 2 * FULL * moved
+    return parts | waiting(run, run.batch)
+
+
+def waiting(run: Run, prompts: int) -> Parts:
+    """Pictures of prompts wait on the host: with --device cpu that is the memory in question."""
+    return {"pictures": FULL * prompts * run.patches * run.patch} if run.device == "cpu" else {}
+
+
+# ------------------------------------------------------------------------------------------------- what autograd keeps
+
+
+def block_kept(run: Run, tokens: int, hidden: int, inner: int, heads: int, keys: int, weights: int) -> int:
+    """Bytes that one block, of the decoder or the vision tower, keeps for its backward pass beside its parameters.
+
+    keys: bytes that attention keeps as keys and values. weights: numbers of the block that are trained.
+    """
+    w, scaled = run.width, not run.lora_rank
+    norm = max(w, FULL) * hidden + FULL + w * hidden * (1 + scaled)  # input, 1 / rms, output [without and] with weight
+    attention = 3 * w * hidden + FULL * heads  # queries, answers by head, answers side by side; log-sum-exp
+    mlp = 4 * w * inner  # gate, silu(gate), up, their product
+    adapters = 7 * w * run.lora_rank  # x A^T of each
+    casts = w * weights if w != FULL else 0  # fp32 weights are cast at each call, and the cast is kept
+    return tokens * (2 * norm + attention + mlp + adapters) + keys + casts
+
+
+def kept(run: Run) -> tuple[Parts, Parts]:
+    """What the forward pass of one micro-batch keeps, by "vision", "prompts" and "completions" -> (all of it; one block
+    of each, as checkpointing makes it again in the backward pass: 0 without)."""
+    config, weights, w, v = run.config, Weights.of(run.config), run.width, run.config.vision
+    patches, prompts, wide = run.micro * run.patches, run.micro * run.prompt, max(run.width, FULL)
+    layers = {"vision": v.depth} | dict.fromkeys(("prompts", "completions"), config.num_hidden_layers)
+    decoder = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    moved = (run.lora_rank * weights.adapters if run.lora_rank else weights.decoder) // config.num_hidden_layers
+    tower = v.hidden_size, v.intermediate_size, v.num_heads
+    mask = w * (run.tokens - 1) * (run.prompt + run.tokens - 1) if run.device == "cpu" else 0
+    one = {
+        "vision": block_kept(run, patches, *tower, 2 * w * patches * v.hidden_size, weights.vision_block),
+        "prompts": block_kept(run, prompts, *decoder, w * prompts * run.kv, moved),
+        "completions": block_kept(run, run.inputs, *decoder, run.joined + mask, moved),
+    }
+    handed_on = {  # from block to block
+        "vision": w * patches * v.hidden_size,
+        "prompts": w * prompts * (config.hidden_size + run.kv),
+        "completions": w * run.inputs * config.hidden_size,
+    }
+    angles = FULL * config.head_dim  # cos and sin
+    last_norm = (wide + w * (not run.lora_rank)) * config.hidden_size
+    around = {
+        "vision": patches * (FULL * v.hidden_size // v.num_heads + w * run.patch + (wide + 4 * w) * v.hidden_size)
+        + (w * weights.merger if w != FULL else 0),  # angles, patches, merger
+        "prompts": prompts * angles,
+        "completions": run.inputs * (angles + last_norm) + run.rows * run.tokens * w * config.hidden_size,
+    }
+    held = {part: layers[part] * (handed_on if run.checkpointing else one)[part] + around[part] for part in one}
+    again = one if run.checkpointing else dict.fromkeys(one, 0)
+    if run.lora_rank or run.freeze_vision:
+        held["vision"] = again["vision"] = 0
+    return held, again
+
+
+# ------------------------------------------------------------------------------------------------------------- moments
+
+
+def in_hand(run: Run, tokens: int, shape: ModelConfig | VisionConfig) -> int:
+    """Bytes that a block works with for the moment, forward or backward: the three tensors of SwiGLU, a few around."""
+    return run.width * tokens * (3 * shape.intermediate_size + 4 * shape.hidden_size)
+
+
+def answering(run: Run, prompts: int, group: int) -> dict[str, Parts]:
+    """prefix() and generate() without gradient, every completion at its full length."""
+    patches, tokens, rows = prompts * run.patches, prompts * run.prompt, prompts * group
+    casts = run.width if run.width != FULL else 0
+    keys = run.width * run.kv * run.config.num_hidden_layers  # bytes per token
+    shared = {"gradients": FULL * trained(run)} | waiting(run, prompts) | {"keys and values": keys * tokens}
+    return {
+        "prompts": shared
+        | {"patches": patches * run.patch * (FULL + casts)}
+        | {"one block": max(in_hand(run, patches, run.config.vision), in_hand(run, tokens, run.config))},
+        "completions": shared
+        | {"cache": keys * rows * (run.prompt + run.tokens)}
+        | {"logits": rows * run.config.vocab_size * (run.width + 2 * FULL)},  # as they are, tempered, softmax
+    }
+
+
+def rolling_out(run: Run) -> dict[str, Parts]:
+    parts = answering(run, run.micro, run.group)
+    if run.reference or run.inner_steps > 1:
+        logits = run.width * min(HEAD_ROWS, run.rows * run.tokens) * run.config.vocab_size  # of one chunk
+        block = in_hand(run, run.inputs, run.config) + run.joined
+        left = {name: parts["completions"][name] for name in ("gradients", "keys and values")}
+        parts["log-probs"] = left | {"one block": max(block, logits)}
+    # The batch of the step before is let go when this one is whole.
+    return {f"rollout, {name}": part | waiting(run, run.batch) for name, part in parts.items()}
+
+
+def updating(run: Run) -> dict[str, Parts]:
+    """The backward pass goes through head, completions, prompts and pictures, and frees what was kept for each."""
+    config, head = run.config, Weights.of(run.config).head
+    held, again = kept(run)
+    vision, of_prompts, of_completions = ({f"kept of {name}": size} for name, size in held.items())
+    gradients = {"gradients": FULL * trained(run)}
+    before = {} if run.micro >= run.batch else gradients  # of earlier micro-batches
+    of_head = {} if run.lora_rank else {"gradient of the head": FULL * head}
+    of_both = {} if run.lora_rank else {"gradient of the head": 2 * FULL * head}  # and of the embedding
+    cast = 0 if run.lora_rank or run.width == FULL else run.width * head  # of the head, for one call
+    logits = {"logits": run.width * min(HEAD_ROWS, run.rows * run.tokens) * config.vocab_size + cast}
+    # A weight that both prompts and completions use gets its gradient when both parts have come: the first one waits.
+    waits = {
+        "gradients that wait": FULL * (trained(run) if run.lora_rank else Weights.of(config).decoder),
+        "gradients of keys and values": run.width * run.kv * config.num_hidden_layers * run.micro * run.prompt,
+    }
+    completions = {"one block": again["completions"] + in_hand(run, run.inputs, config) + run.joined}
+    prompts = {"one block": again["prompts"] + in_hand(run, run.micro * run.prompt, config)}
+    pictures = {"one block": again["vision"] + in_hand(run, run.micro * run.patches, config.vision)}
+    parts = {
+        "head": before | vision | of_prompts | of_completions | of_head | logits,
+        "completions": before | vision | of_prompts | of_completions | of_head | completions,
+        "completions' end": before | vision | of_prompts | of_head | waits | completions,
+        "prompts": before | vision | of_prompts | of_both | waits | prompts,
+        "pictures": gradients | vision | (pictures if held["vision"] else {}),
+    }
+    return {f"update, {name}": part for name, part in parts.items()}
+
+
+def moments(run: Run) -> dict[str, Parts]:
+    """What each moment of a step holds besides always(run)."""
+    evaluating = answering(run, run.evaluation, 1) if run.evaluation else {}
+    return rolling_out(run) | updating(run) | {f"evaluation, {name}": part for name, part in evaluating.items()}
+
+
+def peak(run: Run) -> int:
+    """Bytes."""
+    return total(always(run)) + max(map(total, moments(run).values()))
+
+
+def total(parts: Parts) -> int:
+    return sum(parts.values())
+
+
+# -------------------------------------------------------------------------------------------------------------- choice
+
+
+def fits(run: Run, memory: int) -> bool:
+    return peak(run) <= FILL[run.device] * memory
+
+
+def choose(run: Run, memory: int, micro: int | None = None, checkpointing: bool | None = None) -> Run:
+    """The run with what was left open (None) decided; if nothing fits, the one that needs least.
+
+    Fewest passes come first: decoding reads every weight once per token, for however few rows. Then no checkpointing.
+    """
+    room = FILL[run.device] * memory - total(always(run))
+    for share in range(run.evaluation, 0, -1):  # how many at a time changes nothing but rounding
+        run = replace(run, evaluation=share)
+        if max(map(total, answering(run, share, 1).values())) <= room:
+            break
+    sizes = {math.ceil(run.batch / passes) for passes in range(1, run.batch + 1)} if micro is None else {micro}
+    ways = (False, True) if checkpointing is None else (checkpointing,)
+    runs = [replace(run, micro=size, checkpointing=way) for size in sorted(sizes, reverse=True) for way in ways]
+    return next((each for each in runs if fits(each, memory)), min(runs, key=peak))
+
+
+def smaller_pictures(run: Run) -> Run:
+    v = run.config.vision
+    patches = min(run.patches, 401408 // v.patch_size**2)
+    return replace(run, patches=patches, prompt=run.prompt - (run.patches - patches) // v.spatial_merge_size**2)
+
+
+CHANGES = {  # that make a run smaller; what changes the method least comes first
+    "--max-pixels 401408": smaller_pictures,
+    "--max-tokens 256": lambda run: replace(run, tokens=min(run.tokens, 256)),
+    "--freeze-vision": lambda run: replace(run, freeze_vision=True),
+    "--beta 0": lambda run: replace(run, reference=False),
+    "--lora-rank 64": lambda run: replace(run, lora_rank=run.lora_rank or 64, freeze_vision=False),
+}
+
+
+def remedy(run: Run, memory: int) -> str:
+    """Flags with which the run fits, as few as can be; or what it takes with all of them."""
+
+    def changed(flags: list[str]) -> Run:
+        made = run
+        for name in flags:
+            made = CHANGES[name](made)
+        return choose(made, memory)
+
+    flags = list(CHANGES)
+    if not fits(changed(flags), memory):
+        least = peak(changed(flags)) / FILL[run.device]
+        return f"no flags make it fit: {' '.join(flags)} would take {gigabytes(least)} GB; take a smaller model"
+    for name in reversed(CHANGES):
+        fewer = [flag for flag in flags if flag != name]
+        if fits(changed(fewer), memory):
+            flags = fewer
+    made = changed(flags)
+    return f"{' '.join([*flags, choices(made)])} would fit, peak {gigabytes(peak(made))} GB"
+
+
+# ------------------------------------------------------------------------------------------------- from flags, to words
+
+
+def read_memory(text: str) -> int:
+    """24GB -> bytes."""
+    if not re.fullmatch(r"\d+(\.\d+)?GB", text) or float(text[:-2]) == 0:
+        raise InputError(f"--memory wants a number of GB such as 24GB, not {text!r:.40}")
+    return int(float(text[:-2]) * GB)
+
+
+def free_memory(device: str) -> int:
+    """Bytes that the device has to spare now."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    if Path("/proc/meminfo").exists():  # Linux
+        found = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+        sizes += [int(found[1]) * 1024] if found else []
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").exists() and (most := (group / "memory.max").read_text().strip()) != "max":  # a container
+        sizes.append(int(most) - int((group / "memory.current").read_text()))
+    return max(min(sizes), 0)
+
+
+def longest_prompt(args, base: Path, samples: list[Sample]) -> tuple[int, int, str]:
+    """(tokens, patches of the picture, in words what was looked at). Without samples: the largest picture allowed."""
+    known = any((base / name).exists() for name in ("preprocessor_config.json", "processor_config.json"))
+    images = ImageConfig.from_folder(base, max_pixels=args.max_pixels) if known else ImageConfig()
+    images = images if known or args.max_pixels is None else replace(images, max_pixels=args.max_pixels)
+
+    def tokens(size: tuple[int, int]) -> int:
+        height, width = smart_resize(size[1], size[0], images.factor, images.min_pixels, images.max_pixels)
+        return height * width // images.factor**2
+
+    def usable(values: Iterable, function):  # records that cannot be used are named later, by Task.usable
+        for value in values:
+            try:
+                yield function(value)
+            except InputError:
+                continue
+
+    def size(sample: Sample) -> tuple[int, int]:
+        return (sample.image.size,) * 2 if isinstance(sample.image, PhantomImage) else sample.size
+
+    picture = max(usable({size(sample) for sample in samples}, tokens), default=images.max_pixels // images.factor**2)
+    source = "the largest of --data" if samples else f"the largest that --max-pixels {images.max_pixels} lets in"
+    text = TEXT_TOKENS[args.prompt]
+    if (base / "tokenizer.json").exists():
+        rest = load_tokenizer(base), images, args.prompt, None
+        by_length = sorted(samples or phantoms(None, 0, 0, 1), key=lambda sample: len(sample.query), reverse=True)
+        text = next(usable(by_length, lambda s: check_prompt(s, *rest) - tokens(size(s))), text)
+    words = f"{picture + text} tokens a prompt: {picture} of its picture ({source}), {text} of text"
+    return picture + text, picture * images.merge_size**2, words
+
+
+def read_run(args, base: Path, samples: list[Sample]) -> tuple[Run, str]:
+    """The run that the flags describe, and in words what its prompts are taken to be."""
+    if args.estimate and args.data == "phantoms" and args.model != "nano":
+        samples = []  # no data named yet: nobody means phantoms
+    config = ModelConfig.from_dict(read_json(base / "config.json"), str(base / "config.json"))
+    prompt, patches, words = longest_prompt(args, base, samples)
+    evaluated = EVALUATION if args.val or held_out_phantoms(args.data) else 0
+    run = Run(
+        config=config,
+        prompt=prompt,
+        patches=patches,
+        batch=args.batch_size,
+        micro=args.batch_size,
+        group=args.group_size,
+        tokens=args.max_tokens,
+        width=getattr(torch, args.dtype).itemsize,
+        lora_rank=args.lora_rank,
+        freeze_vision=args.freeze_vision,
+        reference=args.beta > 0,
+        inner_steps=args.inner_steps,
+        device=torch.device(args.device).type,
+        evaluation=min(evaluated, args.eval_limit or EVALUATION),
+    )
+    return run, words
+
+
+def settle(args, base: Path, samples: list[Sample]) -> tuple[Run, str]:
+    """Set --micro-batch and --checkpointing where they were left open -> (the run, what to print: a line, or with
+    --estimate a page). InputError if --memory was given and is too little; if it was not, that is a warning only."""
+    asked, words = read_run(args, base, samples)
+    if args.memory is None and args.estimate and asked.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--estimate: there is no GPU here to ask; say what it has, such as --memory 24GB")
+    memory = free_memory(args.device) if args.memory is None else read_memory(args.memory)
+    given = None if args.micro_batch is None else min(args.micro_batch, asked.batch)
+    run = choose(asked, memory, given, args.checkpointing)
+    args.micro_batch = run.micro if args.micro_batch is None else args.micro_batch
+    args.checkpointing = run.checkpointing
+    if args.estimate:
+        return run, page(asked, run, memory, words)
+    if fits(run, memory):
+        return run, f"plan: {choices(run)}, estimated peak {verdict(run, memory)}; {words}"
+    sentence = f"estimated peak {verdict(run, memory)} with {choices(run)}; {remedy(asked, memory)} (sums: --estimate)"
+    if args.memory is not None:
+        raise InputError(f"--memory {args.memory}: {sentence}")
+    return run, f"this may run out of memory: {sentence}"
+
+
+def choices(run: Run) -> str:
+    return f"--micro-batch {run.micro} {'--checkpointing' if run.checkpointing else '--no-checkpointing'}"
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / GB:.3f}" if size < GB else f"{size / GB:.3g}"
+
+
+def verdict(run: Run, memory: int) -> str:
+    share = FILL[run.device]
+    return f"{gigabytes(peak(run))} GB of {gigabytes(share * memory)} GB ({share:.0%} of {gigabytes(memory)} GB)"
+
+
+def page(asked: Run, run: Run, memory: int, words: str) -> str:
+    """All that an estimate has to say: the run as chosen, and what would fit elsewhere."""
+
+    def line(name: str, parts: Parts) -> str:
+        shown = [f"{part} {gigabytes(size)}" for part, size in parts.items() if size >= total(parts) / 50]
+        return f"  {name:<26}{gigabytes(total(parts)):>6}  {', '.join(shown)}"
+
+    rest = moments(run)
+    highest = max(rest, key=lambda name: total(rest[name]))
+    millions = [f"{number / 1e6:,.1f} M" for number in (trained(run), Weights.of(run.config).all)]
+    outcome = "it fits" if fits(run, memory) else f"it does not fit; {remedy(asked, memory)}"
+    lines = [
+        "memory of a step, ESTIMATED: arithmetic of plan.py, nothing was measured; GB = 10^9 bytes",
+        f"  {words}; {run.group} x {run.tokens} tokens of completions",
+        f"  {' of '.join(millions)} parameters trained; {choices(run)}",
+        line("always there", always(run)),
+        *(line(name, parts) for name, parts in rest.items()),
+        f"  {'peak':<26}{gigabytes(peak(run)):>6}  {highest}",
+        f"{verdict(run, memory)}: {outcome}",
+    ]
+    for card in CARDS:
+        made = choose(asked, card * GB)
+        fitting = f"{choices(made)} fits, peak {gigabytes(peak(made))} GB"
+        lines.append(f"{card} GB: {fitting if fits(made, card * GB) else remedy(asked, card * GB)}")
+    return "\n".join(lines)
