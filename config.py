@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 
 import errors
+import hub
 import loss
 import rewards
 import scheduler
-from data import PROMPTS, held_out_phantoms
-from errors import InputError
+from data import check_style, held_out_phantoms, prompt_style
+from errors import InputError, named
 from logs import LOGS
 from model import check_device, read_json
 from plan import read_memory
@@ -31,6 +32,7 @@ DEFAULTS = dict(
     model="nano",  # runs anywhere, no download
     data="phantoms",
     val=None,  # held-out phantoms for phantoms; for files it must be named
+    queries=None,  # records are asked for in their own words
     out="out",
     max_pixels=None,  # what the checkpoint says; the published ones allow 16,384 tokens an image
     schedule="medloc",
@@ -55,9 +57,11 @@ DEFAULTS = dict(
     samples_every=20,
     save_every=100,
     log=None,  # metrics.jsonl alone
+    workers=min(4, (os.cpu_count() or 1) - 1),  # one core stays with the step; four read 100 large pictures a second
     seed=0,
     device="cuda" if torch.cuda.is_available() else "cpu",
     dtype=None,  # of the arithmetic: bfloat16 on CUDA, float32 on a CPU; trained weights are float32 on both
+    decode=None,  # graph on CUDA, eager on a CPU
     deterministic=False,  # CPU runs are anyway; on CUDA it costs time
 )
 RECIPES = {
@@ -85,27 +89,30 @@ RECIPES = {
     ),
 }
 CHOICES = scheduler.CHOICES | {
-    "prompt": tuple(PROMPTS),
     "dtype": ("float32", "bfloat16"),
     "loss": loss.KINDS,
     "kl": loss.KLS,
     "overlong": ("keep", "mask"),
     "log": tuple(LOGS),
+    "decode": ("eager", "graph"),
 }
-TYPES = {"val": str, "prompt": str, "dtype": str, "log": str, "eval_limit": int, "max_pixels": int}  # default None
+TYPES = dict.fromkeys(("val", "queries", "prompt", "dtype", "log", "decode"), str)  # of flags whose default is None
+TYPES |= dict.fromkeys(("eval_limit", "max_pixels"), int)
 TYPES |= {"micro_batch": int, "checkpointing": bool, "memory": str}  # None: plan.py decides
 # What a resumed run may change: nothing here decides what is learned. More --steps is a longer run (the learning rate
 # is constant after the warm-up); schedules that go by the share of the steps refuse it themselves.
 FREE_ON_RESUME = {"resume", "out", "steps", "device", "eval_every", "eval_limit", "samples_every", "save_every", "log"}
-FREE_ON_RESUME |= {"skip_bad", "checkpointing", "micro_batch", "memory"}  # micro-batches round differently, no more
+FREE_ON_RESUME |= {"workers", "skip_bad", "memory", "checkpointing"}
+FREE_ON_RESUME |= {"decode", "micro_batch"}  # round a little differently, no more
 
 GROUPS = {  # title -> flag -> help
     "what": dict(
-        model="checkpoint folder, or nano",
+        model="checkpoint folder, nano, or org/name of the Hugging Face Hub",
         data="JSONL files, or phantoms[:dermoscopy|xray|ultrasound]",
         val="records to evaluate on",
         out="folder for everything the run writes; must be empty or new",
-        prompt="wording of the question",
+        prompt="wording of the question: answer, think, qwen, or a text file with {query} in it",
+        queries="JSON file: what the records call it -> the phrase to ask with, or a list to choose from",
         max_pixels="largest picture that the policy sees, 784 pixels a token; larger ones are scaled down",
         skip_bad="records that may be unusable; they are left out and listed",
         seed="of data order, phantoms and sampling",
@@ -160,13 +167,15 @@ GROUPS = {  # title -> flag -> help
         log="also to this package, which must be installed",
     ),
     "machine": dict(
+        workers="processes that read pictures ahead of the step, two steps at most; 0: read them when they are needed",
         device="cpu or cuda",
         dtype="of the arithmetic; weights are trained in float32",
         lora_rank="train adapters of this rank in the decoder (lora.py) and keep one frozen copy of all weights",
         lora_alpha="adapters are scaled by alpha / rank",
-        freeze_vision="leave the vision tower as it is",
+        freeze_vision="leave the vision tower as it is; it then looks at a picture once a step",
         memory="what the run may take of the device, such as 24GB; None: what it has to spare",
         checkpointing="recompute activations in the backward pass; None: if it does not fit without",
+        decode="run each decode step as operators, or replay it as a CUDA graph (generate.py)",
         deterministic="refuse operations that may differ from run to run",
     ),
 }
@@ -198,7 +207,7 @@ def make_parser() -> argparse.ArgumentParser:
             elif kind is tuple:
                 options |= {"type": float, "nargs": len(known[name])}
             else:
-                options["type"] = kind
+                options["type"] = prompt_style if name == "prompt" else kind
             choices = CHOICES | {
                 "schedule": tuple(scheduler.SCHEDULES)
             }  # now: a fork's own schedule is registered late
@@ -224,6 +233,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                 f"--resume: {file} does not exist, so there is no run to go on with; start it without --resume"
             )
         saved = read_saved(file)
+        if hub.is_name(explicit.get("model", "")) and explicit["model"] == saved.get("model", "").partition("@")[0]:
+            explicit["model"] = saved["model"]  # the commit that the run began with
         for name in sorted(explicit.keys() & saved.keys() - FREE_ON_RESUME):
             given = list(explicit[name]) if isinstance(explicit[name], tuple) else explicit[name]
             if given != saved[name]:
@@ -253,12 +264,16 @@ def read_saved(file: Path) -> dict:
         kinds = {float: (float, int), tuple: (list,)}.get(kind, (kind,))
         if not optional and (not isinstance(value, kinds) or isinstance(value, bool) != (kind is bool)):
             raise InputError(f"{file}: {flag(name)} is {value!r:.80} in it; restore it, or start a new run")
+    if saved.get("prompt"):
+        with named(f"{file}: --prompt"):
+            check_style(saved["prompt"])
     return saved
 
 
 LEAST = {
     1: "steps batch_size micro_batch inner_steps max_tokens save_every eval_limit max_pixels".split(),
-    0: ("warmup beta clip_low clip_high eval_every samples_every seed dynamic_sampling skip_bad lora_rank").split(),
+    0: "warmup beta clip_low clip_high eval_every samples_every seed dynamic_sampling skip_bad lora_rank".split()
+    + ["workers"],
 }
 
 
@@ -311,6 +326,8 @@ def wrong(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
     for name, (nothing, why) in idle.items():
         if nothing and name in explicit:
             yield f"{flag(name)} changes nothing beside {why}; drop it"
+    if args.decode == "graph" and not args.device.startswith("cuda"):
+        yield f"--decode graph records a CUDA graph, --device {args.device} has none: give --decode eager"
     try:
         if not (args.estimate and args.device.startswith("cuda")):  # planning for a GPU needs none
             check_device(args.device)

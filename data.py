@@ -1,4 +1,4 @@
-"""Records -> prompts: JSONL and phantoms, image -> patches, chat prompt, both coordinate frames, the sampler.
+"""Records -> prompts: JSONL and phantoms, pixels -> patches, chat prompt, both coordinate frames, the sampler.
 
 TWO FRAMES, and every box here says which one it is in:
   original  pixels of the image as displayed (after EXIF rotation), before any resizing: records, Sample.box, Prompt.box
@@ -9,9 +9,9 @@ Conventions are Qwen2.5-VL's. Patches are bit-equal to transformers' PIL image p
 up to 0.41 at edges), ids to its chat template, positions to get_rope_index; tests/ holds all three. VLM-R1's records
 (github.com/om-ai-lab/VLM-R1, grpo_jsonl.py) are read as they are, and its question for referring expressions is ours.
 
-Left out: several images or boxes per record, video, DICOM, augmentation, worker processes (140x140 takes about 1 ms).
+Left out: several images or boxes per record, video, DICOM, augmentation.
 Bad input is an InputError that names file, line and field; nothing is clipped, truncated or skipped in silence.
-Headers of pictures are read with their records, pixels when a sample is loaded.
+Headers of pictures are read with their records, pixels when a sample is loaded: images.py, ahead of time pipeline.py.
 """
 
 import json
@@ -20,20 +20,17 @@ import os
 import re
 import reprlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from errors import InputError
-from phantoms import KINDS, QUERIES, phantom
-
-Box = tuple[float, float, float, float]
+from errors import InputError, cause_of, named, one_line
+from images import Box, PhantomImage, Picture, Sample, displayed_size, load, read_picture, smart_resize
+from phantoms import KINDS, QUERIES
 
 IMAGE_TOKEN = "<|image_pad|>"  # names, never ids: the nano policy has ids of its own
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -41,7 +38,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 BLANK = b"\xef\xbb\xbf \t\r\n"  # what may stand around a record: the UTF-8 byte order mark and JSON's white space
 MAX_LINE = 1_000_000  # bytes of a JSONL line: a record has a few hundred, so a longer line is another kind of file
 MAX_TEXT = 10_000  # characters of a query: more than any prompt holds, and the tokenizer is not kept busy with it
-MAX_ASPECT = 200  # Qwen's limit: beyond it one side would be a single token
+QUERIES_REMEDY = 'write {"query of the records": "phrase to ask with", ...}'
 
 TRAIN_PHANTOMS = 20_000
 TEST_PHANTOMS = 600
@@ -52,11 +49,13 @@ PROMPTS = {
     "answer": "{query}",  # box only: what the nano policy is trained on
     "think": REC_QUESTION + " First output the thinking process in <think> </think> tags and then output the final "
     "answer in <answer> </answer> tags. Output the final answer in JSON format.",
+    "qwen": "Locate {query}, output its bbox coordinates using JSON format.",  # of Qwen2.5-VL's own grounding examples
 }
 THOUGHT = "I look for the region that the question describes and frame it."
 ANSWERS = {
     "answer": "[{},{},{},{}]",
     "think": f'<think> {THOUGHT} </think>\n<answer>{{{{"bbox_2d": [{{}}, {{}}, {{}}, {{}}]}}}}</answer>',
+    "qwen": '```json\n[\n\t{{"bbox_2d": [{}, {}, {}, {}], "label": {}}}\n]\n```',  # to the tab as Qwen2.5-VL answers
 }
 CHAT = (  # for a tokenizer without a template of its own: what Qwen2.5-VL's template renders
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -65,30 +64,6 @@ CHAT = (  # for a tokenizer without a template of its own: what Qwen2.5-VL's tem
 
 
 # ---------------------------------------------------------------- records
-
-
-@dataclass(frozen=True)
-class PhantomImage:
-    """Stands where a file's path would: the arguments of phantoms.phantom, drawn when the sample is loaded."""
-
-    kind: str
-    seed: int
-    index: int
-    size: int  # pixels, square
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One record. Pictures, and the boxes of phantoms, exist only after load(sample)."""
-
-    image: Path | PhantomImage
-    query: str
-    box: Box | None  # original frame; None for a phantom, whose box is drawn with it: use load(sample) or Prompt.box
-    dataset: str
-    task: str = "ground"
-    source: str = ""  # "train.jsonl:17", for messages
-    size: tuple[int, int] | None = None  # (width, height) in the original frame, from the file's header; phantoms: None
-    query_field: str = "query"  # where the record holds its query, for messages
 
 
 class BadRecords:
@@ -108,13 +83,16 @@ class BadRecords:
             raise InputError(f"{error} ({hint})") from error
 
 
-def load_samples(spec: str, seed: int, split: str, bad: BadRecords | None = None) -> list[Sample]:
+def load_samples(
+    spec: str, seed: int, split: str, bad: BadRecords | None = None, queries: str | None = None
+) -> list[Sample]:
     """Read --data: "phantoms", "phantoms:<kind>" or a JSONL/JSON file; several of them separated by commas.
 
     seed picks the training phantoms. split is "train" or "test" and matters to phantoms only (a file is its own split):
     the test phantoms are the same for every seed and disjoint from all training ones. bad takes the records that cannot
-    be used; without it the first one is an InputError.
+    be used; without it the first one is an InputError. queries: a file of other words to ask in (read_queries).
     """
+    bad = bad or BadRecords()
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
     series = (seed, 0, TRAIN_PHANTOMS) if split == "train" else (TEST_SEED, TEST_START, TEST_PHANTOMS)
@@ -125,7 +103,42 @@ def load_samples(spec: str, seed: int, split: str, bad: BadRecords | None = None
             samples += phantom_samples(kind if colon else None, *series)
         else:
             samples += load_jsonl(part.strip(), bad)
-    return samples
+    return ask_in_words_of(queries, samples, seed if split == "train" else None, bad) if queries else samples
+
+
+def read_queries(path: str | Path) -> dict[str, list[str]]:
+    """--queries, a JSON object: the query of a record, such as its class -> the phrases to ask with instead, one or
+    a list of them."""
+    with named(one_line(path)):
+        try:
+            table = _parse(Path(path).read_bytes(), QUERIES_REMEDY)
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot be read ({cause_of(error)}); {QUERIES_REMEDY}") from error
+        if not isinstance(table, dict):
+            raise InputError(f"holds {_short(table)} and no JSON object; {QUERIES_REMEDY}")
+        phrases = {query: value if isinstance(value, list) else [value] for query, value in table.items()}
+        if empty := [query for query, some in phrases.items() if not some]:
+            raise InputError(f"field {_short(empty[0])} has no phrase; {QUERIES_REMEDY}")
+        return {query: [_text(phrase, query) for phrase in some] for query, some in phrases.items()}
+
+
+def ask_in_words_of(path: str, samples: list[Sample], seed: int | None, bad: BadRecords) -> list[Sample]:
+    """The samples with a phrase of read_queries(path) each in place of their queries, all of which must be in it.
+
+    Of several phrases the seed and the sample's index choose one, for the whole run; without a seed, where answers are
+    evaluated, it is the first: two policies are asked the same.
+    """
+    phrases, asked = read_queries(path), []
+    for index, sample in enumerate(samples):
+        if some := phrases.get(sample.query):
+            luck = 0 if seed is None else int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+            asked.append(replace(sample, query=some[luck % len(some)]))
+        else:
+            field = f"field {sample.query_field!r} {_short(sample.query)}"
+            bad.add(sample.source, InputError(f"{sample.source}: {field} is not in {one_line(path)}; add it there"))
+    if samples and not asked:
+        raise InputError(f"{one_line(path)}: holds none of the queries of {len(samples)} records")
+    return asked
 
 
 def held_out_phantoms(spec: str) -> str:
@@ -146,8 +159,8 @@ def phantom_samples(kind: str | None, seed: int, start: int, count: int, size: i
     return samples
 
 
-def load_jsonl(path: str | Path, bad: BadRecords | None = None) -> list[Sample]:
-    """Read a file of records; image paths are relative to its folder, boxes are in the original frame.
+def load_jsonl(path: str | Path, bad: BadRecords | None = None, images: Path | None = None) -> list[Sample]:
+    """Read a file of records; image paths are relative to its folder or to images, boxes are in the original frame.
 
     Ours, one per line:   {"image", "query", "bbox": [x1, y1, x2, y2], "width"?, "height"?, "dataset"?, "task"?}
     VLM-R1, one per line: {"image", "conversations": [{"value": "<image>question"}, {"value": box, list or string}]}
@@ -159,22 +172,13 @@ def load_jsonl(path: str | Path, bad: BadRecords | None = None) -> list[Sample]:
     name = repr(str(path))[1:-1]  # as it is, but on one line, whatever characters it has
     for source, record in _records(path, name):
         try:
-            with _named(source):
-                samples.append(_sample(record, path, source))
+            with named(source):
+                samples.append(_sample(record, images or path.parent, path.stem, source))
         except InputError as error:
             bad.add(source, error)
     if not samples:
         raise InputError(f"{name}: holds no usable records; write one JSON object per line")
     return samples
-
-
-@contextmanager
-def _named(source: str | Path) -> Iterator[None]:
-    """Put the place in front of an InputError from inside: helpers know the field, callers the file and line."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
 
 
 def _records(path: Path, name: str) -> Iterator[tuple[str, Any]]:
@@ -184,7 +188,7 @@ def _records(path: Path, name: str) -> Iterator[tuple[str, Any]]:
         with open(path, "rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
                 if first and line.lstrip(BLANK)[:1] == b"[":
-                    with _named(name):
+                    with named(name):
                         records = _parse(line + file.read(), "a file that begins with [ must be one JSON list")
                     yield from ((f"{name} record {i}", record) for i, record in enumerate(records, 1))
                     return
@@ -195,7 +199,7 @@ def _records(path: Path, name: str) -> Iterator[tuple[str, Any]]:
                     first = False
                     yield f"{name}:{number}", line
     except (OSError, ValueError) as error:  # ValueError: no file can have that name
-        raise InputError(f"{name}: cannot be read ({_why(error)}); name a JSONL file of records") from error
+        raise InputError(f"{name}: cannot be read ({cause_of(error)}); name a JSONL file of records") from error
 
 
 def _parse(text: str | bytes, remedy: str) -> Any:
@@ -203,7 +207,7 @@ def _parse(text: str | bytes, remedy: str) -> Any:
         return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
     except (ValueError, RecursionError) as error:
         why = str(error).replace("line 1 ", "").partition(";")[0]  # behind ; Python advises on its limit of digits
-        raise InputError(f"not valid JSON in UTF-8 ({_shown(why)}); {remedy}") from error
+        raise InputError(f"not valid JSON in UTF-8 ({one_line(why)}); {remedy}") from error
 
 
 _REPR = reprlib.Repr()  # bounded for values of any size and depth, where repr() takes long or hits the recursion limit
@@ -215,17 +219,8 @@ def _short(value: Any) -> str:
     return _REPR.repr(value)[:80]
 
 
-def _shown(text: Path | str) -> str:
-    """The same without quotes, for paths and the words of other libraries; it is the end of a path that matters."""
-    line = repr(str(text))[1:-1]
-    return line if len(line) <= 90 else "..." + line[-87:]
-
-
-def _why(error: Exception) -> str:
-    return _shown(getattr(error, "strerror", None) or str(error) or type(error).__name__)
-
-
-def _sample(record: Any, path: Path, source: str) -> Sample:
+def _sample(record: Any, folder: Path, name: str, source: str) -> Sample:
+    """The record of a file called name, whose image path is relative to folder."""
     if isinstance(record, bytes):
         if len(record) > MAX_LINE:
             raise InputError(f"the line is longer than {MAX_LINE} bytes; write one JSON object per line")
@@ -249,12 +244,12 @@ def _sample(record: Any, path: Path, source: str) -> Sample:
             query.removeprefix(before).removesuffix(after) if query.startswith(before) else query, query_field
         )
         if isinstance(box, str):
-            with _named(f"field {box_field!r} {_short(box)}"):
+            with named(f"field {box_field!r} {_short(box)}"):
                 box = _parse(re.sub(r"</?answer>", "", box), "write [x1, y1, x2, y2]")
 
-    image, size = _image(record, path.parent)
+    image, size = _image(record, folder)
     box = _box(box, box_field, size)
-    dataset = _text(record.get("dataset") or path.stem, "dataset")
+    dataset = _text(record.get("dataset") or name, "dataset")
     return Sample(image, query, box, dataset, _text(record.get("task", "ground"), "task"), source, size, query_field)
 
 
@@ -263,8 +258,8 @@ def _image(record: dict, folder: Path) -> tuple[Path, tuple[int, int]]:
     name = _text(_required(record, "image"), "image")
     image, shown = folder / name, _short(name)
     if not os.path.isfile(image):  # unlike Path.is_file, False also for names that no file can have
-        raise InputError(f"field 'image' names {shown}, which is not a file; paths are relative to {_shown(folder)}")
-    with _named("field 'image'"):
+        raise InputError(f"field 'image' names {shown}, which is not a file; paths are relative to {one_line(folder)}")
+    with named("field 'image'"):
         size = displayed_size(image)
     if "width" in record or "height" in record:
         stated = _required(record, "width"), _required(record, "height")
@@ -295,6 +290,11 @@ def _text(value: Any, field: str) -> str:
 
 
 def _box(value: Any, field: str, size: tuple[int, int]) -> Box:
+    if isinstance(value, list) and len(value) > 1 and all(isinstance(v, list | dict) for v in value):
+        raise InputError(
+            f"field {field!r} holds {len(value)} boxes, but one phrase, one box is the method; write a record for "
+            "each, with a phrase that fits it alone"
+        )
     # The bound also refuses NaN, infinities and integers beyond floats; a bool is an int to Python, but no coordinate.
     numbers = isinstance(value, list) and [type(v) in (int, float) and abs(v) < 1e9 for v in value]
     if numbers != [True] * 4:
@@ -309,66 +309,6 @@ def _box(value: Any, field: str, size: tuple[int, int]) -> Box:
 
 
 # ---------------------------------------------------------------- images
-
-
-def load(sample: Sample) -> tuple[Image.Image, Box]:
-    """The picture of a sample (RGB, as displayed) and its box in that picture's pixels: the original frame."""
-    if isinstance(sample.image, PhantomImage):
-        p = sample.image
-        drawn = phantom(p.kind, p.seed, p.index, p.size)
-        return Image.fromarray(drawn.image), tuple(map(float, drawn.box))
-    with _named(sample.source):
-        image = open_image(sample.image)
-        if sample.size not in (None, image.size):
-            raise InputError(
-                f"field 'image': {_shown(sample.image)} is {image.width}x{image.height} as displayed, but was "
-                f"{sample.size[0]}x{sample.size[1]} when its record was read; leave pictures as they are during a run"
-            )
-    return image, sample.box
-
-
-@contextmanager
-def _picture(path: Path) -> Iterator[Image.Image]:
-    """The opened file; whatever PIL says about it inside becomes one sentence."""
-    try:
-        with Image.open(path) as file:
-            yield file
-    except Exception as error:  # PIL's plugins raise all kinds on damaged files, down to NotImplementedError
-        why = "no picture format that PIL knows" if isinstance(error, UnidentifiedImageError) else _why(error)
-        raise InputError(f"image {_shown(path)} cannot be read ({why}); replace it") from error
-
-
-def displayed_size(path: Path) -> tuple[int, int]:
-    """(width, height) of the picture that open_image returns, from the file's header: no pixel is decoded."""
-    with _picture(path) as file:
-        if file.format == "PNG":
-            # EXIF may stand behind the pixels; step over them, since getexif() of PIL's PNGs would decode them.
-            file.load_prepare()
-            file.load_end()
-        turned = Image.Image.getexif(file).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        return file.size[::-1] if turned and file.format != "TIFF" else file.size  # a TIFF's size is turned already
-
-
-def open_image(path: Path) -> Image.Image:
-    """Open, rotate as its EXIF says, convert to 8-bit RGB. Of an animation or a stack, the first picture.
-
-    More than 8 bits of gray (16-bit X-rays: modes I;16, I, F) are stretched from the picture's own minimum .. maximum
-    to 0 .. 255: PIL's convert("RGB") would clip at 255 and return a white picture. Transparency is laid over white, as
-    transformers and qwen-vl-utils do.
-    """
-    with _picture(path) as file:
-        image = ImageOps.exif_transpose(file)
-        image.load()
-    if image.mode[0] in "IF":
-        gray = np.asarray(image, np.float32)
-        low, span = gray.min(), np.ptp(gray)
-        if not np.isfinite(span):
-            raise InputError(f"image {_shown(path)} has pixels that are not finite numbers; replace it")
-        image = Image.fromarray(np.rint((gray - low) * (255 / (span or 1))).astype(np.uint8))
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -401,6 +341,11 @@ class ImageConfig:
         """Pixels per token and side; both sides of a resized image are multiples of it."""
         return self.patch_size * self.merge_size
 
+    @property
+    def limits(self) -> tuple[int, int, int]:
+        """What smart_resize goes by."""
+        return self.factor, self.min_pixels, self.max_pixels
+
     @classmethod
     def from_folder(cls, folder: str | Path, min_pixels: int | None = None, max_pixels: int | None = None):
         """Read preprocessor_config.json, or processor_config.json where transformers 5 nests it; arguments win."""
@@ -421,7 +366,7 @@ class ImageConfig:
         }
         given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         values = {key: v for source in (stated, given) for key, v in source.items() if v is not None}
-        with _named(path):
+        with named(path):
             return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
 
     def write_max_pixels(self, folder: str | Path) -> None:
@@ -443,48 +388,26 @@ def _read_json(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read; is its folder a whole checkpoint? ({error})") from error
-    with _named(path):
+    with named(path):
         return _parse(text, "restore it from its checkpoint")
 
 
-def smart_resize(
-    height: int, width: int, factor: int = 28, min_pixels: int = 56 * 56, max_pixels: int = 28 * 28 * 1280
-) -> tuple[int, int]:
-    """(height, width) that the model sees: multiples of factor, the aspect about kept, within the pixel budget.
-
-    Qwen's rule to the letter. A side below factor becomes factor at least; for slivers that wins over max_pixels.
-    InputError when one side is more than 200 times the other.
-    """
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        raise InputError(f"one side of a {width}x{height} image is more than {MAX_ASPECT} times the other; crop it")
-    h, w = round(height / factor) * factor, round(width / factor) * factor
-    if h * w > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        h, w = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
-    elif h * w < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        h, w = (math.ceil(side * grow / factor) * factor for side in (height, width))
-    return h, w
-
-
-def image_to_patches(image: Image.Image, config: ImageConfig) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """RGB image -> patches (gh*gw, C*T*p*p) float32 and the grid (1, gh, gw) of patches.
+def pixels_to_patches(pixels: np.ndarray, config: ImageConfig) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """Resized RGB (h, w, C) uint8 -> patches (gh*gw, C*T*p*p) float32 and the grid (1, gh, gw) of patches.
 
     Rows go merge block by merge block, so that merge_size**2 rows in a row become one token; a row is C, T, p, p.
     """
-    p, m = config.patch_size, config.merge_size
-    h, w = smart_resize(image.height, image.width, config.factor, config.min_pixels, config.max_pixels)
-    pixels = np.asarray(image.resize((w, h), Image.Resampling.BICUBIC))  # (h, w, C) uint8
+    (h, w, _), p, m = pixels.shape, config.patch_size, config.merge_size
     gh, gw = h // p, w // p
-    cells = pixels.reshape(gh // m, m, p, gw // m, m, p, 3)
-    cells = cells.transpose(0, 3, 1, 4, 6, 2, 5)  # (gh/m, gw/m, m, m, C, p, p)
     # A byte has 256 values: normalise those, rounding where transformers rounds (1/255 in float64), and look them up.
     values = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
-    mean, std = (np.array(x, np.float32)[:, None] for x in (config.mean, config.std))
-    table = (values - mean) / std  # (C, 256)
+    normalised = np.empty((h, w, 3), np.float32)
+    for channel, (mean, std) in enumerate(zip(np.float32(config.mean), np.float32(config.std), strict=True)):
+        normalised[..., channel] = ((values - mean) / std).take(pixels[..., channel])
+    cells = normalised.reshape(gh // m, m, p, gw // m, m, p, 3)
+    cells = cells.transpose(0, 3, 1, 4, 6, 2, 5)  # (gh/m, gw/m, m, m, C, p, p)
     patches = np.empty((*cells.shape[:5], config.temporal_patch_size, p, p), np.float32)  # (.., C, T, p, p)
-    for channel, normalised in enumerate(table):
-        patches[:, :, :, :, channel] = normalised[cells[:, :, :, :, channel, None]]  # one frame, broadcast to T
+    patches[:] = cells[:, :, :, :, :, None]  # one frame, T times
     return torch.from_numpy(patches.reshape(gh * gw, -1)), (1, gh, gw)
 
 
@@ -501,21 +424,54 @@ def to_original(box: Box, scale: tuple[float, float]) -> Box:
     return box[0] * scale[0], box[1] * scale[1], box[2] * scale[0], box[3] * scale[1]
 
 
-def answer_text(box: Box, style: str) -> str:
+def answer_text(box: Box, style: str, query: str) -> str:
     """What supervised training wants to hear for a box of the MODEL frame, in whole pixels; the EOS is not in it.
 
-    style "answer": [x1,y1,x2,y2]; "think": a fixed thought and VLM-R1's JSON. Each side moves by half a pixel at most,
-    unless the box would vanish: then it becomes the pixel that it lies in.
+    style "think": a fixed thought and VLM-R1's JSON; "qwen": Qwen's JSON, with the query as label; else
+    [x1,y1,x2,y2]. Each side moves by half a pixel at most, unless the box would vanish: then it becomes the pixel that
+    it lies in.
     """
     x1, y1, x2, y2 = map(round, box)
     if x1 == x2:
         x1, x2 = math.floor(box[0]), math.floor(box[0]) + 1
     if y1 == y2:
         y1, y2 = math.floor(box[1]), math.floor(box[1]) + 1
-    return ANSWERS[style].format(x1, y1, x2, y2)
+    return ANSWERS.get(style, ANSWERS["answer"]).format(x1, y1, x2, y2, json.dumps(query, ensure_ascii=False))
 
 
 # ---------------------------------------------------------------- prompts
+
+
+def prompt_style(value: str) -> str:
+    """--prompt -> what all of this takes as `style`: a name of PROMPTS, or a question with {query} in it, which is the
+    text of the file that --prompt names."""
+    if value in PROMPTS:
+        return value
+    if not os.path.isfile(value):
+        known = ", ".join(PROMPTS)
+        raise InputError(f"--prompt {one_line(value)}: there are {known}, or a text file with {{query}} in it")
+    with named(f"--prompt {one_line(value)}"):
+        try:
+            text = Path(value).read_text(encoding="utf-8-sig")
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot be read ({cause_of(error)}); write it in UTF-8") from error
+        return check_style(text.strip())
+
+
+def check_style(style: str) -> str:
+    """The style, if it can be asked. {query} is the only placeholder: {"bbox_2d": [x1, y1, x2, y2]} is text."""
+    if style in PROMPTS:
+        return style
+    if len(style) > MAX_TEXT:
+        raise InputError(f"the question has {len(style)} characters; shorten it to at most {MAX_TEXT}")
+    if other := [p for p in re.findall(r"\{\s*\w*\s*\}", style) if p != "{query}"]:
+        raise InputError(f"the question holds {other[0]}; {{query}} is the only placeholder there is")
+    if "{query}" not in style:
+        hint = f"write it where the phrase of a record belongs, or name one of {', '.join(PROMPTS)}"
+        raise InputError(f"the question {_short(style)} does not hold {{query}}; {hint}")
+    if IMAGE_TOKEN in style:
+        raise InputError(f"the question holds {IMAGE_TOKEN}; leave it out, the picture is put in front of it")
+    return style
 
 
 @dataclass
@@ -532,17 +488,19 @@ class Prompt:
     box: Box  # original frame
     sample: Sample
     text: str  # the rendered chat, with one image token
+    image_tokens: torch.Tensor | None = None  # (gh*gw/4, H) once a frozen vision tower has seen it: Policy.see
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder; local files only, no code from the folder is run."""
+    """The tokenizer of a checkpoint folder, with the chat template that transformers' processor would take; local
+    files only, no code from the folder is run."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; a model is a Hugging Face checkpoint folder on this machine")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of a broken tokenizer.json: whatever the first thing that it misses raises
-        why = f"{type(error).__name__}: {_why(error)}"
+        why = f"{type(error).__name__}: {cause_of(error)}"
         raise InputError(f"{folder}: holds no tokenizer that transformers can load ({why}); restore it") from error
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         raise InputError(f"{folder}: its tokenizer has no {IMAGE_TOKEN}; a Qwen2.5-VL checkpoint is needed")
@@ -551,6 +509,11 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise InputError(
             f"{folder}: {IMAGE_TOKEN} is {ids[0]} in the tokenizer, but config.json: image_token_id is {ids[1]}"
         )
+    if (file := folder / "chat_template.json").is_file():  # a processor's, and goes before the tokenizer's own
+        template = _read_json(file)
+        if not isinstance(template, dict) or not isinstance(template.get("chat_template"), str):
+            raise InputError(f"{file}: field 'chat_template' must be a string; restore it from its checkpoint")
+        tokenizer.chat_template = template["chat_template"]
     return tokenizer
 
 
@@ -560,20 +523,23 @@ def build_prompt(
     image_config: ImageConfig,
     style: str,
     max_prompt_tokens: int | None = None,
+    picture: Picture | InputError | None = None,
 ) -> Prompt:
-    """Load a sample and ask for its box in one of PROMPTS' styles, image first.
+    """Load a sample and ask for its box, image first; style: see prompt_style.
 
-    InputError, never a cut prompt, when it is longer than max_prompt_tokens or the query holds a special token.
+    picture: what reading it ahead of time gave. InputError, never a cut prompt, when it is longer than
+    max_prompt_tokens or the query holds a special token.
     """
-    image, box = load(sample)
-    text, ids = _render(sample, image.size, tokenizer, image_config, style, max_prompt_tokens)
-    patches, grid = image_to_patches(image, image_config)
+    picture = picture or read_picture(sample, *image_config.limits)
+    if isinstance(picture, InputError):
+        raise picture
+    text, ids = _render(sample, picture.size, tokenizer, image_config, style, max_prompt_tokens)
+    patches, grid = pixels_to_patches(picture.pixels, image_config)
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     ids = torch.tensor(ids)
     positions, next_position = mrope_positions(ids, [grid], image_token_id, image_config.merge_size)
-    _, gh, gw = grid
-    scale = image.width / (gw * image_config.patch_size), image.height / (gh * image_config.patch_size)
-    return Prompt(ids, patches, grid, positions, next_position, scale, image.size, box, sample, text)
+    scale = picture.size[0] / picture.pixels.shape[1], picture.size[1] / picture.pixels.shape[0]
+    return Prompt(ids, patches, grid, positions, next_position, scale, picture.size, picture.box, sample, text)
 
 
 def check_prompt(
@@ -596,12 +562,12 @@ def check_prompt(
 def _render(sample, size, tokenizer, config, style, max_prompt_tokens) -> tuple[str, list[int]]:
     """The rendered chat and its ids (P,), as build_prompt; size: (width, height) of the picture, original frame."""
     image_token_id, field = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), sample.query_field
-    with _named(sample.source):
-        with _named("field 'image'"):
-            h, w = smart_resize(size[1], size[0], config.factor, config.min_pixels, config.max_pixels)
+    with named(sample.source):
+        with named("field 'image'"):
+            h, w = smart_resize(size[1], size[0], *config.limits)
         if special := [token for token in tokenizer.get_added_vocab() if token in sample.query]:
             raise InputError(f"field {field!r} {_short(sample.query)} holds the special token {special[0]}; remove it")
-        text = _chat(PROMPTS[style].format(query=sample.query), tokenizer)
+        text = _chat(PROMPTS.get(style, style).replace("{query}", sample.query), tokenizer)
         ids = tokenizer.encode(text, add_special_tokens=False)
         if ids.count(image_token_id) != 1:
             raise InputError(
@@ -623,7 +589,11 @@ def _chat(question: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.chat_template is None:
         return CHAT.format(question=question)
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-    return tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # the template is a program, if one in a sandbox: it may raise anything
+        why = f"{type(error).__name__}: {cause_of(error)}"
+        raise InputError(f"the tokenizer's chat template fails ({why}); use a Qwen2.5-VL checkpoint's") from error
 
 
 def mrope_positions(

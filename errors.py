@@ -2,7 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 # How torch says it, on CUDA and on a CPU; looked for in words, so that this file needs no torch.
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
@@ -10,6 +12,26 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "all
 
 class InputError(Exception):
     """The user's input cannot be used. The message is one sentence for a person; a traceback would add nothing."""
+
+
+@contextmanager
+def named(source: str | Path) -> Iterator[None]:
+    """Put the place in front of an InputError from inside: helpers know the field, callers the file and line."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+
+
+def one_line(text: Path | str) -> str:
+    """At most 90 printable characters of a path, whose end matters most, or of what another library says."""
+    line = repr(str(text))[1:-1]
+    return line if len(line) <= 90 else "..." + line[-87:]
+
+
+def cause_of(error: Exception) -> str:
+    """What another library's exception says, on one line."""
+    return one_line(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
 class Parser(argparse.ArgumentParser):

@@ -22,26 +22,29 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import errors
+import hub
 import rewards
 from data import (
-    PROMPTS,
     BadRecords,
     Box,
     ImageConfig,
+    Picture,
     Prompt,
     Sample,
     build_prompt,
     check_prompt,
+    check_style,
     load,
     load_samples,
     load_tokenizer,
+    prompt_style,
 )
-from errors import InputError
+from errors import InputError, named
 from model import Policy, check_device, collate, read_json
 from scheduler import hit
 
 NANO = Path(__file__).parent / "assets" / "nano"
-PROMPT_FILE = "medloc.json"  # in a checkpoint folder of ours: which prompt the policy is used to
+PROMPT_FILE = "medloc.json"  # in a checkpoint folder of ours: which prompt the policy is used to, by name or in full
 THRESHOLDS = [round(0.5 + 0.05 * i, 2) for i in range(10)]  # of pmAP
 
 
@@ -52,7 +55,7 @@ class Task:
         self,
         policy: Policy,
         folder: Path,
-        prompt: str,
+        prompt: str,  # a `style` of data.prompt_style
         max_prompt_tokens: int | None = None,
         max_pixels: int | None = None,  # of the model frame; None: what the folder says
     ):
@@ -60,8 +63,9 @@ class Task:
         self.tokenizer = load_tokenizer(folder)
         self.image_config = ImageConfig.from_folder(folder, max_pixels=max_pixels)
 
-    def prompt(self, sample: Sample) -> Prompt:
-        return build_prompt(sample, self.tokenizer, self.image_config, self.style, self.max_prompt_tokens)
+    def prompt(self, sample: Sample, picture: Picture | InputError | None = None) -> Prompt:
+        """picture: as pipeline.Readers gave it; without, it is read here."""
+        return build_prompt(sample, self.tokenizer, self.image_config, self.style, self.max_prompt_tokens, picture)
 
     def usable(self, samples: list[Sample], bad: BadRecords, decode: bool = False) -> list[Sample]:
         """The samples that prompt() accepts, found without decoding their pictures unless asked to; `bad` takes the
@@ -104,17 +108,20 @@ class Task:
 
 
 def model_folder(model: str) -> Path:
-    """--model: a checkpoint folder, or "nano" for the policy that comes with this repository."""
-    return NANO if model == "nano" else Path(model)
+    """--model: a checkpoint folder, "nano" for the policy that comes with this repository, or org/name of the Hub."""
+    if model == "nano":
+        return NANO
+    return hub.fetch(model) if hub.is_name(model) else Path(model)
 
 
 def default_prompt(folder: Path) -> str:
     """The prompt a policy was trained with, if its folder says so (the nano one's does); else the paper's, think."""
     file = folder / PROMPT_FILE
     style = read_json(file).get("prompt") if file.exists() else "think"
-    if not isinstance(style, str) or style not in PROMPTS:
-        raise InputError(f"{file}: field 'prompt' is {style!r}; there are {', '.join(PROMPTS)}")
-    return style
+    with named(f"{file}: field 'prompt'"):
+        if not isinstance(style, str):
+            raise InputError(f"must be a string, not {style!r:.80}")
+        return check_style(style)
 
 
 def evaluate(
@@ -269,14 +276,19 @@ def read_predictions(file: str, samples: list[Sample]) -> list[str]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = errors.Parser(prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="nano", help="checkpoint folder, or nano")
+    parser.add_argument("--model", default="nano", help="checkpoint folder, nano, or org/name of the Hugging Face Hub")
     parser.add_argument("--data", default="phantoms", help="JSONL files, or phantoms[:dermoscopy|xray|ultrasound]")
     parser.add_argument("--train", help="training data: adds the row of the constant box, the median of its boxes")
     parser.add_argument("--predictions", help="score these answers instead of running a model")
     parser.add_argument("--image", help="ask about one picture; prints the answer, writes overlay.png")
     parser.add_argument("--query", help="with --image: what to look for")
     parser.add_argument("--out", default="out-eval", help="folder for eval.json, predictions.jsonl, sheet.png")
-    parser.add_argument("--prompt", choices=list(PROMPTS), help="default: the one it was trained with, else think")
+    parser.add_argument(
+        "--prompt",
+        type=prompt_style,
+        help="answer, think, qwen or a text file with {query} in it; default: the one it was trained with, else think",
+    )
+    parser.add_argument("--queries", help="JSON file: what the records call it -> the phrase to ask with, or several")
     parser.add_argument("--max-tokens", type=int, help="of an answer; default 24 for the prompt 'answer', else 512")
     parser.add_argument("--limit", type=int, help="evaluate the first N samples")
     parser.add_argument("--batch-size", type=int, default=50)
@@ -284,6 +296,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.image is None) != (args.query is None):
         parser.error("--image and --query go together")
+    if args.image and args.queries:
+        parser.error("--queries changes nothing beside --query; drop it")
     for name in ("limit", "batch_size", "max_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -317,7 +331,7 @@ def main() -> None:
         print(f"box in original pixels: {row['box'] or 'none: ' + row['reason']}")
         overlay(sample, [row["box"]], args.query, truth=False).save(out / "overlay.png")
         return
-    samples = load_samples(args.data, seed=0, split="test")[: args.limit]
+    samples = load_samples(args.data, seed=0, split="test", queries=args.queries)[: args.limit]
     if args.predictions:
         boxes = [load(sample)[1] for sample in samples]
         rows = score_rows(samples, read_predictions(args.predictions, samples), boxes, [(1.0, 1.0)] * len(samples))

@@ -20,10 +20,12 @@ Left out: video, sliding-window text attention (no published Qwen2.5-VL uses it)
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -36,11 +38,11 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from errors import InputError
+from generate import Completions, generate
 
 HEAD_ROWS = (
     1024  # rows of the vocabulary head computed at a time: [1024, 151936] in bf16 is 0.3 GB, all rows would be 10
 )
-STOP_EVERY = 4  # decode steps between two looks at "has every row ended?": each look makes the host wait for the device
 SHARD_BYTES = 5 * 10**9  # size of one file of a saved checkpoint, as the hub has it
 
 # What belongs to a checkpoint beside weights and config.json, and is carried on from folder to folder as it is.
@@ -56,12 +58,13 @@ COMPANIONS = (
 
 @dataclass(frozen=True)
 class VisionConfig:
-    depth: int
     hidden_size: int
     intermediate_size: int
-    num_heads: int
     out_hidden_size: int  # = hidden size of the decoder
-    fullatt_block_indexes: tuple[int, ...]  # blocks in which a patch sees its whole image; elsewhere only its window
+    # What the published 32B leaves out of its config.json, since these are the values of every size:
+    depth: int = 32
+    num_heads: int = 16
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)  # blocks where a patch sees its whole image, not a window
     window_size: int = 112  # pixels of the model frame
     patch_size: int = 14
     spatial_merge_size: int = 2  # 2 x 2 patches become one token of the decoder
@@ -117,6 +120,8 @@ class ModelConfig:
             raise InputError(f"{source}: rope type {rope} is not implemented, only Qwen2.5-VL's plain M-RoPE is.")
         if text.get("use_sliding_window"):
             raise InputError(f"{source}: use_sliding_window is true; sliding-window attention is not implemented.")
+        if "quantization_config" in raw:
+            raise InputError(f"{source}: has a quantization_config; take the checkpoint that is not quantised.")
         try:
             return cls(
                 **{key: text[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
@@ -128,12 +133,10 @@ class ModelConfig:
                 max_position_embeddings=text.get("max_position_embeddings", 32768),
                 vision=VisionConfig(
                     **{
-                        k: vision[k]
-                        for k in ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size")
-                    },
-                    fullatt_block_indexes=tuple(vision["fullatt_block_indexes"]),
-                    **{k: vision[k] for k in ("window_size", "patch_size", "spatial_merge_size") if k in vision},
-                    **{k: vision[k] for k in ("temporal_patch_size", "in_channels") if k in vision},
+                        f.name: tuple(vision[f.name]) if f.name == "fullatt_block_indexes" else vision[f.name]
+                        for f in fields(VisionConfig)
+                        if f.name in vision or f.default is MISSING
+                    }
                 ),
             )
         except KeyError as missing:
@@ -192,10 +195,32 @@ def rotary_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
     return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
 
 
+@lru_cache
+def rotary_axes(section: tuple[int, int, int], device: torch.device) -> Tensor:
+    """(dim / 2,) which of the three positions turns each frequency."""
+    return torch.repeat_interleave(torch.arange(3), torch.tensor(section)).to(device)
+
+
+def turns(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """angles (..., D/2) -> what `rotate` takes: cosines, and sines with the sign of each half (..., D)."""
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + D/2]) by the given angles. x (..., D); cos, sin broadcast to (..., D/2), fp32."""
-    a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """Turn the pairs (x[i], x[i + D/2]) of x (..., D); cos, sin of `turns` broadcast to it, fp32."""
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    """q (..., S, D), k (..., L, D) -> q k^T (..., S, L) in fp32 at least, as inside flash attention: scores rounded to
+    16 bits would sample from another policy than the one that is trained."""
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return q @ k.mT
+    if not q.is_cuda:
+        return q.float() @ k.float().mT
+    return torch.bmm(q.flatten(0, -3), k.flatten(0, -3).mT, out_dtype=torch.float32).unflatten(0, q.shape[:-2])
 
 
 # -------------------------------------------------------------------------------------------------------- vision tower
@@ -324,7 +349,7 @@ class VisionTower(nn.Module):
         layout = VisionLayout.of(grids, window, config.spatial_merge_size, patches.device)
         head_dim = config.hidden_size // config.num_heads
         angles = layout.places[..., None] * rotary_frequencies(head_dim // 2, 1e4, patches.device)  # (N, 2, D/4)
-        cos, sin = angles.flatten(1).cos()[:, None], angles.flatten(1).sin()[:, None]  # (N, 1, D/2): rows, then columns
+        cos, sin = turns(angles.flatten(1)[:, None])  # (N, 1, D): frequencies turned by the row, then by the column
 
         x = self.patch_embed(patches.view(-1, unit, patches.shape[-1])[layout.order].flatten(0, 1))  # (N, hidden)
         for i, block in enumerate(self.blocks):
@@ -334,6 +359,17 @@ class VisionTower(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------- decoder
+
+
+def spans_of(lengths: list[int]) -> list[tuple[int, int, int]]:
+    """Runs of neighbouring prompts of equal length: (first, last + 1, length)."""
+    starts = [i for i, n in enumerate(lengths) if i == 0 or n != lengths[i - 1]]
+    return [(a, b, lengths[a]) for a, b in zip(starts, starts[1:] + [len(lengths)], strict=True)]
+
+
+def last_tokens(x: Tensor, spans: list) -> Tensor:
+    """x (B, ..., P, D), right-padded -> (B, ..., 1, D) at the last real token of each prompt."""
+    return torch.cat([x[a:b, ..., n - 1 : n, :] for a, b, n in spans])
 
 
 class Attention(nn.Module):
@@ -351,11 +387,11 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, S, H) -> q (N, heads, S, D), k and v (N, kv_heads, S, D), rotated."""
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (self.split_heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal, aligned at the end: the last query sees every key. q (N, heads, S, D), k, v (N, kv_heads, L, D)."""
@@ -363,10 +399,18 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return out.transpose(1, 2).flatten(2)  # (N, S, heads * D)
 
-    def prefix(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The prompts, right-padded: no real token sees a pad, so plain causal attention is right at every length."""
-        q, k, v = self.project(x, cos, sin)
-        return self.o_proj(self.attend(q, k, v)), k, v
+    def prefix(self, x: Tensor, cos: Tensor, sin: Tensor, spans: list | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The prompts, right-padded: no real token sees a pad, so plain causal attention is right at every length.
+        With spans only the last token of each prompt looks (B, 1, H); keys and values are those of all."""
+        if spans is None:
+            q, k, v = self.project(x, cos, sin)
+            return self.o_proj(self.attend(q, k, v)), k, v
+        k, v = rotate(self.split_heads(self.k_proj(x)), cos, sin), self.split_heads(self.v_proj(x))
+        q = rotate(
+            self.split_heads(self.q_proj(last_tokens(x, spans))), last_tokens(cos, spans), last_tokens(sin, spans)
+        )
+        outs = [self.attend(q[a:b], k[a:b, :, :n], v[a:b, :, :n]) for a, b, n in spans]
+        return self.o_proj(torch.cat(outs)), k, v
 
     def suffix(self, x: Tensor, cos: Tensor, sin: Tensor, pk: Tensor, pv: Tensor, spans: list) -> Tensor:
         """Completions x (B * G, S, H) over prefixes pk, pv (B, kv_heads, P, D): one call per span of equal prompts."""
@@ -386,16 +430,29 @@ class Attention(nn.Module):
         return self.o_proj(torch.cat(outs))
 
     def decode(
-        self, x: Tensor, cos: Tensor, sin: Tensor, ck: Tensor, cv: Tensor, at: int, mask: Tensor | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        pk: Tensor,
+        pv: Tensor,
+        k: Tensor,
+        v: Tensor,
+        at: Tensor,
+        bias: Tensor,
     ) -> Tensor:
-        """One token per row, x (N, 1, H), written at place `at` of the static cache ck, cv (N, kv_heads, P + T, D)."""
-        q, k, v = self.project(x, cos, sin)
-        ck[:, :, at], cv[:, :, at] = k[:, :, 0], v[:, :, 0]
-        # The heads that share a key head become its queries: grouped-query attention with no mask and no copied keys.
-        q = q.view(len(x), self.kv_heads, -1, self.head_dim)
-        mask = None if mask is None else mask[..., : at + 1]
-        out = F.scaled_dot_product_attention(q, ck[:, :, : at + 1], cv[:, :, : at + 1], attn_mask=mask)
-        return self.o_proj(out.reshape(len(x), 1, -1))
+        """One token per row, x (B * G, 1, H). pk, pv (B, kv_heads, P, D): what the G rows of a prompt share; k, v
+        (B, kv_heads, G, T, D): their own, written here at place `at` (1,); bias (B, 1, 1, 1, P + T) hides places."""
+        b, _, p, _ = pk.shape
+        q, new_k, new_v = (y.view(b, len(x) // b, self.kv_heads, -1, self.head_dim) for y in self.project(x, cos, sin))
+        k.index_copy_(3, at, new_k.transpose(1, 2))
+        v.index_copy_(3, at, new_v.transpose(1, 2))
+        q = q.transpose(1, 2).contiguous()  # (B, kv_heads, G, r, D): r query heads share a key head
+        shared = scores(q.flatten(2, 3), pk).view(*q.shape[:4], p)
+        seen = torch.cat((shared, scores(q, k)), dim=-1)  # (B, kv_heads, G, r, P + T)
+        weights = torch.add(bias, seen, alpha=self.head_dim**-0.5).softmax(-1).to(x.dtype)
+        out = (weights[..., :p].flatten(2, 3) @ pv).view(q.shape) + weights[..., p:] @ v
+        return self.o_proj(out.transpose(1, 2).reshape(len(x), 1, -1))
 
 
 class Block(nn.Module):
@@ -412,17 +469,17 @@ class Block(nn.Module):
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def prefix(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        attended, k, v = self.self_attn.prefix(self.input_layernorm(x), cos, sin)
-        return self.finish(x, attended), k, v
+    def prefix(self, x: Tensor, cos: Tensor, sin: Tensor, spans: list | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """All prompts x (B, P, H) -> x of the next layer, keys, values. With spans, as the last layer of a prefix: of x
+        only each prompt's last token (B, 1, H), since from there on nobody reads the others."""
+        attended, k, v = self.self_attn.prefix(self.input_layernorm(x), cos, sin, spans)
+        return self.finish(x if spans is None else last_tokens(x, spans), attended), k, v
 
     def suffix(self, x: Tensor, cos: Tensor, sin: Tensor, pk: Tensor, pv: Tensor, spans: list) -> Tensor:
         return self.finish(x, self.self_attn.suffix(self.input_layernorm(x), cos, sin, pk, pv, spans))
 
-    def decode(
-        self, x: Tensor, cos: Tensor, sin: Tensor, ck: Tensor, cv: Tensor, at: int, mask: Tensor | None
-    ) -> Tensor:
-        return self.finish(x, self.self_attn.decode(self.input_layernorm(x), cos, sin, ck, cv, at, mask))
+    def decode(self, x: Tensor, *rest: Tensor) -> Tensor:
+        return self.finish(x, self.self_attn.decode(self.input_layernorm(x), *rest))
 
 
 class Decoder(nn.Module):
@@ -444,22 +501,26 @@ class PromptBatch:
     positions: Tensor  # (3, B, P) M-RoPE: temporal, row, column
     next_position: Tensor  # (B,) where each completion's text positions go on
     lengths: list[int]  # (B,) real tokens of each, ascending
-    patches: Tensor  # (N, C * 2 * 14 * 14), fp32
+    patches: Tensor | None  # (N, C * 2 * 14 * 14), fp32; None: all images are in image_tokens
+    image_tokens: Tensor | None  # (N / 4, H), of a frozen vision tower that has seen all of them; else None
     grids: tuple[tuple[int, int], ...]  # rows and columns of each image, in patches
     order: Tensor  # (B,) the b-th row is prompt order[b] of the caller
 
 
 def collate(prompts: list, device: torch.device | str = "cpu") -> PromptBatch:
-    """Batch data.Prompt objects: ids (P,), positions (3, P), next_position, patches (n, 1176), grid (1, rows, cols)."""
+    """Batch data.Prompt objects: ids (P,), positions (3, P), next_position, patches (n, 1176), grid (1, rows, cols),
+    image_tokens (n / 4, H) or None."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     rows = [prompts[i] for i in order]
     longest = len(rows[-1].ids)
+    seen = all(p.image_tokens is not None for p in rows)
     return PromptBatch(
         ids=torch.stack([F.pad(p.ids, (0, longest - len(p.ids)), value=int(p.ids[-1])) for p in rows]).to(device),
         positions=torch.stack([F.pad(p.positions, (0, longest - len(p.ids))) for p in rows], dim=1).to(device),
         next_position=torch.tensor([p.next_position for p in rows], device=device),
         lengths=[len(p.ids) for p in rows],
-        patches=torch.cat([p.patches for p in rows]).to(device),
+        patches=None if seen else torch.cat([p.patches for p in rows]).to(device),
+        image_tokens=torch.cat([p.image_tokens for p in rows]) if seen else None,
         grids=tuple((int(p.grid[1]), int(p.grid[2])) for p in rows),
         order=torch.tensor(order, device=device),
     )
@@ -476,19 +537,6 @@ class Prefix:
     lengths: list[int]
     order: Tensor  # (B,)
 
-    @property
-    def spans(self) -> list[tuple[int, int, int]]:
-        """Runs of prompts of equal length: (first, last + 1, length)."""
-        starts = [i for i, n in enumerate(self.lengths) if i == 0 or n != self.lengths[i - 1]]
-        return [(a, b, self.lengths[a]) for a, b in zip(starts, starts[1:] + [len(self.lengths)], strict=True)]
-
-
-@dataclass
-class Completions:
-    ids: Tensor  # (B, G, T) up to and including the first EOS; after it the first EOS id, which no mask ever lets in
-    lengths: Tensor  # (B, G) tokens up to and including the first EOS
-    truncated: Tensor  # (B, G) bool: no EOS within the limit
-
 
 class Policy(nn.Module):
     """Qwen2.5-VL. Parameter names are the published tensor names."""
@@ -498,6 +546,7 @@ class Policy(nn.Module):
         self.config, self.eos_ids = config, eos_ids
         self.compute_dtype = torch.float32  # of activations; --dtype sets it
         self.checkpointing = False  # compute each block again in the backward pass instead of keeping what is inside
+        self.graph = False  # decode by replaying a CUDA graph
         self.source: Path | None = None  # folder it was loaded from
         self.raw_config: dict = {}  # its config.json as read, carried on when saved
         self.visual = VisionTower(config.vision)
@@ -510,12 +559,11 @@ class Policy(nn.Module):
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions (3, N, S) -> cos, sin (N, 1, S, D/2); mrope_section says which axis turns a frequency."""
-        section = torch.tensor(self.config.mrope_section)
-        axis = torch.repeat_interleave(torch.arange(3), section).to(positions.device)  # (D/2,)
+        """positions (3, N, S) -> cos, sin (N, 1, S, D); mrope_section says which axis turns a frequency."""
+        axis = rotary_axes(self.config.mrope_section, positions.device)
         frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_theta, positions.device)
         angles = positions.permute(1, 2, 0)[..., axis] * frequencies  # (N, S, D/2)
-        return angles.cos()[:, None], angles.sin()[:, None]
+        return turns(angles[:, None])
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.model.embed_tokens(ids).to(self.compute_dtype)
@@ -524,21 +572,40 @@ class Policy(nn.Module):
         """(N, H) normalised hidden states -> (N, V)."""
         return F.linear(hidden, self.head_weight.to(hidden.dtype))
 
+    def look(self, batch: PromptBatch) -> Tensor:
+        """(N / 4, H) image tokens of all prompts, in the batch's order: what see() kept, or the vision tower's."""
+        if batch.image_tokens is not None:
+            return batch.image_tokens
+        return self.visual(batch.patches.to(self.compute_dtype), batch.grids, self.checkpointing)
+
+    @torch.no_grad()
+    def see(self, prompts: list) -> None:
+        """Let a frozen vision tower look once: its tokens stay with the prompts, and prefix() takes them from there.
+
+        For all policies that share the tower's weights and the dtype of the arithmetic, whatever becomes of their
+        decoders. Does nothing if the tower is trained. Costs n / 4 * H numbers an image on the device while the prompt
+        lives: of a 3B model in bf16 a fifth of what its patches take.
+        """
+        if any(parameter.requires_grad for parameter in self.visual.parameters()):
+            return
+        batch = collate(prompts, self.head_weight.device)
+        counts = [rows * columns // self.config.vision.spatial_merge_size**2 for rows, columns in batch.grids]
+        for place, tokens in zip(batch.order.tolist(), self.look(batch).split(counts), strict=True):
+            prompts[place].image_tokens = tokens
+
     def prefix(self, batch: PromptBatch) -> Prefix:
         """Vision tower and prompt, once per prompt. Gradients flow if they are enabled."""
         x = self.embed(batch.ids)  # (B, P, H)
-        image_tokens = self.visual(batch.patches.to(self.compute_dtype), batch.grids, self.checkpointing)
         is_image = batch.ids == self.config.image_token_id
-        x = x.masked_scatter(is_image[..., None], image_tokens)  # images stand in the order of their prompts
+        x = x.masked_scatter(is_image[..., None], self.look(batch))  # images stand in the order of their prompts
         cos, sin = self.rotary(batch.positions)
         keys, values = [], []
         for layer in self.model.layers:
-            x, k, v = recomputed(layer.prefix, x, cos, sin, when=self.checkpointing)
+            spans = spans_of(batch.lengths) if layer is self.model.layers[-1] else None
+            x, k, v = recomputed(layer.prefix, x, cos, sin, spans, when=self.checkpointing)
             keys.append(k)
             values.append(v)
-        last = torch.tensor(batch.lengths, device=x.device) - 1
-        hidden = self.model.norm(x[torch.arange(len(x), device=x.device), last])
-        return Prefix(keys, values, hidden, batch.next_position, batch.lengths, batch.order)
+        return Prefix(keys, values, self.model.norm(x[:, 0]), batch.next_position, batch.lengths, batch.order)
 
     def logprobs(
         self, prefix: Prefix, ids: Tensor, lengths: Tensor, temperature: float = 1.0, entropy: bool = False
@@ -558,8 +625,9 @@ class Policy(nn.Module):
             steps = torch.arange(t - 1, device=ids.device)
             positions = (prefix.next_position[:, None] + steps).repeat_interleave(g, 0)  # (B * G, T - 1)
             cos, sin = self.rotary(positions.expand(3, -1, -1))
+            spans = spans_of(prefix.lengths)
             for layer, k, v in zip(self.model.layers, prefix.keys, prefix.values, strict=True):
-                x = recomputed(layer.suffix, x, cos, sin, k, v, prefix.spans, when=self.checkpointing)
+                x = recomputed(layer.suffix, x, cos, sin, k, v, spans, when=self.checkpointing)
             hidden = torch.cat((hidden, self.model.norm(x)), dim=1)  # (B * G, T, H)
         real = torch.arange(t, device=ids.device) < lengths.flatten()[:, None]  # by position, never by token id
         flat = kernels.linear_logprob(
@@ -576,9 +644,8 @@ class Policy(nn.Module):
         """The naive equivalent of logprobs(prefix(batch), ...): one full row per completion, nothing shared."""
         order = batch.order.to(ids.device)
         out = torch.zeros(ids.shape, dtype=torch.promote_types(self.compute_dtype, torch.float32), device=ids.device)
-        images = self.visual(batch.patches.to(self.compute_dtype), batch.grids, self.checkpointing)
         is_image = batch.ids == self.config.image_token_id
-        prompts = self.embed(batch.ids).masked_scatter(is_image[..., None], images)
+        prompts = self.embed(batch.ids).masked_scatter(is_image[..., None], self.look(batch))
         for row, caller in enumerate(order.tolist()):
             p = batch.lengths[row]
             for member in range(ids.shape[1]):
@@ -594,67 +661,16 @@ class Policy(nn.Module):
                 out[caller, member, :n] = logp
         return out
 
-    @torch.no_grad()
     def generate(
         self, prefix: Prefix, group_size: int, max_tokens: int, temperature: float = 0.0, uniforms: Tensor | None = None
     ) -> Completions:
-        """Sample `group_size` completions of each prompt; temperature 0 is greedy.
+        """Sample `group_size` completions of each prompt, without gradient; temperature 0 is greedy. How: generate.py.
 
         uniforms (B, G, max_tokens) in [0, 1), in the caller's order of prompts: one number per token, turned into it by
         the inverse of the cumulative distribution. Made from (seed, step, sample), they give the same rollouts on any
         number of ranks. No top-p, no top-k: the sampled policy is the trained one.
         """
-        if temperature > 0 and uniforms is None:
-            raise ValueError("sampling at temperature > 0 needs uniforms (B, G, max_tokens)")
-        device, b = prefix.hidden.device, len(prefix.hidden)
-        n, p = b * group_size, prefix.keys[0].shape[2]
-        if uniforms is not None:
-            uniforms = uniforms.to(device)[prefix.order].flatten(0, 1)  # (N, max_tokens)
-        cache = [self._cache(k, v, group_size, max_tokens) for k, v in zip(prefix.keys, prefix.values, strict=True)]
-        mask = None
-        if prefix.lengths[0] != p:  # unequal prompts: hide the padding between a shorter prompt and its completion
-            place = torch.arange(p + max_tokens, device=device)
-            lengths = torch.tensor(prefix.lengths, device=device).repeat_interleave(group_size)
-            mask = ((place < lengths[:, None]) | (place >= p))[:, None, None]  # (N, 1, 1, P + T)
-        positions = prefix.next_position.repeat_interleave(group_size)  # (N,)
-        eos = torch.tensor(self.eos_ids, device=device)
-        ids = torch.full((n, max_tokens), self.eos_ids[0], dtype=torch.long, device=device)
-        lengths = torch.full((n,), max_tokens, device=device)
-        alive = torch.ones(n, dtype=torch.bool, device=device)
-
-        logits = self.logits(prefix.hidden).repeat_interleave(group_size, 0)  # (N, V)
-        steps = 0
-        for t in range(max_tokens):
-            token = sample(logits, temperature, None if uniforms is None else uniforms[:, t])
-            token = torch.where(alive, token, self.eos_ids[0])
-            ids[:, t] = token
-            ended = alive & torch.isin(token, eos)
-            lengths = torch.where(ended, t + 1, lengths)
-            alive = alive & ~ended
-            steps = t + 1
-            if steps == max_tokens or (steps % STOP_EVERY == 0 and not alive.any()):
-                break
-            x = self.embed(token[:, None])  # (N, 1, H)
-            cos, sin = self.rotary((positions + t)[None, :, None].expand(3, -1, -1))
-            for layer, (k, v) in zip(self.model.layers, cache, strict=True):
-                x = layer.decode(x, cos, sin, k, v, p + t, mask)
-            logits = self.logits(self.model.norm(x[:, 0]))
-        lengths = lengths.clamp(max=steps)
-        longest = int(lengths.max())
-        back = torch.argsort(prefix.order)
-        shape = (b, group_size)
-        return Completions(ids[:, :longest].view(*shape, -1)[back], lengths.view(shape)[back], alive.view(shape)[back])
-
-    def _cache(self, k: Tensor, v: Tensor, group_size: int, max_tokens: int) -> tuple[Tensor, Tensor]:
-        """Static keys and values (B * G, kv_heads, P + max_tokens, D), the prefix filled in."""
-
-        def room(prefix: Tensor) -> Tensor:
-            b, heads, p, d = prefix.shape
-            cache = prefix.new_zeros(b, group_size, heads, p + max_tokens, d)
-            cache[:, :, :, :p] = prefix[:, None]
-            return cache.flatten(0, 1)
-
-        return room(k), room(v)
+        return generate(self, prefix, group_size, max_tokens, temperature, uniforms, self.graph)
 
     @torch.no_grad()
     def init_weights(self, seed: int, gain: float = 0.8) -> "Policy":
@@ -675,7 +691,11 @@ class Policy(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: str | Path, device: torch.device | str = "cpu", dtype=torch.float32) -> "Policy":
-        """Load a Hugging Face folder: config.json and model.safetensors, or shards and their index. Refuses others."""
+        """Load a Hugging Face folder: config.json and model.safetensors, or shards and their index. Refuses others.
+
+        One tensor after the other is copied and converted, and a shard is let go before the next one is opened: host
+        memory holds the policy (nothing of it if device is another) and at most one shard.
+        """
         folder = Path(folder)
         raw = read_json(folder / "config.json")
         config, eos_ids = ModelConfig.from_dict(raw, str(folder / "config.json")), read_eos_ids(folder, raw)
@@ -686,19 +706,18 @@ class Policy(nn.Module):
         for file in checkpoint_files(folder):
             try:
                 with safe_open(file, framework="pt") as tensors:
-                    for name in tensors.keys():
+                    for key in tensors.keys():
+                        name = published_name(key)
                         if name == "lm_head.weight" and policy.config.tie_word_embeddings:
                             continue  # some exporters write the tied head twice
                         if name not in wanted:
-                            raise InputError(
-                                f"{file}: tensor {name} is not one of Qwen2.5-VL's; is this another model?"
-                            )
-                        tensor = tensors.get_tensor(name)
+                            raise InputError(f"{file}: tensor {key} is not one of Qwen2.5-VL's; is this another model?")
+                        tensor = tensors.get_tensor(key)  # still in the file: read when it is copied
                         if tensor.shape != wanted[name].shape:
                             shapes = f"{tuple(tensor.shape)}, config.json asks for {tuple(wanted[name].shape)}"
-                            raise InputError(f"{file}: tensor {name} has shape {shapes}.")
+                            raise InputError(f"{file}: tensor {key} has shape {shapes}.")
                         module = policy.get_submodule(name.rpartition(".")[0])
-                        weight = nn.Parameter(tensor.to(device, dtype))
+                        weight = nn.Parameter(tensor.to(device, dtype, copy=True))  # no weight hangs on the open file
                         setattr(module, name.rpartition(".")[2], weight)
                         found.add(name)
             except SafetensorError as error:
@@ -727,49 +746,37 @@ class Policy(nn.Module):
 
     def save_folder(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a Hugging Face folder that transformers, vLLM and from_folder load: weights, config, and the companions
-        of the folder this policy came from (tokenizer, preprocessor, generation config)."""
+        of the folder this policy came from (tokenizer, preprocessor, generation config). One shard after the other goes
+        through host memory."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        shards: list[dict[str, Tensor]] = [{}]
+        shards: list[list[str]] = [[]]
         size = total = 0
-        for name, tensor in self.published(dtype):
-            if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-                shards.append({})
+        for name, parameter in self.named_parameters():
+            if ".adapter." in name:
+                continue
+            nbytes = parameter.numel() * (dtype or parameter.dtype).itemsize
+            if shards[-1] and size + nbytes > SHARD_BYTES:
+                shards.append([])
                 size = 0
-            shards[-1][name] = tensor
-            size += tensor.nbytes
-            total += tensor.nbytes
+            shards[-1].append(name)
+            size += nbytes
+            total += nbytes
         names = ["model.safetensors"]
         if len(shards) > 1:
             names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
             where = {key: file for shard, file in zip(shards, names, strict=True) for key in shard}
             index = {"metadata": {"total_size": total}, "weight_map": where}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+        tensors = self.published(dtype)  # in the same order
         for shard, file in zip(shards, names, strict=True):
-            save_file(shard, folder / file, metadata={"format": "pt"})
+            save_file(dict(islice(tensors, len(shard))), folder / file, metadata={"format": "pt"})
         dtype_name = str(dtype or next(self.parameters()).dtype).removeprefix("torch.")
         key = "torch_dtype" if "torch_dtype" in self.raw_config else "dtype"
         (folder / "config.json").write_text(json.dumps(self.raw_config | {key: dtype_name}, indent=2) + "\n")
         for name in COMPANIONS:
             if self.source and (self.source / name).exists() and self.source.resolve() != folder.resolve():
                 shutil.copyfile(self.source / name, folder / name)
-
-
-def sample(logits: Tensor, temperature: float, uniforms: Tensor | None) -> Tensor:
-    """logits (N, V), uniforms (N,) in [0, 1) -> tokens (N,). Greedy at temperature 0, else the inverse of the CDF."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    p = torch.softmax(logits.float() / temperature, dim=-1)  # (N, V)
-    if torch.are_deterministic_algorithms_enabled():
-        # Whole numbers of 2^-52 have the same sums in whatever order a GPU adds them up; floats do not.
-        cdf = (p * 2.0**52).long().cumsum(-1).double()
-    else:
-        cdf = p.cumsum(-1)
-    total = cdf[:, -1:]  # 1, or 2^52, up to rounding
-    # Strictly below the total, and the first entry strictly above: a token of probability 0 is never drawn.
-    target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    # Of NaN logits the entry is V: any token will do, since the step's loss is NaN too and will be skipped.
-    return torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
 def check_device(name: str) -> str:
@@ -789,7 +796,8 @@ def read_json(file: Path) -> dict:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(
-            f"{file} does not exist; --model wants a folder of a Qwen2.5-VL checkpoint or 'nano'."
+            f"{file} does not exist; --model wants a folder of a Qwen2.5-VL checkpoint or 'nano', "
+            "or org/name of the Hugging Face Hub."
         ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: not readable as JSON ({error}).") from None
@@ -812,12 +820,19 @@ def read_eos_ids(folder: Path, raw: dict) -> tuple[int, ...]:
     return ids
 
 
+def published_name(name: str) -> str:
+    """A tensor's name in the published files. Some frameworks save the names that transformers has in memory."""
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
 def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the weights, all of which exist."""
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
         where = read_json(index).get("weight_map")
-        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-            raise InputError(f"{index}: field 'weight_map' must say which file each tensor is in.")
+        files = list(where.values()) if isinstance(where, dict) else [None]
+        if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in files):
+            raise InputError(f"{index}: field 'weight_map' must say which file of the folder each tensor is in.")
         names = sorted(set(where.values()))
     for name in names:
         if not (folder / name).exists():

@@ -39,6 +39,8 @@ REASONS = {
 }
 MAX_COORDINATE = 1e6  # pixels; larger than any image that fits into a model, small enough for areas in fp32
 CORNERS = ("x1", "y1", "x2", "y2")
+# Qwen's JSON repeats the question's phrase behind the box; numbers in it are no coordinates.
+_LABEL = re.compile(r'"label"\s*:\s*"(?:[^"\\]|\\.)*"?', re.DOTALL)
 
 # A list of numbers with its brackets, and the key in front if that names a corner. Linear in the text: behind the first
 # number everything is optional, so a match that has begun cannot fail late; and a number begins and ends where a word
@@ -74,12 +76,12 @@ def parse_box(text: str) -> Parsed:
     The last complete box decides even if it is inverted or infinite: no earlier box is tried, so hedging does not pay.
     A list of fewer or more than four numbers, or one cut off before its bracket closes (its last number may be half of
     one), is not a complete box; it does not hide one before it, and gives the reason where there is none. A lone number
-    in prose is no list.
+    in prose is no list, nor is anything inside the string of a "label".
     """
     _, tag, answer = text.rpartition("<answer>")
     if tag:
         answer, _, _ = answer.partition("</answer>")
-    numbers, last = _find_box(answer)
+    numbers, last = _find_box(_LABEL.sub('"label"', answer))
     if numbers is None:
         if not last:
             return Parsed(None, "no box")

@@ -13,6 +13,7 @@ Left out here: learned reward models, a critic, top-p sampling (the sampled poli
 """
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -30,18 +32,20 @@ from tqdm import tqdm
 
 import checkpoint
 import errors
+import hub
 import kernels
 import lora
 import plan
 import rewards
 from config import describe, parse_arguments
-from data import BadRecords, Prompt, Sample, Sampler, held_out_phantoms, load_samples
+from data import BadRecords, Picture, Prompt, Sample, Sampler, held_out_phantoms, load_samples
 from diagnose import Watch
 from errors import InputError
 from eval import NANO, Task, default_prompt, evaluate, model_folder, overlay, sheet, summary
 from logs import open_log
 from loss import BatchTotals, LossStats, completion_mask, grpo_loss, mask_overlong
-from model import Policy, collate, read_json
+from model import Policy, Prefix, collate, read_json
+from pipeline import Readers
 from scheduler import WATCHING, ByShareOfSteps, Schedule, ScheduleConfig, make_schedule
 
 STATE = ("schedule", "bad_in_a_row", "drawn", "bad", "evaluation")  # what a resumed run needs beside the weights
@@ -72,6 +76,7 @@ class Rollout:
     advantage: Tensor  # (B, G)
     logp_old: Tensor | None  # (B, G, T); None with one inner step, where it equals the policy's own
     logp_ref: Tensor | None  # (B, G, T); None with beta = 0
+    prefix: Prefix | None = None  # of all prompts, with gradient, for the update to go on from; None: it makes its own
 
     @property
     def spread(self) -> Tensor:
@@ -100,8 +105,8 @@ def join(rolls: list[Rollout]) -> Rollout:
             return {name: of([value[name] for value in values]) for name in first}
         if isinstance(first, list):
             return [item for value in values for item in value]
-        if first is None:
-            return None
+        if first is None or isinstance(first, Prefix):  # kept only where the step is a single forward pass
+            return first
         widest = max(value.shape[-1] for value in values) if first.ndim == 3 else 0
         return torch.cat([torch.nn.functional.pad(v, (0, widest - v.shape[-1])) if widest else v for v in values])
 
@@ -109,22 +114,33 @@ def join(rolls: list[Rollout]) -> Rollout:
 
 
 class Stream:
-    """The endless stream of training prompts. Its only state is `drawn`: how many places of it are used up."""
+    """The endless stream of training prompts. Its only state is `drawn`: how many places of it are used up; what was
+    read ahead is read again by a resumed run. Without readers each picture is read when its turn comes."""
 
-    def __init__(self, samples: list[Sample], task: Task, bad: BadRecords, args, drawn: int = 0):
+    def __init__(self, samples: list[Sample], task: Task, bad: BadRecords, args, drawn: int = 0, readers=None):
         self.samples, self.task, self.bad, self.args, self.drawn = samples, task, bad, args, drawn
         self.sampler = Sampler(len(samples), args.batch_size, args.seed)
+        self.readers: Readers = readers or Readers(0)
+        self.pictures = self._read()
+        self.seconds = 0.0  # that draw() has taken: what the step waits for
+
+    def _read(self) -> Iterator[tuple[int, Picture | InputError]]:
+        """(index of the sample, its picture) from the place on that the first draw finds in `drawn`."""
+        indices = (self.sampler.take(place, 1)[0] for place in itertools.count(self.drawn))
+        ahead = 2 * self.args.batch_size  # a step's worth ready when it begins, another for dynamic sampling
+        yield from self.readers.read(indices, self.samples, self.task.image_config.limits, ahead)
 
     def draw(self, step: int, slot: int, count: int) -> tuple[list[Prompt], Tensor]:
         """The next `count` prompts, which take places slot, slot + 1 ... in the step's batch, and their luck.
 
         A picture that cannot be decoded makes room for the next prompt, as long as --skip-bad allows.
         """
+        started = time.perf_counter()
         prompts, indices, failures = [], [], 0
         while len(prompts) < count:
-            (index,) = self.sampler.take(self.drawn, 1)
+            index, picture = next(self.pictures)
             try:
-                prompts.append(self.task.prompt(self.samples[index]))
+                prompts.append(self.task.prompt(self.samples[index], picture))
                 indices.append(index)
             except InputError as error:
                 failures += 1
@@ -134,7 +150,9 @@ class Stream:
                 tqdm.write(f"left out: {error}")
             self.drawn += 1
         slots = list(range(slot, slot + count))
-        return prompts, uniforms(self.args.seed, step, slots, indices, self.args.group_size, self.args.max_tokens)
+        luck = uniforms(self.args.seed, step, slots, indices, self.args.group_size, self.args.max_tokens)
+        self.seconds += time.perf_counter() - started
+        return prompts, luck
 
 
 def uniforms(seed: int, step: int, slots: list[int], indices: list[int], group: int, tokens: int) -> Tensor:
@@ -147,10 +165,19 @@ def uniforms(seed: int, step: int, slots: list[int], indices: list[int], group: 
 
 
 @torch.no_grad()
-def roll_groups(actor: Policy, task: Task, prompts: list[Prompt], noise: Tensor, schedule: Schedule, args) -> Rollout:
-    """One forward pass's worth of prompts: G answers to each, scored under the schedule's present threshold."""
+def roll_groups(
+    policy: Policy, actor: Policy, task: Task, prompts: list[Prompt], noise: Tensor, schedule: Schedule, args
+) -> Rollout:
+    """One forward pass's worth of prompts: G answers to each, scored under the schedule's present threshold.
+
+    Where one pass is the whole step, policy and actor have the same weights until it ends: the policy makes the prefix,
+    the actor decodes on top of it, and the update goes on from it instead of computing image and question again.
+    """
     device = next(actor.parameters()).device
-    prefix = actor.prefix(collate(prompts, device))
+    actor.see(prompts)  # a frozen tower looks once a step: reference and inner steps have the same one
+    whole = args.micro_batch >= args.batch_size and args.inner_steps == 1 and not args.dynamic_sampling
+    with torch.set_grad_enabled(whole):
+        prefix = (policy if whole else actor).prefix(collate(prompts, device))
     done = actor.generate(prefix, args.group_size, args.max_tokens, args.temperature, noise)
     b, g = done.lengths.shape
     texts = task.texts(done.ids.flatten(0, 1), done.lengths.flatten())
@@ -175,11 +202,19 @@ def roll_groups(actor: Policy, task: Task, prompts: list[Prompt], noise: Tensor,
         advantage=kernels.group_advantage(reward, "none" if args.loss == "dr-grpo" else "std").to(device),
         logp_old=actor.logprobs(prefix, done.ids, done.lengths, args.temperature) if args.inner_steps > 1 else None,
         logp_ref=None,
+        prefix=prefix if whole else None,
     )
 
 
 def rollout(
-    actor: Policy, reference: Policy | None, task: Task, stream: Stream, step: int, schedule: Schedule, args
+    policy: Policy,
+    actor: Policy,
+    reference: Policy | None,
+    task: Task,
+    stream: Stream,
+    step: int,
+    schedule: Schedule,
+    args,
 ) -> tuple[Rollout, Rollout]:
     """Sample G answers to each of B prompts -> (all that was rolled out, what the update is to learn from).
 
@@ -193,7 +228,7 @@ def rollout(
         for first in range(0, missing, args.micro_batch):
             slot = sum(len(roll.prompts) for roll in rolls)
             prompts, noise = stream.draw(step, slot, min(args.micro_batch, missing - first))
-            rolls.append(roll_groups(actor, task, prompts, noise, schedule, args))
+            rolls.append(roll_groups(policy, actor, task, prompts, noise, schedule, args))
             useful += int(rolls[-1].spread.sum())
         if useful == args.batch_size:
             break
@@ -227,13 +262,14 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, roll: Rollout, args
         mask = mask_overlong(mask, roll.truncated)
     totals = BatchTotals(roll.lengths.numel(), int(mask.sum()), args.max_tokens)
     trained = [p for p in policy.parameters() if p.requires_grad]
+    kept, roll.prefix = roll.prefix, None  # its graph serves one backward pass
     stats, losses, norms, entropy, skipped = None, [], [], 0.0, 0
     for inner in range(args.inner_steps):
         optimizer.zero_grad(set_to_none=True)
         loss_sum = 0.0
         for i in range(0, len(roll.prompts), args.micro_batch):
             rows = slice(i, i + args.micro_batch)
-            prefix = policy.prefix(collate(roll.prompts[rows], device))
+            prefix = kept or policy.prefix(collate(roll.prompts[rows], device))
             logp, rows_entropy = policy.logprobs(
                 prefix, roll.ids[rows], roll.lengths[rows], args.temperature, entropy=True
             )
@@ -376,6 +412,7 @@ def make_policies(args, base: Path, start: Path) -> tuple[Policy, Policy, Policy
         base if args.lora_rank else start, args.device, dtype if args.lora_rank else torch.float32
     )
     policy.compute_dtype, policy.checkpointing = dtype, args.checkpointing
+    policy.graph = args.decode == "graph"
     if args.lora_rank:
         lora.add(policy, args.lora_rank, args.lora_alpha, args.seed)
         return policy, policy, policy if args.beta > 0 else None
@@ -390,23 +427,32 @@ def make_policies(args, base: Path, start: Path) -> tuple[Policy, Policy, Policy
 
 def main() -> None:
     args = parse_arguments()
+    with Readers(args.workers) as readers:
+        train(args, readers)
+
+
+def train(args, readers: Readers) -> None:
+    """A run, from the flags to the last checkpoint."""
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     # Where cuBLAS splits a sum of bf16 products, the parts are added in fp32 too.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     base = model_folder(args.model)
+    args.model = hub.pinned(args.model, base)
     args.prompt = args.prompt or default_prompt(base)
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    on_gpu = args.device.startswith("cuda")
+    args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
+    args.decode = args.decode or ("graph" if on_gpu else "eager")
     schedule_config = ScheduleConfig(**{f.name: getattr(args, f.name) for f in fields(ScheduleConfig)})
     schedule = make_schedule(args.schedule, schedule_config, args.steps)
     out = check_out(args)
     start = checkpoint.newest(out) if args.resume else base
 
     bad = BadRecords(args.skip_bad)
-    samples = load_samples(args.data, args.seed, "train", bad)
+    samples = load_samples(args.data, args.seed, "train", bad, args.queries)
     held_out = args.val or held_out_phantoms(args.data)
-    val = load_samples(held_out, args.seed, "test", bad) if held_out else []
+    val = load_samples(held_out, args.seed, "test", bad, args.queries) if held_out else []
     planned, words = plan.settle(args, base, samples + val)
     tqdm.write(words)
     if args.estimate:
@@ -423,7 +469,7 @@ def main() -> None:
     judge.policy = actor
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0, fused=True)
-    stream = Stream(samples, task, bad, args)
+    stream = Stream(samples, task, bad, args, readers=readers)
     first, bad_in_a_row, evaluation = 0, 0, {"start": None, "final": None, "history": []}
     if args.resume:
         state = checkpoint.load(start, policy, optimizer, STATE)
@@ -488,13 +534,13 @@ def main() -> None:
     metrics_file = open(out / "metrics.jsonl", "a", encoding="utf-8")
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=args.schedule, unit="step")
     for step in bar:
-        started, drawn = time.perf_counter(), stream.drawn
+        started, drawn, stream.seconds = time.perf_counter(), stream.drawn, 0.0
         lr = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))
         for group in optimizer.param_groups:
             group["lr"] = lr
         tau = schedule.tau
         try:
-            seen, used = rollout(actor, reference, task, stream, step, schedule, args)
+            seen, used = rollout(policy, actor, reference, task, stream, step, schedule, args)
         except InputError as error:  # a picture that cannot be decoded, found on the way: keep what was learned
             save(step, drawn)
             raise InputError(f"{error}. All up to step {step} is saved: repair it and go on by --resume") from error
@@ -512,6 +558,7 @@ def main() -> None:
         row |= {"margin": decision.margin, "decision": str(decision), "lr": lr, "drawn": stream.drawn}
         row |= rollout_metrics(seen, used) | losses
         row |= {"seconds": ended - started, "seconds_rollout": rolled - started, "seconds_update": ended - rolled}
+        row |= {"seconds_input": stream.seconds}  # of seconds_rollout
         row |= {"peak_mb": peak_megabytes(args.device)}
         print(json_line(row), file=metrics_file, flush=True)
         if log:

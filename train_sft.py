@@ -16,6 +16,7 @@ import json
 import math
 import os
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm
 
 import errors
+import hub
+from config import DEFAULTS
 from data import (
     CLIP_MEAN,
     CLIP_STD,
-    PROMPTS,
     BadRecords,
     Box,
     Sampler,
@@ -36,12 +38,14 @@ from data import (
     held_out_phantoms,
     load_samples,
     phantom_samples,
+    prompt_style,
     to_model,
 )
 from errors import InputError
 from eval import NANO, Task, default_prompt, evaluate, model_folder, summary
 from model import ModelConfig, Policy, check_device, collate
 from phantoms import QUERIES
+from pipeline import Readers
 
 # The nano policy: a real Qwen2.5-VL of 2.3 M parameters. Two full-attention blocks around a windowed one, 2 key heads
 # for 4 query heads, and 5 x 5 image tokens in windows of 4 x 4: every mechanism of the large ones is in it.
@@ -156,11 +160,15 @@ def coarse_box(box: Box, width: int, height: int, rng: np.random.Generator, shif
     return max(x - w / 2, 0.0), max(y - h / 2, 0.0), min(x + w / 2, float(width)), min(y + h / 2, float(height))
 
 
-def sft(task: Task, samples: list, args: argparse.Namespace, steps: int, lr: float, coarse: bool, log) -> None:
+def sft(
+    task: Task, samples: list, args: argparse.Namespace, steps: int, lr: float, coarse: bool, log, readers: Readers
+) -> None:
     """Train task.policy in place: AdamW, linear warm-up, cosine to a twentieth. `log` gets one dict per step."""
     policy, device = task.policy, next(task.policy.parameters()).device
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     sampler = Sampler(len(samples), args.batch_size, args.seed)
+    indices = (index for step in range(steps) for index in sampler.indices(step))
+    pictures = readers.read(indices, samples, task.image_config.limits, ahead=2 * args.batch_size)
     eos = policy.eos_ids[0]
     for step in (bar := tqdm(range(steps), desc="sft coarse" if coarse else "sft")):
         started = time.perf_counter()
@@ -168,15 +176,15 @@ def sft(task: Task, samples: list, args: argparse.Namespace, steps: int, lr: flo
         for group in optimizer.param_groups:
             group["lr"] = now
         prompts, answers = [], []
-        for index in sampler.indices(step):
-            prompt = task.prompt(samples[index])
+        for index, picture in islice(pictures, args.batch_size):
+            prompt = task.prompt(samples[index], picture)
             box = to_model(prompt.box, prompt.scale)
             if coarse:
                 patch = task.image_config.patch_size
                 rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([args.seed, step, index])))
                 width, height = prompt.grid[2] * patch, prompt.grid[1] * patch
                 box = coarse_box(box, width, height, rng, args.coarse_shift, args.coarse_scale, args.coarse_spread)
-            ids = task.tokenizer.encode(answer_text(box, task.style), add_special_tokens=False)
+            ids = task.tokenizer.encode(answer_text(box, task.style, samples[index].query), add_special_tokens=False)
             prompts.append(prompt)
             answers.append(torch.tensor([*ids, eos]))
         loss_sum, tokens = 0.0, sum(map(len, answers))
@@ -199,7 +207,7 @@ def sft(task: Task, samples: list, args: argparse.Namespace, steps: int, lr: flo
         bar.set_postfix_str(f"loss {loss_sum:.3f}")
 
 
-def make_nano(args: argparse.Namespace) -> None:
+def make_nano(args: argparse.Namespace, readers: Readers) -> None:
     """assets/nano from nothing: exact boxes until it can see, then coarse ones until threshold rewards are sparse."""
     folder = Path(args.out or NANO)
     write_nano(folder, args.seed)
@@ -211,7 +219,7 @@ def make_nano(args: argparse.Namespace) -> None:
         # The second stage draws its phantoms from where the first one stopped: no picture is seen twice.
         start = 0 if not coarse else NANO_STAGES[0][1] * args.batch_size
         samples = phantom_samples(None, NANO_DATA_SEED, start, steps * args.batch_size)
-        sft(task, samples, args, steps, lr, coarse, metrics_log.append)
+        sft(task, samples, args, steps, lr, coarse, metrics_log.append, readers)
         # What is stored is bf16: go on from, and evaluate, exactly that.
         for parameter in task.policy.parameters():
             parameter.data = parameter.data.to(torch.bfloat16).float()
@@ -229,13 +237,18 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--make-nano", action="store_true", help="make assets/nano (or --out) from random weights")
     parser.add_argument("--keep-exact", help="with --make-nano: also save the exact-SFT policy in this folder")
-    parser.add_argument("--model", default="nano", help="checkpoint folder, or nano")
+    parser.add_argument("--model", default="nano", help="checkpoint folder, nano, or org/name of the Hugging Face Hub")
     parser.add_argument("--data", default="phantoms", help="JSONL files, or phantoms[:dermoscopy|xray|ultrasound]")
     parser.add_argument(
         "--val", help="evaluated before and after; default: held-out phantoms for phantoms, else nothing"
     )
     parser.add_argument("--out", help="folder for the trained checkpoint, metrics.jsonl and eval.json")
-    parser.add_argument("--prompt", choices=list(PROMPTS), help="default: the one it was trained with, else think")
+    parser.add_argument(
+        "--prompt",
+        type=prompt_style,
+        help="answer, think, qwen or a text file with {query} in it; default: the one it was trained with, else think",
+    )
+    parser.add_argument("--queries", help="JSON file: what the records call it -> the phrase to ask with, or several")
     parser.add_argument("--max-pixels", type=int, help="largest picture that the policy sees; default: its folder's")
     parser.add_argument(
         "--skip-bad", type=int, default=0, help="records that may be unusable; they are left out, listed"
@@ -250,12 +263,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--coarse-shift", type=float, default=0.22, help="std of the centre's shift, in box sizes")
     parser.add_argument("--coarse-scale", type=float, default=0.8, help="mean of the log of the size factor")
     parser.add_argument("--coarse-spread", type=float, default=0.35, help="std of the log of the size factor")
+    parser.add_argument("--workers", type=int, default=DEFAULTS["workers"], help="processes that read pictures ahead")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     for name in ("steps", "batch_size", "micro_batch", "warmup"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.workers < 0:
+        parser.error("--workers must be at least 0")
     if not (math.isfinite(args.lr) and args.lr > 0):
         parser.error("--lr must be above 0 and finite")
     check_device(args.device)
@@ -266,21 +282,25 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    if args.make_nano:
-        make_nano(args)
-        return
+    with Readers(args.workers) as readers:
+        make_nano(args, readers) if args.make_nano else train(args, readers)
+
+
+def train(args: argparse.Namespace, readers: Readers) -> None:
+    """Any policy on any records, evaluated before and after."""
     out = Path(args.out)
     if out.exists() and any(out.iterdir()):
         raise InputError(f"--out {out} is not empty; name a new folder or remove it")
     folder = model_folder(args.model)
+    args.model = hub.pinned(args.model, folder)
     prompt = args.prompt or default_prompt(folder)
     max_tokens = args.max_tokens or (24 if prompt == "answer" else 512)
     policy = Policy.from_folder(folder, args.device)
     policy.compute_dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     bad = BadRecords(args.skip_bad)
-    samples = load_samples(args.data, args.seed, "train", bad)
+    samples = load_samples(args.data, args.seed, "train", bad, args.queries)
     held_out = args.val or held_out_phantoms(args.data)
-    val = load_samples(held_out, args.seed, "test", bad) if held_out else []
+    val = load_samples(held_out, args.seed, "test", bad, args.queries) if held_out else []
     task = Task(policy, folder, prompt, policy.config.max_position_embeddings - max_tokens, args.max_pixels)
     samples, val = task.usable(samples, bad), task.usable(val, bad, decode=True)
     for sentence in bad.sentences.values():
@@ -300,6 +320,7 @@ def main() -> None:
             args.lr,
             args.coarse,
             lambda row: print(json.dumps(row), file=file, flush=True),
+            readers,
         )
     if val:
         results["final"], _ = evaluate(task, val, 50, max_tokens, progress="final")

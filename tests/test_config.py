@@ -53,6 +53,7 @@ IMPOSSIBLE = {
     "unknown loss": (["--loss", "ppo"], "--loss: invalid choice: 'ppo'"),
     "not a number": (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
     "no steps": (["--steps", "0"], "--steps must be at least 1"),
+    "fewer than no workers": (["--workers", "-1"], "--workers must be at least 0"),
     "negative": (["--dynamic-sampling", "-1"], "--dynamic-sampling must be at least 0"),
     "no temperature": (["--temperature", "0"], "--temperature must be above 0"),
     "nan": (["--lr", "nan"], "--lr must be a finite number, not nan"),

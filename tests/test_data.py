@@ -20,6 +20,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 import data
+import images
 from data import (
     BadRecords,
     ImageConfig,
@@ -31,9 +32,9 @@ from data import (
     load_jsonl,
     load_samples,
     mrope_positions,
-    open_image,
 )
 from errors import InputError
+from images import open_image
 from phantoms import KINDS, QUERIES, phantom
 
 DATA = Path(__file__).parents[2] / "shared" / "data"  # real images stay outside the repository
@@ -409,18 +410,18 @@ def test_frames_go_there_and_back(box, width, height):
 @given(st.floats(0, 2000), st.floats(0, 2000), st.floats(1, 500), st.floats(1, 500))
 def test_answers_are_whole_pixels_within_half_a_pixel(x, y, w, h):
     box = (x, y, x + w, y + h)
-    got = json.loads(answer_text(box, "answer"))
+    got = json.loads(answer_text(box, "answer", "it"))
     assert np.abs(np.subtract(got, box)).max() <= 0.5 + 1e-9
     assert got[0] < got[2] and got[1] < got[3]
 
 
 def test_answers_in_full():
-    assert answer_text((12.4, 3.6, 99.5, 140.0), "answer") == "[12,4,100,140]"
-    assert answer_text((12.4, 3.6, 99.5, 140.0), "think") == (
+    assert answer_text((12.4, 3.6, 99.5, 140.0), "answer", "it") == "[12,4,100,140]"
+    assert answer_text((12.4, 3.6, 99.5, 140.0), "think", "it") == (
         "<think> I look for the region that the question describes and frame it. </think>\n"
         '<answer>{"bbox_2d": [12, 4, 100, 140]}</answer>'
     )
-    assert answer_text((139.6, 7.1, 139.9, 7.3), "answer") == "[139,7,140,8]"  # thinner than a pixel: not empty, inside
+    assert answer_text((139.6, 7.1, 139.9, 7.3), "answer", "it") == "[139,7,140,8]"  # thinner than a pixel: inside it
 
 
 # ---------------------------------------------------------------- prompts
@@ -524,7 +525,7 @@ def test_prompts_are_checked_without_their_pictures(folder, tokenizer):
 def test_phantoms_are_checked_without_drawing(tokenizer, monkeypatch):
     sample = data.phantom_samples("xray", 0, 0, 1, size=112)[0]
     n = len(build_prompt(sample, tokenizer, ImageConfig(), "answer").ids)
-    monkeypatch.delattr(data, "phantom")
+    monkeypatch.delattr(images, "phantom")
     check_prompt(sample, tokenizer, ImageConfig(), "answer", n)
     with pytest.raises(
         InputError, match=f"phantoms:xray seed 0 index 0: the prompt has {n} tokens .16 for field 'image'"

@@ -12,10 +12,15 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as qwen_smart_resize
 
-from data import ImageConfig, Sample, image_to_patches, load, load_jsonl, open_image, smart_resize
+from data import ImageConfig, Sample, load, load_jsonl, pixels_to_patches
 from errors import InputError
+from images import open_image, resized, smart_resize
 
 DATA = Path(__file__).parents[2] / "shared" / "data"  # real images stay outside the repository
+
+
+def image_to_patches(image, config):
+    return pixels_to_patches(resized(image, *config.limits), config)
 
 
 def picture(width, height, seed=0):

@@ -171,6 +171,21 @@ def test_generation_equals_that_of_the_merged_policy(base, tmp_path):
 
 
 @torch.no_grad()
+def test_merged_and_unmerged_log_probs_are_equal(base, tmp_path):
+    """Of trained adapters, in float32: every completion token of prompts of unequal length."""
+    folder, prompts = base
+    policy = adapted(folder, moved=False)
+    with torch.enable_grad():
+        train(policy, adamw(policy), prompts, 5)
+    policy.save_folder(tmp_path)
+    merged = Policy.from_folder(tmp_path)
+    assert not merged.adapters() and lora.rank_of(merged.adapters()) == 0
+    ours, start = logprobs(policy, prompts), logprobs(Policy.from_folder(folder), prompts)
+    assert (ours - start).abs().max() > 0.1
+    torch.testing.assert_close(logprobs(merged, prompts), ours, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
 def test_saved_folder_is_merged_and_loads_in_transformers(base, tmp_path):
     folder, prompts = base
     policy = adapted(folder)

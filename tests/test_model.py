@@ -14,7 +14,8 @@ from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForCondit
 
 import model
 from errors import InputError
-from model import ModelConfig, Policy, collate, sample
+from generate import sample
+from model import Policy, collate
 
 IMAGE, EOS = 120, 5
 
@@ -55,6 +56,7 @@ class FakePrompt:
     next_position: int
     patches: Tensor
     grid: tuple[int, int, int]
+    image_tokens: Tensor | None = None
 
 
 def fake_prompt(peer, rows: int, columns: int, before: int, after: int, seed: int = 0) -> FakePrompt:
@@ -184,37 +186,6 @@ def test_sharded_and_flat_checkpoints_load(pair, prompts, tmp_path, monkeypatch)
     again = Policy.from_folder(tmp_path)
     batch = collate(prompts[:2])
     assert torch.equal(again.prefix(batch).hidden, policy.prefix(batch).hidden)
-
-
-SIZES = {  # the published config.json's numbers: hidden, layers, heads, kv heads, FFN, rows, tied, vision FFN
-    "3B": (2048, 36, 16, 2, 11008, 151936, True, 3420),
-    "7B": (3584, 28, 28, 4, 18944, 152064, False, 3420),
-    "32B": (5120, 64, 40, 8, 27648, 152064, False, 3456),
-}
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_names_and_shapes_of_the_published_sizes(size):
-    hidden, layers, heads, kv, ffn, rows, tied, vision_ffn = SIZES[size]
-    flat = dict(
-        model_type="qwen2_5_vl", hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv, intermediate_size=ffn, vocab_size=rows, tie_word_embeddings=tied, rms_norm_eps=1e-6,
-        rope_theta=1e6, rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]}, image_token_id=151655,
-        vision_config=dict(
-            depth=32, hidden_size=1280, intermediate_size=vision_ffn, num_heads=16, out_hidden_size=hidden,
-            fullatt_block_indexes=[7, 15, 23, 31], window_size=112, patch_size=14,
-        ),
-    )  # fmt: skip
-    with torch.device("meta"):
-        ours = Policy(ModelConfig.from_dict(flat))
-        peer = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**flat))
-
-    def published(name: str) -> str:  # transformers 5 has other names in memory than on disk
-        return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
-
-    theirs = {published(name): tuple(p.shape) for name, p in peer.named_parameters()}
-    assert {name: tuple(p.shape) for name, p in ours.named_parameters()} == theirs
-    assert 3e9 < sum(p.numel() for p in ours.parameters()) < 34e9
 
 
 @pytest.mark.parametrize("group", [1, 8])

@@ -21,7 +21,7 @@ import errors
 import eval as evaluation
 import train_grpo
 import train_sft
-from data import BadRecords, load, load_samples, phantom_samples
+from data import BadRecords, ImageConfig, load, load_samples, phantom_samples
 from eval import Task, metrics
 from model import ModelConfig, Policy, collate
 from scheduler import ScheduleConfig, make_schedule
@@ -30,9 +30,9 @@ ROOT = Path(__file__).parent.parent
 METRICS = (
     "step tau hit_rate sigma margin iou_mean iou_q25 iou_q50 iou_q75 reward_mean reward_box zero_spread parse_failures "
     "truncated kl clip_low clip_high entropy grad_norm loss lr seconds seconds_rollout seconds_update tokens peak_mb "
-    "groups dropped drawn skipped"
+    "groups dropped drawn skipped seconds_input"
 ).split()
-TIMES = {"seconds", "seconds_rollout", "seconds_update", "peak_mb"}
+TIMES = {"seconds", "seconds_input", "seconds_rollout", "seconds_update", "peak_mb"}
 
 
 def run(script, *flags: str, expect: int = 0) -> str:
@@ -239,7 +239,7 @@ def make_rollout(task: Task, args: Namespace, samples: list, step: int = 0) -> t
     schedule = make_schedule(args.schedule, ScheduleConfig(), 10)
     args.batch_size = len(samples)
     stream = train_grpo.Stream(samples, task, BadRecords(), args)
-    return train_grpo.rollout(task.policy, None, task, stream, step, schedule, args)[1]
+    return train_grpo.rollout(task.policy, task.policy, None, task, stream, step, schedule, args)[1]
 
 
 @pytest.fixture(scope="module")
@@ -302,6 +302,24 @@ def test_a_step_is_the_formula_over_the_whole_batch_however_it_is_cut(wide, opti
         # Advantages are held in float32: against them the plain formula is right to seven digits.
         assert max((a - b).abs().max() for a, b in zip(grads, expected, strict=True)) < 1e-6 * largest
     assert largest > 1e-3
+
+
+def test_one_pass_over_the_prompts_serves_rollout_and_update(wide, monkeypatch):
+    """Where the step is one forward pass, the update goes on from the prefix that was decoded on, to the same bits."""
+    policy, looks, look = wide.policy, [], wide.policy.visual.forward
+    monkeypatch.setattr(policy.visual, "forward", lambda *a: looks.append(1) or look(*a))
+    args = arguments(schedule="raw", micro_batch=4)
+    roll = make_rollout(wide, args, phantom_samples(None, 3, 0, 4, size=84))
+    gradients = []
+    for again in range(2):  # the second time there is no prefix any more
+        assert (roll.prefix is None) == bool(again)
+        train_grpo.update(policy, torch.optim.SGD(policy.parameters(), lr=0.0), roll, args)
+        assert len(looks) == 1 + again
+        gradients.append([p.grad.clone() for p in policy.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    for unlike in (dict(micro_batch=3), dict(micro_batch=4, inner_steps=2), dict(micro_batch=4, dynamic_sampling=1)):
+        roll = make_rollout(wide, arguments(schedule="raw", **unlike), phantom_samples(None, 3, 0, 4, size=84))
+        assert roll.prefix is None
 
 
 def test_a_rollout_is_scored_in_original_pixels(task):
@@ -426,7 +444,7 @@ def flat_and_spread(monkeypatch, hits: list[list[float]]) -> list[list]:
     rewarded as the schedule says. Returns what was asked for, (step's slot, prompts) of each call."""
     asked = []
 
-    def scripted(actor, task, prompts, noise, schedule, args):
+    def scripted(policy, actor, task, prompts, noise, schedule, args):
         places = [int(noise_row[0, 0]) for noise_row in noise]
         asked.append(places)
         iou = torch.tensor([hits[place % len(hits)] for place in places])
@@ -465,8 +483,9 @@ FLAT, SPREAD, HIT = [0.1, 0.1], [0.1, 0.9], [0.9, 0.95]
 
 def scripted_stream(drawn: int = 0, **options):
     args = arguments(schedule="medloc", batch_size=4, micro_batch=2, **options)
-    task = Namespace(prompt=lambda sample: f"prompt {sample}")
-    stream = train_grpo.Stream([0], task, BadRecords(), args, drawn)
+    task = Namespace(prompt=lambda sample, picture: f"prompt {sample}", image_config=ImageConfig())
+    readers = Namespace(read=lambda indices, *_: ((index, None) for index in indices))
+    stream = train_grpo.Stream([0], task, BadRecords(), args, drawn, readers)
     stream.samples = Anything()
     return args, stream
 
@@ -475,7 +494,7 @@ def test_groups_without_spread_are_replaced_by_fresh_prompts(monkeypatch):
     asked = flat_and_spread(monkeypatch, [SPREAD, FLAT, HIT, SPREAD, FLAT, SPREAD, SPREAD])
     args, stream = scripted_stream(dynamic_sampling=3)
     schedule = make_schedule("fixed", ScheduleConfig(), 10)
-    seen, used = train_grpo.rollout(None, None, None, stream, 0, schedule, args)
+    seen, used = train_grpo.rollout(None, None, None, None, stream, 0, schedule, args)
     # Four prompts, of which 1 and 2 are flat; two more, of which 4 is flat; one more: 6.
     assert asked == [[0, 1], [2, 3], [4, 5], [6]]
     assert seen.prompts == [f"prompt {i}" for i in range(7)] and stream.drawn == 7
@@ -488,16 +507,22 @@ def test_groups_without_spread_are_replaced_by_fresh_prompts(monkeypatch):
 def test_dynamic_sampling_gives_up_after_k_rounds_and_drops_what_is_flat(monkeypatch):
     asked = flat_and_spread(monkeypatch, [SPREAD, FLAT, FLAT, FLAT, FLAT])
     args, stream = scripted_stream(dynamic_sampling=1)
-    seen, used = train_grpo.rollout(None, None, None, stream, 0, make_schedule("fixed", ScheduleConfig(), 9), args)
+    seen, used = train_grpo.rollout(
+        None, None, None, None, stream, 0, make_schedule("fixed", ScheduleConfig(), 9), args
+    )
     assert asked == [[0, 1], [2, 3], [4, 5], [6]] and used.prompts == ["prompt 0", "prompt 5"] and used.spread.all()
     asked = flat_and_spread(monkeypatch, [FLAT])
     args, stream = scripted_stream(dynamic_sampling=2)
-    seen, used = train_grpo.rollout(None, None, None, stream, 0, make_schedule("fixed", ScheduleConfig(), 9), args)
+    seen, used = train_grpo.rollout(
+        None, None, None, None, stream, 0, make_schedule("fixed", ScheduleConfig(), 9), args
+    )
     assert len(seen.prompts) == 12 and used.prompts == []
     losses = train_grpo.update(None, None, used, args)  # nothing to learn from: the policy is not even touched
     assert losses["loss"] is None and losses["skipped"] == 0
     args, stream = scripted_stream(dynamic_sampling=0)
-    seen, used = train_grpo.rollout(None, None, None, stream, 0, make_schedule("fixed", ScheduleConfig(), 9), args)
+    seen, used = train_grpo.rollout(
+        None, None, None, None, stream, 0, make_schedule("fixed", ScheduleConfig(), 9), args
+    )
     assert used is seen and len(seen.prompts) == 4  # off: flat groups stay in the batch and in its normalisation
 
 

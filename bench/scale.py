@@ -1,0 +1,431 @@
+"""What a step costs and what it grows with: FLOPs counted at Qwen2.5-VL's sizes, time and memory measured at nano's.
+
+    python -m bench.scale                         everything, about nine minutes on one CPU core
+    python -m bench.scale --json scale.json       and every figure in a file
+    python -m bench.scale --save assets/scale.png and the curves (needs matplotlib)
+
+Ways to do the same step. FULL ROWS: every prompt is given G times, with one completion each, as in trainers that know
+of no groups; by the same code otherwise. SHARED: the image and the prompt of a group are computed once, in the rollout
+and again in the update. ONE PASS: where the batch is one micro-batch, the update goes on from the rollout's prefix.
+All have a reference policy (beta > 0), one inner step, all weights trained, no checkpointing, and completions of a
+forced length. What is measured are full rows and one pass, as the trainer does it for these sizes.
+
+FLOPs: torch's FlopCounterMode, which counts matrix products, 2 per multiply-add, and nothing else. Attention is counted
+as the plain products it consists of: causal attention in full, as torch does everywhere, and without the product that
+a fused kernel makes a second time in the backward pass. What the head's log-probs cost is said below (linear_logprob).
+The published sizes are counted on the meta device, at depth 1 and 2: every decoder layer costs the same, so that the
+rest is a straight line. A test holds the count equal to that of a real step of the trainer.
+
+Time and memory: nano policy, fp32, one thread, each point in a process of its own. Time is that of the processor, so
+that waiting for it on a busy machine does not count: the faster of two steps after a first one, or the first alone if
+it takes 5 seconds. A picture's decoding is not in it. Memory is the peak above what was resident before the first step.
+The exponent of a curve is the least-squares slope of log y over log x, over the points from the geometric middle of its
+measured range on.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.util import find_spec
+from unittest.mock import patch
+
+import torch
+from torch.fx.experimental import _config as meta_config
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+import errors
+import model
+from bench.kernels import markdown
+from config import parse_arguments
+from data import Prompt, Sample, mrope_positions
+from errors import InputError
+from eval import NANO, Task
+from model import ModelConfig, Policy, collate
+from scheduler import ScheduleConfig, make_schedule
+from train_grpo import peak_megabytes, rollout, uniforms, update
+
+SIZES = {  # published config.json: hidden, layers, heads, kv heads, FFN, rows of the head, tied, vision FFN
+    "3B": (2048, 36, 16, 2, 11008, 151936, True, 3420),
+    "7B": (3584, 28, 28, 4, 18944, 152064, False, 3420),
+    "32B": (5120, 64, 40, 8, 27648, 152064, False, 3456),
+}
+WAYS = ("one pass", "full rows")  # that are measured; "shared" is counted only
+PARTS = ("vision", "prefill", "decode", "reference", "forward", "backward")
+SECONDS_AT_MOST = 60  # of a point, as the two before it let expect: longer ones are left out, and that is printed
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step, in one micro-batch. Sizes of pictures are in tokens: 28 x 28 pixels each."""
+
+    prompts: int  # B
+    group: int  # G
+    rows: int
+    columns: int
+    text: int  # tokens of the prompt beside the image's
+    completion: int  # tokens
+    reuse: bool = True  # the update goes on from the rollout's prefix
+
+    @property
+    def tokens(self) -> int:
+        """Of the prompt."""
+        return self.rows * self.columns + self.text
+
+    def way(self, name: str) -> "Case":
+        full = replace(self, prompts=self.prompts * self.group, group=1, reuse=False)
+        return {"one pass": self, "shared": replace(self, reuse=False), "full rows": full}[name]
+
+    def batch(self, config: ModelConfig, device: str = "cpu") -> list[Prompt]:
+        """Its prompts: text, one picture of noise, which on the meta device has no values, and more text."""
+        patch, merge = config.vision, config.vision.spatial_merge_size
+        ids = torch.full((self.tokens,), config.image_token_id + 1)  # any other id will do
+        start = self.text // 2
+        ids[start : start + self.rows * self.columns] = config.image_token_id
+        grid = (1, self.rows * merge, self.columns * merge)
+        positions, next_position = mrope_positions(ids, [grid], config.image_token_id, merge)
+        width = patch.in_channels * patch.temporal_patch_size * patch.patch_size**2
+        patches = torch.rand(grid[1] * grid[2], width, device=device)
+        size = grid[2] * patch.patch_size, grid[1] * patch.patch_size
+        sample = Sample(None, "", (0, 0, *size), "noise", source="noise")
+        prompt = Prompt(ids, patches, grid, positions, next_position, (1.0, 1.0), size, (0, 0, *size), sample, "")
+        return [replace(prompt) for _ in range(self.prompts)]  # none knows what the tower saw of another
+
+
+def square(prompts: int = 1, group: int = 8, tokens: int = 293, completion: int = 32) -> Case:
+    """A square picture, as large as leaves 37 tokens for the text at least: 448 pixels of 293 tokens."""
+    side = math.isqrt(tokens - 37)
+    return Case(prompts, group, side, side, tokens - side**2, completion)
+
+
+LARGE, SMALL = Case(1, 8, 30, 37, 64, 128), Case(1, 8, 16, 21, 64, 200)  # 1036 x 840 and 588 x 448 pixels
+COUNTED = (("3B", LARGE), ("3B", SMALL), ("7B", LARGE), ("32B", LARGE))
+FACTORS = {  # what is varied -> its points and how they are made; all else as in square()
+    "prompt tokens": ([64, 128, 256, 512, 1024, 2048, 4096], lambda x: square(tokens=x)),
+    "group size": ([2, 4, 8, 16, 32, 64], lambda x: square(prompts=2, group=x)),
+    "completion tokens": ([16, 32, 64, 128, 256, 512, 1024], lambda x: square(completion=x)),
+    "prompts": ([1, 2, 4, 8], lambda x: square(prompts=x)),
+}
+WHY = {
+    "prompt tokens": "Vision tower and prompt, linear, take over from the completions, and then attention's square, "
+    "above all in the vision blocks that look at the whole picture (4 patches a token)",
+    "group size": "Shared, the prompt is paid for once and only the suffixes grow; in full rows all of it does",
+    "completion tokens": "A token costs the same both ways, one decode step and one row of each pass; what the prompt "
+    "costs beside them differs",
+    "prompts": "Nothing is shared between prompts, so all grows with their number",
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- counted
+
+
+@register_flop_formula(torch.ops.medloc.linear_logprob)
+def _head(hidden, weight, *rest, out_shape=None, **options) -> int:
+    """The counter does not look into operators of our own. hidden (N, H) times weight (V, H): one product."""
+    return 2 * hidden[0] * hidden[1] * weight[0]
+
+
+@register_flop_formula(torch.ops.medloc.linear_logprob_backward, get_raw=True)
+def _head_backward(grad, hidden, weight, *rest, out_val=None, **options) -> int:
+    """The product again, and one for each gradient that is wanted; rows (N,) without incoming gradient are left out."""
+    rows = len(grad) if grad.is_meta else int(grad.count_nonzero())
+    return 2 * rows * hidden.shape[1] * weight.shape[0] * (1 + sum(gradient.numel() > 0 for gradient in out_val))
+
+
+@contextmanager
+def counted() -> Iterator[FlopCounterMode]:
+    """Count the FLOPs of what runs inside, with attention done in plain products."""
+    make = model.causal_lower_right
+
+    def undispatched(*size):  # torch cannot make this subclass of Tensor under a dispatch mode, such as the counter
+        with _disable_current_modes():
+            return make(*size)
+
+    with patch.object(model, "causal_lower_right", undispatched), sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counter:
+            yield counter
+
+
+class Unknowns(TorchDispatchMode):
+    """What a tensor of the meta device answers when it is asked for its value, which it has not: yes, every row goes
+    on; and of lengths, the longest one. So it is where all completions have the forced length."""
+
+    def __init__(self, longest: int):
+        super().__init__()
+        self.longest = longest
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return True if args[0].dtype == torch.bool else self.longest
+        return function(*args, **(kwargs or {}))
+
+
+def published(size: str) -> ModelConfig:
+    hidden, layers, heads, kv_heads, ffn, rows, tied, vision_ffn = SIZES[size]
+    return ModelConfig.from_dict(
+        dict(
+            model_type="qwen2_5_vl", hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv_heads, intermediate_size=ffn, vocab_size=rows, tie_word_embeddings=tied,
+            rms_norm_eps=1e-6, rope_theta=1e6, rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
+            image_token_id=151655,
+            vision_config=dict(
+                depth=32, hidden_size=1280, intermediate_size=vision_ffn, num_heads=16, out_hidden_size=hidden,
+                fullatt_block_indexes=[7, 15, 23, 31], window_size=112, patch_size=14,
+            ),
+        )
+    )  # fmt: skip
+
+
+def step_flops(config: ModelConfig, case: Case) -> dict[str, int]:
+    """FLOPs of one optimiser step by PARTS. `vision` is all forward passes of the tower, which the other parts leave
+    out: in the rollout, for the reference, and if the prefix is not reused in the update; `backward` is everything's.
+    """
+    one, two = (passes(replace(config, num_hidden_layers=depth), replace(case, reuse=False)) for depth in (1, 2))
+    slopes = zip(one, two, strict=True)
+    vision, prefill, decode, suffix, backward = (a + (config.num_hidden_layers - 1) * (b - a) for a, b in slopes)
+    reference, update = prefill + suffix, suffix + (0 if case.reuse else prefill)
+    parts = (3 - case.reuse) * vision, prefill, decode, reference, update, backward
+    return dict(zip(PARTS, parts, strict=True))
+
+
+@lru_cache
+def passes(config: ModelConfig, case: Case) -> tuple[int, ...]:
+    """FLOPs of vision tower, prompt, decoding, log-probs of the completions, backward pass, once each."""
+    with torch.device("meta"):
+        policy = Policy(config, eos_ids=(config.vocab_size,))
+    batch = collate(case.batch(config, "meta"), "meta")
+    luck = torch.empty(case.prompts, case.group, case.completion)
+    every_row = meta_config.patch(meta_nonzero_assume_all_nonzero=True)  # what x[mask] picks
+    with every_row, Unknowns(case.completion):
+        vision, _ = flops_of(lambda: policy.look(batch))
+        prefill, prefix = flops_of(lambda: policy.prefix(batch))
+        decode, done = flops_of(lambda: policy.generate(prefix, case.group, case.completion, 1.0, luck))
+        suffix, logp = flops_of(lambda: policy.logprobs(prefix, done.ids, done.lengths))
+        backward, _ = flops_of(logp.sum().backward)
+    return vision, prefill - vision, decode, suffix, backward
+
+
+def flops_of(function: Callable) -> tuple[int, object]:
+    """function() -> its FLOPs, its result."""
+    with counted() as counter:
+        result = function()
+    return counter.get_total_flops(), result
+
+
+def flops_rows() -> list[dict]:
+    """Of COUNTED, every way, full rows first."""
+    rows = []
+    for size, case in COUNTED:
+        sizes = dict(model=size, prompt=case.tokens, completion=case.completion, group=case.group)
+        ways = {way: step_flops(published(size), case.way(way)) for way in ("full rows", "shared", "one pass")}
+        rows += [sizes | dict(way=way, flops=flops) for way, flops in ways.items()]
+    return rows
+
+
+def flops_table(rows: list[dict]) -> str:
+    table, full = [], 0
+    for row in rows:
+        total = sum(row["flops"].values())
+        full = total if row["way"] == "full rows" else full
+        parts = [f"{row['flops'][part] / 1e12:.1f}" for part in PARTS]
+        sizes = [row["model"], f"{row['prompt']} + {row['completion']}", row["way"]]
+        table.append([*sizes, *parts, f"{total / 1e12:.0f}", f"{full / total:.2f}"])
+    return markdown(["model", "prompt + completion", "way", *PARTS, "all", "times less"], table)
+
+
+# ------------------------------------------------------------------------------------------------------------ measured
+
+
+class Fixed:
+    """What a train_grpo.Stream is to a rollout, of prompts that are there already."""
+
+    def __init__(self, prompts: list[Prompt], args):
+        self.prompts, self.args = prompts, args
+
+    def draw(self, step: int, slot: int, count: int) -> tuple[list[Prompt], torch.Tensor]:
+        places = list(range(slot, slot + count))
+        noise = uniforms(self.args.seed, step, places, places, self.args.group_size, self.args.max_tokens)
+        return self.prompts[slot : slot + count], noise
+
+
+def trainer_step(case: Case, *flags: str) -> Callable[[], dict]:
+    """train_grpo's rollout() and update() of the nano policy, ready to run. Completions have the case's length, since
+    the token that would end them is outside of the vocabulary; advantages are +1 and -1 by turns, so that every row
+    has its gradient, which rewards of noise would not give it."""
+    sizes = ["--batch-size", case.prompts, "--micro-batch", case.prompts, "--max-tokens", case.completion]
+    args = parse_arguments([*map(str, sizes), "--beta", ".04", *flags])
+    args.group_size = case.group  # not as a flag, which refuses a group of one
+    policy, reference = Policy.from_folder(NANO), Policy.from_folder(NANO).requires_grad_(False)
+    policy.eos_ids, policy.checkpointing = (policy.config.vocab_size,), args.checkpointing
+    policy.visual.requires_grad_(not args.freeze_vision)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0, fused=True)
+    task, schedule = Task(policy, NANO, "answer"), make_schedule("raw", ScheduleConfig(), 1)
+    stream = Fixed(case.batch(policy.config), args)
+    signs = torch.ones(case.prompts * case.group)
+    signs[1::2] = -1
+
+    def step() -> dict:
+        _, roll = rollout(policy, policy, reference if args.beta else None, task, stream, 0, schedule, args)
+        roll.advantage = signs.view(case.prompts, -1)
+        roll.prefix = roll.prefix if case.reuse else None
+        return update(policy, optimizer, roll, args)
+
+    return step
+
+
+def measure(case: Case) -> tuple[float, float]:
+    """Seconds of a step and the MiB that it needs; for a process that has done nothing before."""
+    torch.set_num_threads(1)
+    step = trainer_step(case)
+    resident = peak_megabytes("cpu")
+    times = []
+    while len(times) < 3 and sum(times) < 5:
+        started = time.process_time()
+        step()
+        times.append(time.process_time() - started)
+    return min(times[1:] or times), peak_megabytes("cpu") - resident
+
+
+def _answer(case: Case, answers) -> None:
+    answers.send(measure(case))
+
+
+def in_a_fresh_process(case: Case) -> tuple[float, float]:
+    """measure(), forked off a process that has imported everything and computed nothing."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["train_grpo"])  # all that takes long; not this file, which is __main__ there
+    ours, theirs = processes.Pipe(duplex=False)
+    process = processes.Process(target=_answer, args=(case, theirs))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        raise InputError(f"the process of {case} ended without an answer: free some memory and repeat") from None
+    finally:
+        process.join()
+
+
+def curve(points: list[int], make: Callable[[int], Case], way: str, run: Callable = in_a_fresh_process) -> list[dict]:
+    """The measured points, up to the first that would take more than SECONDS_AT_MOST if time went on as before."""
+    rows = []
+    for x in points:
+        times = [row["seconds"] for row in rows[-2:]]
+        if len(times) == 2 and times[1] ** 2 / times[0] > SECONDS_AT_MOST:
+            break
+        seconds, mib = run(make(x).way(way))
+        rows.append(dict(x=x, seconds=seconds, mib=mib))
+    return rows
+
+
+def exponent(rows: list[dict], of: str) -> float:
+    """Slope of log y over log x, by least squares, from the geometric middle of the range on (two points at least)."""
+    middle = math.sqrt(rows[0]["x"] * rows[-1]["x"])
+    upper = [row for row in rows if row["x"] >= middle]
+    x, y = ([math.log(row[key]) for row in (upper if len(upper) > 1 else rows[-2:])] for key in ("x", of))
+    mx, my = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
+
+
+def sentences(curves: dict) -> list[str]:
+    """What grows how, one for each factor."""
+    found = []
+    for factor, ways in curves.items():
+        by_way = {}
+        for way, rows in ways.items():
+            ends = f"x = {rows[0]['x']} to {rows[-1]['x']}"
+            by_way[way] = f"time x^{exponent(rows, 'seconds'):.2f}, memory x^{exponent(rows, 'mib'):.2f} ({ends})"
+        found.append(f"{factor}: {by_way['one pass']}; in full rows {by_way['full rows']}. {WHY[factor]}.")
+    return found
+
+
+def doubling(ways: dict) -> str:
+    """What twice the group costs at 2 prompts x 8, 448 pixels, 32 new tokens."""
+    times = {way: {row["x"]: row["seconds"] for row in rows} for way, rows in ways.items()}
+    config = Policy.from_folder(NANO).config
+    eight, sixteen = (sum(step_flops(config, square(2, group)).values()) for group in (8, 16))
+    ours, full = (times[way][16] / times[way][8] for way in WAYS)
+    return f"group 8 -> 16: time x {ours:.2f}, FLOPs x {sixteen / eight:.2f}; in full rows time x {full:.2f}"
+
+
+def curves_table(curves: dict) -> str:
+    table = []
+    for factor, ways in curves.items():
+        by_x = {way: {row["x"]: row for row in rows} for way, rows in ways.items()}
+        for x in FACTORS[factor][0]:
+            here = [by_x[way].get(x) for way in WAYS]
+            cells = [f"{row['seconds']:.2f}" if row else "-" for row in here]
+            cells += [f"{row['mib']:.0f}" if row else "-" for row in here]
+            table.append([factor, str(x), *cells])
+    return markdown(["varied", "x", *(f"{way}, s" for way in WAYS), *(f"{way}, MiB" for way in WAYS)], table)
+
+
+def figure(curves: dict):
+    """Seconds above, memory below, a column for each factor; all axes logarithmic."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from experiments.plot import COLOURS, GREY, LOOK
+
+    with matplotlib.rc_context(LOOK):
+        fig = Figure(figsize=(14, 6.4))
+        FigureCanvasAgg(fig)
+        axes = fig.subplots(2, len(curves), sharex="col", sharey="row")
+        for column, (factor, ways) in enumerate(curves.items()):
+            for ax, (key, label) in zip(axes[:, column], (("seconds", "s a step"), ("mib", "MiB")), strict=True):
+                for way, colour, style in zip(WAYS, COLOURS, ("-", "--"), strict=False):
+                    x, y = zip(*((row["x"], row[key]) for row in ways[way]), strict=True)
+                    ax.plot(x, y, color=colour, ls=style, marker=".", label=f"{way}: x^{exponent(ways[way], key):.2f}")
+                ax.set_xscale("log", base=2)
+                ax.set_yscale("log")
+                ax.yaxis.set_major_formatter("{x:g}")
+                ax.set_xticks(FACTORS[factor][0], [str(x) for x in FACTORS[factor][0]])
+                ax.legend(loc="upper left")
+                if column == 0:
+                    ax.set_ylabel(label, color=GREY)
+            axes[0, column].set_title(factor, loc="left", size=9.5, weight="bold")
+        fig.subplots_adjust(left=0.05, right=0.99, top=0.95, bottom=0.05, hspace=0.08, wspace=0.08)
+    return fig
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = errors.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="save every figure")
+    parser.add_argument("--save", metavar="FILE", help="draw the curves as a PNG; needs matplotlib")
+    options = parser.parse_args(arguments)
+    if options.save and not find_spec("matplotlib"):  # to be known before ten minutes of work
+        raise InputError('matplotlib is not installed: pip install -e ".[plot]"')
+
+    print(f"torch {torch.__version__}, one thread\n\nTFLOP of an optimiser step per prompt, G = 8\n", flush=True)
+    flops = flops_rows()
+    print(flops_table(flops), flush=True)
+    print(
+        "\nnano policy: processor seconds and MiB of a step. One prompt (two where the group is varied) x 8, 448 pixels"
+    )
+    print(f"= 293 prompt tokens, 32 new ones. -: would take more than {SECONDS_AT_MOST} s\n", flush=True)
+    curves = {f: {way: curve(*points, way) for way in WAYS} for f, points in FACTORS.items()}
+    print(curves_table(curves), *sentences(curves), doubling(curves["group size"]), sep="\n\n")
+    if options.save:
+        from experiments.plot import save
+
+        save(figure(curves), options.save)
+    if options.json:
+        fits = {
+            factor: {way: {key: exponent(rows, key) for key in ("seconds", "mib")} for way, rows in ways.items()}
+            for factor, ways in curves.items()
+        }
+        with open(options.json, "w") as file:
+            json.dump(dict(torch=torch.__version__, flops=flops, curves=curves, exponents=fits), file, indent=1)
+
+
+if __name__ == "__main__":
+    errors.run(main)

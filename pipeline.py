@@ -1,0 +1,118 @@
+"""Pictures read ahead of the step by worker processes, and handed out in the order in which they are asked for.
+
+    with Readers(workers) as readers:
+        for index, picture in readers.read(indices, samples, limits, ahead):
+            prompt = task.prompt(samples[index], picture)
+
+What comes out, errors included, does not depend on the number of workers; with 0 each picture is read in this process
+when its turn comes. Nothing is read again in another order and nothing is kept, so there is no state to save.
+
+Workers are programs of their own, this file, each with a thread here that hands it a sample and waits for the picture.
+A DataLoader's or a ProcessPoolExecutor's would be forks of this process, which may hang once torch has threads and CUDA
+a context, or would import the main script anew: 3 s and 400 MB each, where these take 0.1 s and 40 MB. They also
+outlive a main process that is killed; these end with their socket, however it came to be closed.
+
+A picture travels as resized bytes, (h, w, 3): the patches of 1,225 tokens in fp32 are 23 MB, and took 80 ms through a
+pipe where making them here takes 10.
+
+Left out: pictures of evaluations, which are read when they are needed.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection, Pipe
+from signal import SIG_DFL, SIG_IGN, SIGINT, SIGPIPE, signal
+
+from errors import InputError
+from images import Picture, Sample, read_picture
+
+
+class Readers:
+    """`workers` processes that read pictures. They start when they are first needed and end with the `with` block."""
+
+    def __init__(self, workers: int):
+        self.workers = workers
+        self.threads = ThreadPoolExecutor(max(workers, 1))  # starts none before its first task
+        self.mine = threading.local()  # of each thread: its process and the connection to it
+        self.processes: list[subprocess.Popen] = []
+
+    def __enter__(self) -> "Readers":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        for process in self.processes:
+            process.kill()  # it holds nothing that would have to be written
+        self.threads.shutdown()
+        for process in self.processes:
+            process.kill()  # one that was only being started
+            process.wait()
+
+    def read(
+        self, indices: Iterable[int], samples: Sequence[Sample], limits: tuple[int, int, int], ahead: int
+    ) -> Iterator[tuple[int, Picture | InputError]]:
+        """(index, picture of samples[index]) for each index, in order; the InputError instead where it is unreadable.
+
+        Up to `ahead` further pictures are being read or lie here waiting, 3 * limits[2] bytes each at most: 2 MB at
+        1,000 tokens. An InputError is raised only when a process is lost.
+        """
+        if not self.workers:
+            yield from ((index, attempt(samples[index], limits)) for index in indices)
+            return
+        waiting = deque()
+        for index in indices:
+            waiting.append((index, self.threads.submit(self._ask, samples[index], limits)))
+            if len(waiting) > ahead:
+                index, future = waiting.popleft()
+                yield index, future.result()
+        yield from ((index, future.result()) for index, future in waiting)
+
+    def _ask(self, sample: Sample, limits: tuple[int, int, int]) -> Picture | InputError:
+        """attempt(), by the process of the thread that this runs in."""
+        if not hasattr(self.mine, "process"):
+            self.mine.connection, theirs = Pipe()
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}  # else numpy makes a thread per core, for nothing
+            with theirs:
+                command = [sys.executable, __file__]
+                self.mine.process = subprocess.Popen(command, stdin=theirs.fileno(), env=environment)
+            self.processes.append(self.mine.process)
+        try:
+            self.mine.connection.send((sample, limits))
+            return self.mine.connection.recv()
+        except (EOFError, ConnectionError):
+            code = self.mine.process.wait()
+            how = f"signal {-code} (9 is how a system ends one when memory is short)" if code < 0 else f"code {code}"
+            raise InputError(
+                f"{sample.source}: the process that reads pictures was ended by {how}; "
+                "lower --workers, 0 reads in the main process"
+            ) from None
+
+
+def attempt(sample: Sample, limits: tuple[int, int, int]) -> Picture | InputError:
+    """read_picture(), its InputError as a value: whether it may be left out is decided where the stream is read."""
+    try:
+        return read_picture(sample, *limits)
+    except InputError as error:
+        return error
+
+
+def serve() -> None:
+    """A worker's life: samples in, pictures out, until the other side is gone."""
+    signal(SIGINT, SIG_IGN)  # Ctrl-C is for the main process
+    signal(SIGPIPE, SIG_DFL)  # whose end, while a picture is on its way, is this one's too, without a traceback
+    connection = Connection(sys.stdin.fileno())
+    while True:
+        try:
+            sample, limits = connection.recv()
+        except (EOFError, ConnectionError):
+            return
+        connection.send(attempt(sample, limits))
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,30 @@
+"""VLM-R1's records (JSONL or JSON list, github.com/om-ai-lab/VLM-R1) -> our JSONL, checked and split.
+
+    python -m prepare.vlm_r1 --source rec.jsonl --images coco --out data --val 0.05
+
+Training reads such files as they are where image paths start at the file. This is for those whose paths start elsewhere
+(VLM-R1's --image_folders), and for splits. Questions lose VLM-R1's frame around the phrase; boxes are pixels of the
+picture as displayed.
+"""
+
+from pathlib import Path
+
+import errors
+from data import load_jsonl
+from prepare import common
+from prepare.common import Entry
+
+
+def read(args, report) -> list[Entry]:
+    samples = load_jsonl(args.source, report.bad, Path(args.images) if args.images else None)
+    return [Entry(Path(s.image).absolute(), s.source, s.query, s.box, size=s.size) for s in samples]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = common.parser("vlm_r1", __doc__, query=None)
+    parser.add_argument("--images", help="folder that image paths are relative to; default: the file's")
+    common.convert(parser.parse_args(argv), read)
+
+
+if __name__ == "__main__":
+    errors.run(main)
