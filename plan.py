@@ -56,8 +56,15 @@ class Run:
     freeze_vision: bool = False
     reference: bool = False  # beta > 0
     inner_steps: int = 1
+    dynamic: bool = False  # --dynamic-sampling
     device: str = "cpu"  # or cuda
+    ahead: int = 0  # prompts whose pictures are read ahead
     evaluation: int = EVALUATION  # prompts at a time; 0: there is none
+
+    @property
+    def whole(self) -> bool:
+        """The rollout makes the prefix with gradient, and the update goes on from it."""
+        return self.micro >= self.batch and self.inner_steps == 1 and not self.dynamic
 
     @property
     def rows(self) -> int:
@@ -141,73 +148,96 @@ def always(run: Run) -> Parts:
         if run.reference:
             parts["reference"] = run.width * weights
     parts["AdamW's moments"] = 2 * FULL * moved
-    return parts | waiting(run, run.batch)
+    return parts | waiting(run, run.batch, run.ahead)
 
 
-def waiting(run: Run, prompts: int) -> Parts:
-    """Pictures of prompts wait on the host: with --device cpu that is the memory in question."""
-    return {"pictures": FULL * prompts * run.patches * run.patch} if run.device == "cpu" else {}
+def waiting(run: Run, prompts: int, ahead: int = 0) -> Parts:
+    """Pictures of prompts, which wait on the host: with --device cpu that is the memory in question. What a frozen
+    tower made of them waits on the device (Policy.see)."""
+    parts = {"pictures": FULL * (prompts + ahead) * run.patches * run.patch} if run.device == "cpu" else {}
+    if run.lora_rank or run.freeze_vision:
+        tokens = prompts * run.patches // run.config.vision.spatial_merge_size**2
+        parts["image tokens"] = run.width * tokens * run.config.hidden_size
+    return parts
 
 
 # ------------------------------------------------------------------------------------------------- what autograd keeps
 
 
-def block_kept(run: Run, tokens: int, hidden: int, inner: int, heads: int, keys: int, weights: int) -> int:
+def norm_kept(run: Run, hidden: int) -> int:
+    """Bytes per token: input, 1 / rms, output without weight if that is trained, and with."""
+    return max(run.width, FULL) * hidden + FULL + run.width * hidden * (1 if run.lora_rank else 2)
+
+
+def block_kept(
+    run: Run, tokens: int, hidden: int, inner: int, heads: int, keys: int, weights: int, copied: bool = True
+) -> int:
     """Bytes that one block, of the decoder or the vision tower, keeps for its backward pass beside its parameters.
 
-    keys: bytes that attention keeps as keys and values. weights: numbers of the block that are trained.
+    keys: bytes that attention keeps as keys and values. weights: bytes of cast weights. copied: the answers of its
+    calls are joined to one tensor.
     """
-    w, scaled = run.width, not run.lora_rank
-    norm = max(w, FULL) * hidden + FULL + w * hidden * (1 + scaled)  # input, 1 / rms, output [without and] with weight
-    attention = 3 * w * hidden + FULL * heads  # queries, answers by head, answers side by side; log-sum-exp
+    w = run.width
+    attention = (2 + copied) * w * hidden + FULL * heads  # queries, answers, their copy; log-sum-exp
     mlp = 4 * w * inner  # gate, silu(gate), up, their product
     adapters = 7 * w * run.lora_rank  # x A^T of each
-    casts = w * weights if w != FULL else 0  # fp32 weights are cast at each call, and the cast is kept
-    return tokens * (2 * norm + attention + mlp + adapters) + keys + casts
+    return tokens * (2 * norm_kept(run, hidden) + attention + mlp + adapters) + keys + weights
+
+
+def casts(run: Run, weights: int) -> int:
+    """Bytes: fp32 weights are cast at each call, and autograd keeps the cast."""
+    return run.width * weights if run.width != FULL else 0
 
 
 def merger_kept(run: Run) -> int:
-    """Bytes: around its norm, before and after its GELU; casts of its weights."""
-    casts = run.width * Weights.of(run.config).merger if run.width != FULL else 0
-    return (max(run.width, FULL) + 4 * run.width) * run.config.vision.hidden_size * run.micro * run.patches + casts
+    """Bytes: around its norm, before and after its GELU, and cast weights."""
+    per_patch = (max(run.width, FULL) + 4 * run.width) * run.config.vision.hidden_size
+    return run.micro * run.patches * per_patch + casts(run, Weights.of(run.config).merger)
 
 
 def kept(run: Run) -> tuple[Parts, Parts]:
     """What the forward pass of one micro-batch keeps, by "vision", "prompts" and "completions" -> (all of it; one block
     of each, as checkpointing makes it again in the backward pass: 0 without)."""
     config, weights, w, v = run.config, Weights.of(run.config), run.width, run.config.vision
-    size, wide, scaled = config.hidden_size, max(w, FULL), not run.lora_rank
+    size, layers, way = config.hidden_size, config.num_hidden_layers, run.checkpointing
     patches, prompts = run.micro * run.patches, run.micro * run.prompt
     tower = v.hidden_size, v.intermediate_size, v.num_heads
     decoder = size, config.intermediate_size, config.num_attention_heads
-    moved = (run.lora_rank * weights.adapters if run.lora_rank else weights.decoder) // config.num_hidden_layers
+    moved = casts(run, (run.lora_rank * weights.adapters if run.lora_rank else weights.decoder) // layers)
+    keys = w * prompts * run.kv
     mask = w * (run.tokens - 1) * (run.prompt + run.tokens - 1) if run.device == "cpu" else 0
-    angles = FULL * config.head_dim  # cos and sin
+    # In the last block of a prefix only the last token looks (Block.prefix).
+    last = keys + (w * prompts * size if way else prompts * norm_kept(run, size) + moved)
+    last_norm = norm_kept(run, size) - w * size  # its output, joined to the prompts', is the head's input
     parts = {  # blocks; bytes that one keeps; that it hands on to the next; that are kept around all of them
         "vision": (
             v.depth,
-            block_kept(run, patches, *tower, 2 * w * patches * v.hidden_size, weights.vision_block),
+            block_kept(run, patches, *tower, 2 * w * patches * v.hidden_size, casts(run, weights.vision_block)),
             w * patches * v.hidden_size,
-            patches * (FULL * v.hidden_size // v.num_heads + w * run.patch) + merger_kept(run),
+            patches * (angles(v.hidden_size // v.num_heads) + w * run.patch) + merger_kept(run),
         ),
         "prompts": (
-            config.num_hidden_layers,
-            block_kept(run, prompts, *decoder, w * prompts * run.kv, moved),
-            w * prompts * (size + run.kv),
-            prompts * angles,
+            layers - 1,
+            block_kept(run, prompts, *decoder, keys, moved, copied=False),
+            w * prompts * size + keys,
+            prompts * angles(config.head_dim) + last,
         ),
         "completions": (
-            config.num_hidden_layers,
+            layers,
             block_kept(run, run.inputs, *decoder, run.joined + mask, moved),
             w * run.inputs * size,
-            run.inputs * (angles + (wide + w * scaled) * size) + run.rows * run.tokens * w * size,  # last norm, head
+            run.inputs * (angles(config.head_dim) + last_norm) + run.rows * run.tokens * w * size,
         ),
     }
     if run.lora_rank or run.freeze_vision:
         parts["vision"] = (0, 0, 0, 0)
-    way = run.checkpointing
     held = {name: blocks * (on if way else one) + around for name, (blocks, one, on, around) in parts.items()}
     return held, {name: way * one for name, (_, one, _, _) in parts.items()}
+
+
+def angles(head_dim: int) -> int:
+    """Bytes per token of its cosines and sines."""
+    return 2 * FULL * head_dim
 
 
 # ------------------------------------------------------------------------------------------------------------- moments
@@ -221,15 +251,14 @@ def in_hand(run: Run, tokens: int, shape: ModelConfig | VisionConfig) -> int:
 def answering(run: Run, prompts: int, group: int) -> dict[str, Parts]:
     """prefix() and generate() without gradient, every completion at its full length."""
     patches, tokens, rows = prompts * run.patches, prompts * run.prompt, prompts * group
-    casts = run.width if run.width != FULL else 0
     keys = run.width * run.kv * run.config.num_hidden_layers  # bytes per token
     shared = {"gradients": FULL * trained(run)} | waiting(run, prompts) | {"keys and values": keys * tokens}
     return {
         "prompts": shared
-        | {"patches": patches * run.patch * (FULL + casts)}
+        | {"patches": patches * run.patch * FULL + casts(run, patches * run.patch)}
         | {"one block": max(in_hand(run, patches, run.config.vision), in_hand(run, tokens, run.config))},
         "completions": shared
-        | {"cache": keys * rows * (run.prompt + run.tokens)}
+        | {"cache": keys * (tokens + rows * run.tokens)}  # the prompts' once more, as decoding wants them
         | {"logits": rows * run.config.vocab_size * (run.width + 2 * FULL)},  # as they are, tempered, softmax
     }
 
@@ -239,8 +268,12 @@ def rolling_out(run: Run) -> dict[str, Parts]:
     if run.reference or run.inner_steps > 1:
         logits = run.width * min(HEAD_ROWS, run.rows * run.tokens) * run.config.vocab_size  # of one chunk
         block = in_hand(run, run.inputs, run.config) + run.joined
-        left = {name: parts["completions"][name] for name in ("gradients", "keys and values")}
-        parts["log-probs"] = left | {"one block": max(block, logits)}
+        shared = {name: parts["completions"][name] for name in ("gradients", "keys and values")}
+        parts["log-probs"] = shared | {"one block": max(block, logits)}
+    if run.whole:
+        held, _ = kept(run)
+        more = {f"kept of {name}": held[name] for name in ("vision", "prompts")}
+        parts = {name: part | more for name, part in parts.items()}
     # The batch of the step before is let go when this one is whole.
     return {f"rollout, {name}": part | waiting(run, run.batch) for name, part in parts.items()}
 
@@ -422,7 +455,9 @@ def read_run(args, base: Path, samples: list[Sample]) -> tuple[Run, str]:
         freeze_vision=args.freeze_vision,
         reference=args.beta > 0,
         inner_steps=args.inner_steps,
+        dynamic=args.dynamic_sampling > 0,
         device=torch.device(args.device).type,
+        ahead=args.batch_size if args.workers else 0,
         evaluation=min(evaluated, args.eval_limit or EVALUATION),
     )
     return run, words
