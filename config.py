@@ -18,6 +18,7 @@ import torch
 
 import errors
 import loss
+import ranks
 import rewards
 import scheduler
 from data import PROMPTS, held_out_phantoms
@@ -26,6 +27,7 @@ from logs import LOGS
 from model import check_device, read_json
 from scheduler import ScheduleConfig
 
+CORES = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each process that torchrun started
 DEFAULTS = dict(
     model="nano",  # runs anywhere, no download
     data="phantoms",
@@ -52,7 +54,7 @@ DEFAULTS = dict(
     samples_every=20,
     save_every=100,
     log=None,  # metrics.jsonl alone
-    workers=min(4, (os.cpu_count() or 1) - 1),  # one core stays with the step; four read 100 large pictures a second
+    workers=min(4, max(CORES - 1, 0)),  # one core stays with the step; four read 100 large pictures a second
     seed=0,
     device="cuda" if torch.cuda.is_available() else "cpu",
     dtype=None,  # of the arithmetic: bfloat16 on CUDA, float32 on a CPU; trained weights are float32 on both
@@ -323,12 +325,12 @@ def wrong(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
             yield f"{flag(name)} changes nothing beside {why}; drop it"
     if args.decode == "graph" and not args.device.startswith("cuda"):
         yield f"--decode graph records a CUDA graph, --device {args.device} has none: give --decode eager"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.device.startswith("cuda:"):
+        yield f"--device {args.device} is one GPU for all processes: give --device cuda, and each takes its own"
     try:
-        check_device(args.device)
+        check_device(ranks.own_device(args.device))
     except InputError as error:
         yield str(error)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        yield "this version trains in one process: start torchrun without --nproc-per-node"
 
 
 def describe(args: argparse.Namespace) -> dict:
