@@ -47,6 +47,7 @@ DEFAULTS = dict(
     lora_rank=0,  # 0: all weights are trained
     lora_alpha=64.0,  # adapters count alpha / rank
     freeze_vision=False,
+    shard=False,  # each rank holds all weights: the fastest, where they fit
     checkpointing=False,  # a third more time for a fraction of the memory
     skip_bad=0,
     eval_every=0,  # 0: at the start and the end only
@@ -108,7 +109,7 @@ TYPES = {
 # What a resumed run may change: nothing here decides what is learned. More --steps is a longer run (the learning rate
 # is constant after the warm-up); schedules that go by the share of the steps refuse it themselves.
 FREE_ON_RESUME = {"resume", "out", "steps", "device", "eval_every", "eval_limit", "samples_every", "save_every", "log"}
-FREE_ON_RESUME |= {"workers", "skip_bad", "checkpointing"}
+FREE_ON_RESUME |= {"workers", "skip_bad", "checkpointing", "shard"}
 FREE_ON_RESUME |= {"decode", "micro_batch"}  # round a little differently, no more
 
 GROUPS = {  # title -> flag -> help
@@ -178,6 +179,7 @@ GROUPS = {  # title -> flag -> help
         lora_rank="train adapters of this rank in the decoder (lora.py) and keep one frozen copy of all weights",
         lora_alpha="adapters are scaled by alpha / rank",
         freeze_vision="leave the vision tower as it is; it then looks at a picture once a step",
+        shard="spread weights, gradients, AdamW's moments and the reference over the ranks (FSDP2)",
         checkpointing="recompute activations in the backward pass",
         decode="run each decode step as operators, or replay it as a CUDA graph (generate.py)",
         deterministic="refuse operations that may differ from run to run",
@@ -325,8 +327,15 @@ def wrong(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
             yield f"{flag(name)} changes nothing beside {why}; drop it"
     if args.decode == "graph" and not args.device.startswith("cuda"):
         yield f"--decode graph records a CUDA graph, --device {args.device} has none: give --decode eager"
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.device.startswith("cuda:"):
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several and args.device.startswith("cuda:"):
         yield f"--device {args.device} is one GPU for all processes: give --device cuda, and each takes its own"
+    if args.shard and not several:
+        yield "--shard spreads the weights over several processes, this is one: start it by torchrun --nproc-per-node=N"
+    if args.shard and args.lora_rank:
+        yield "--shard is for weights that are trained, --lora-rank freezes them: drop one of the two"
+    if args.shard and args.decode == "graph":
+        yield "--decode graph replays weights at fixed addresses, --shard moves them: give --decode eager"
     try:
         check_device(ranks.own_device(args.device))
     except InputError as error:

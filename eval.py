@@ -95,6 +95,8 @@ class Task:
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """The policy's Hugging Face folder, the prompt that it is used to, and the size of the pictures it has seen."""
         self.policy.save_folder(folder, dtype)
+        if ranks.rank > 0:
+            return
         self.image_config.write_max_pixels(folder)
         (folder / PROMPT_FILE).write_text(json.dumps({"prompt": self.style}) + "\n")
 

@@ -17,14 +17,18 @@ A rank that ends takes the others with it: torchrun ends them, and who waits for
 
 import json
 import os
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from errors import InputError, cause_of
@@ -68,6 +72,10 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
+class Lost(InputError):
+    """Another rank is gone: nothing can be done together any more."""
+
+
 @contextmanager
 def _company():
     """Around every collective: it fails where another rank is gone."""
@@ -76,7 +84,7 @@ def _company():
     try:
         yield
     except RuntimeError as error:
-        raise InputError(
+        raise Lost(
             f"rank {os.environ['RANK']} waits for another one in vain ({cause_of(error)}); the one that ended says why"
         ) from None
 
@@ -137,6 +145,7 @@ def total(numbers: list[float]) -> list[float]:
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Make each .grad the sum over all ranks, the same bits on each. A sum and no mean: losses are normalised by the
     whole batch. A rank without a gradient adds 0."""
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]  # a shard's gradient is a sum already
     if size == 1:
         return
     buckets, room = [], 0
@@ -154,3 +163,57 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
             dist.all_reduce(flat)
         for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
             parameter.grad = part.view_as(parameter)
+
+
+# --------------------------------------------------------------------------------------------------------------- shards
+
+
+def shard(policy: nn.Module, device: str, dtype: torch.dtype) -> None:
+    """Keep of a policy's weights, and of all that follows from them, a size-th on each rank (FSDP2): the weights stay
+    as they are, each block is gathered in `dtype` when its turn comes, its gradients are summed in fp32 at least.
+
+    Forward and backward passes are collectives then: every rank makes the same number of them (model.Policy.idle), but
+    inside unsharded(). The policy may be on the CPU: it comes to the device block by block.
+    """
+    # A block's keys and values are views, and are never written to.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(torch.device(device).type, (size,))
+    wide = torch.promote_types(next(policy.parameters()).dtype, torch.float32)
+    # Angles of the rotary embedding are fp32 among activations of another dtype: nothing is cast on the way in.
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
+    for module in (*policy.visual.blocks, *policy.model.layers, policy):  # embedding, head, norms: with the whole
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+        module.set_gradient_divide_factor(1.0)  # a sum and no mean,
+        module.set_force_sum_reduction_for_comms(True)  # by an operation that gloo has too
+        for method in ("prefix", "suffix", "logprobs"):  # what is called in place of forward()
+            if hasattr(module, method):
+                register_fsdp_forward_method(module, method)
+
+
+@contextmanager
+def unsharded(policy: nn.Module) -> Iterator[None]:
+    """Inside, a sharded policy is whole on each rank: passes without gradient need no other rank, and may end at
+    different lengths. Entered by all ranks; costs the memory of all weights in the dtype of the arithmetic."""
+    blocks = [module for module in policy.modules() if isinstance(module, FSDPModule)]  # the whole comes first
+    for block in blocks:
+        block.set_reshard_after_forward(False, recurse=False)
+        block.unshard()
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.set_reshard_after_forward(block is not policy, recurse=False)
+            block.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each rank has a part, in full on each; all ranks ask for it. Others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor that each rank has in full, on the parameter's device, and sharded if that is."""
+    tensor = tensor.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)

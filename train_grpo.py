@@ -280,7 +280,7 @@ def roll_places(
     places = range(stream.drawn, stream.drawn + count)
     mine, names = stream.mine(places), list(rewards.read_weights(args.rewards))
     single = places.start == first and len(mine) <= args.micro_batch
-    whole = single and args.inner_steps == 1 and not args.dynamic_sampling
+    whole = single and args.inner_steps == 1 and not args.dynamic_sampling and not args.shard
     # Of one size on all ranks; in front of a place's numbers stands 1 once it is rolled out.
     table = torch.zeros(math.ceil(count / ranks.size), args.group_size, 6 + len(names), dtype=torch.float64)
     rolls, failures, stop = [], [], None
@@ -329,21 +329,23 @@ def rollout(
     of .8 may never come. A picture that cannot be decoded makes room for the next, as long as --skip-bad allows.
     """
     rolls, tables, first, useful = [], [], stream.drawn, 0
-    for _ in range(1 + args.dynamic_sampling):
-        missing = args.batch_size - useful
-        while missing:
-            mine, table = roll_places(policy, actor, task, stream, step, first, missing, schedule, args)
-            rolls += mine
-            tables.append(table)
-            missing -= len(table)
-        tally = Tally(torch.cat(tables), list(rewards.read_weights(args.rewards)))
-        useful = int(tally.spread.sum())
-        if useful == args.batch_size:
-            break
+    with ranks.unsharded(actor):
+        for _ in range(1 + args.dynamic_sampling):
+            missing = args.batch_size - useful
+            while missing:
+                mine, table = roll_places(policy, actor, task, stream, step, first, missing, schedule, args)
+                rolls += mine
+                tables.append(table)
+                missing -= len(table)
+            tally = Tally(torch.cat(tables), list(rewards.read_weights(args.rewards)))
+            useful = int(tally.spread.sum())
+            if useful == args.batch_size:
+                break
     seen = join(rolls) if rolls else Rollout.empty(args.group_size)
     used = seen.select(seen.spread) if args.dynamic_sampling else seen
-    if reference is not None and used.prompts:
-        used = replace(used, logp_ref=reference_logprobs(reference, used, args))
+    if reference is not None:
+        with ranks.unsharded(reference):
+            used = replace(used, logp_ref=reference_logprobs(reference, used, args) if used.prompts else None)
     return tally, seen, used
 
 
@@ -364,18 +366,24 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, roll: Rollout, args
     finite changes nothing, on any rank."""
     mask = completion_mask(roll.lengths, roll.ids.shape[2])  # (B, G, T)
     kept = mask_overlong(mask, roll.truncated) if args.overlong == "mask" else mask
-    sequences, tokens, masked = map(int, ranks.total([roll.lengths.numel(), int(mask.sum()), int(kept.sum())]))
+    own = roll.lengths.numel(), mask.sum(), kept.sum(), math.ceil(len(roll.prompts) / args.micro_batch)
+    counts = ranks.gather(torch.tensor([int(n) for n in own]))
+    sequences, tokens, masked, _ = counts.sum(0).tolist()
     if not sequences:  # dynamic sampling found no group with spread
         return dict.fromkeys(("loss", "grad_norm", "kl", "clip_low", "clip_high", "entropy")) | {"skipped": 0}
-    totals = BatchTotals(sequences, masked, args.max_tokens)
+    totals, passes = BatchTotals(sequences, masked, args.max_tokens), int(counts.amax(0)[3])
     trained = [p for p in policy.parameters() if p.requires_grad]
     prefix, roll.prefix = roll.prefix, None  # its graph serves one backward pass
     rows, norms, skipped = [], [], 0
     for _ in range(args.inner_steps):
         optimizer.zero_grad(set_to_none=True)
-        rows.append(ranks.total(backward(policy, roll, prefix, kept, totals, args)))
+        sums = backward(policy, roll, prefix, kept, totals, args)
+        if args.shard:  # all ranks make as many passes as the one that has most to do
+            for _ in range(passes - own[-1]):
+                policy.idle().backward()
+        rows.append(ranks.total(sums))
         ranks.sum_gradients(trained)
-        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, args.grad_clip)))
+        norms.append(float(ranks.whole(torch.nn.utils.clip_grad_norm_(trained, args.grad_clip))))
         if math.isfinite(rows[-1][0]) and math.isfinite(norms[-1]):
             optimizer.step()
         else:
@@ -516,23 +524,23 @@ def make_policies(args, base: Path, start: Path) -> tuple[Policy, Policy, Policy
     the one that the run goes on from.
 
     In full training the weights are float32, and what needs no gradient is done by a copy in the arithmetic's dtype,
-    refreshed once a step: a cast of all weights per decoded token would cost more. With adapters there is one frozen
+    refreshed once a step: a cast of all weights per decoded token would cost more. Sharded weights are gathered in that
+    dtype, so there they need no copy. With adapters there is one frozen
     copy of the weights in that dtype for all three.
     """
     dtype = getattr(torch, args.dtype)
-    policy = Policy.from_folder(
-        base if args.lora_rank else start, args.device, dtype if args.lora_rank else torch.float32
-    )
+    device = "cpu" if args.shard else args.device  # whence it is dealt out to the devices, block by block
+    policy = Policy.from_folder(base if args.lora_rank else start, device, dtype if args.lora_rank else torch.float32)
     policy.compute_dtype, policy.checkpointing = dtype, args.checkpointing
     policy.graph = args.decode == "graph"
     if args.lora_rank:
         lora.add(policy, args.lora_rank, args.lora_alpha, args.seed)
         return policy, policy, policy if args.beta > 0 else None
     policy.visual.requires_grad_(not args.freeze_vision)
-    actor = policy if dtype == torch.float32 else copy.deepcopy(policy).to(dtype)
+    actor = policy if dtype == torch.float32 or args.shard else copy.deepcopy(policy).to(dtype)
     reference = None
     if args.beta > 0:
-        reference = Policy.from_folder(base, args.device, dtype).requires_grad_(False)
+        reference = Policy.from_folder(base, device, dtype).requires_grad_(False)
         reference.compute_dtype = dtype
     return policy, actor, reference
 
@@ -556,7 +564,7 @@ def train(args, readers: Readers) -> None:
     args.prompt = args.prompt or default_prompt(base)
     on_gpu = args.device.startswith("cuda")
     args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
-    args.decode = args.decode or ("graph" if on_gpu else "eager")
+    args.decode = args.decode or ("graph" if on_gpu and not args.shard else "eager")
     schedule_config = ScheduleConfig(**{f.name: getattr(args, f.name) for f in fields(ScheduleConfig)})
     schedule = make_schedule(args.schedule, schedule_config, args.steps)
     out = check_out(args)
@@ -567,6 +575,9 @@ def train(args, readers: Readers) -> None:
     held_out = args.val or held_out_phantoms(args.data)
     val = load_samples(held_out, args.seed, "test", bad) if held_out else []
     policy, actor, reference = make_policies(args, base, start)
+    if args.shard:
+        for sharded in filter(None, (policy, reference)):
+            ranks.shard(sharded, args.device, policy.compute_dtype)
     room = policy.config.max_position_embeddings - args.max_tokens
     if room < 1:
         raise InputError(
@@ -611,7 +622,8 @@ def train(args, readers: Readers) -> None:
 
     def measure(step: int) -> dict:
         """Greedy answers to the evaluation set; the first six as a picture, so that steps can be laid side by side."""
-        result, rows = evaluate(judge, val[: args.eval_limit], 50, args.max_tokens, progress="evaluation")
+        with ranks.unsharded(actor):
+            result, rows = evaluate(judge, val[: args.eval_limit], 50, args.max_tokens, progress="evaluation")
         ranks.say(summary(f"step {step}", result))
 
         def draw() -> None:
@@ -630,7 +642,8 @@ def train(args, readers: Readers) -> None:
     def save(step: int, drawn: int) -> None:
         values = schedule.state_dict(), bad_in_a_row, drawn, bad.sentences, evaluation
         state = dict(zip(STATE, values, strict=True))
-        ranks.first(lambda: checkpoint.save(out, step, task, optimizer, state))
+        together = ranks.everyone if args.shard else ranks.first
+        together(lambda: str(checkpoint.save(out, step, task, optimizer, state)))
 
     idle = {f.name for f in fields(ScheduleConfig)} - {*WATCHING, *schedule.own}
     asked = {name: value for name, value in vars(args).items() if value is not None and name not in idle}
@@ -664,6 +677,8 @@ def train(args, readers: Readers) -> None:
         tau = schedule.tau
         try:
             tally, seen, used = rollout(policy, actor, reference, task, stream, step, schedule, args)
+        except ranks.Lost:
+            raise
         except InputError as error:  # a picture that cannot be decoded, found on the way: keep what was learned
             save(step, drawn)
             raise InputError(f"{error}. All up to step {step} is saved: repair it and go on by --resume") from error

@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node=2 tests/ranks_program.py CASES.json
 
-CASES: out -> flags. Beside what a run writes, out/trace.json has for every step what was rolled out, the collectives and
-the sizes of what was gathered; out/wide.safetensors the weights in float64, which a checkpoint rounds to float32.
+CASES: [[out, flags], ...]. Beside what a run writes, out/trace.json has for every step what was rolled out, the
+collectives and the sizes of what was gathered; out/wide.safetensors the weights in float64, where a checkpoint has
+float32.
 """
 
 import json
@@ -23,7 +24,10 @@ import train_grpo  # noqa: E402
 
 
 def wide_policies(args, base, start, make=train_grpo.make_policies):
-    """In float64, where a difference of 1e-10 is a mistake and not rounding: weights, arithmetic and gradients."""
+    """In float64, where a difference of 1e-10 is a mistake and not rounding: weights, arithmetic and gradients. With
+    --dtype as it says."""
+    if "--dtype" in sys.argv:
+        return make(args, base, start)
     args.dtype = "float64"
     policy, _, reference = make(args, base, start)
     policy.double()
@@ -46,13 +50,15 @@ def run(out: Path, flags: list[str]) -> None:
 
     def traced_update(policy, *rest):
         metrics = update(policy, *rest)
-        total = sum(p.detach().sum().item() for p in policy.parameters())
+        total = sum(ranks.whole(p.detach()).sum().item() for p in policy.parameters())
         steps[-1] |= {"collectives": ranks.collectives, "gathered": list(sizes), "weights": total}
         sizes.clear()
         return metrics
 
     def traced_save(folder, step, task, *rest):
-        save_file({name: p.detach().clone() for name, p in task.policy.named_parameters()}, out / "wide.safetensors")
+        tensors = {name: ranks.whole(p.detach()).clone() for name, p in task.policy.named_parameters()}
+        if ranks.rank == 0:
+            save_file(tensors, out / "wide.safetensors")
         return save(folder, step, task, *rest)
 
     with (
@@ -73,7 +79,7 @@ def run(out: Path, flags: list[str]) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     ranks.start("cpu")
-    for out, flags in json.loads(Path(sys.argv[1]).read_text()).items():
+    for out, flags in json.loads(Path(sys.argv[1]).read_text()):
         run(Path(out), flags)
     ranks.end()
 

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import ranks_program
-import torch
 from safetensors.torch import load_file
 from test_train import ROOT, lines, records, without_times  # noqa: F401  a fixture
 
 import train_grpo
 
-SMALL = "--group-size 4 --max-tokens 18 --eval-limit 5 --samples-every 2 --workers 1 --lr 1e-3"
+SMALL = "--group-size 4 --max-tokens 18 --eval-limit 3 --samples-every 2 --workers 1 --lr 1e-3"
 CASES = {  # twelve pictures
     "plain": "--steps 3 --batch-size 5 --micro-batch 2 --schedule medloc --window 4 --tau-start .05"
     " --no-check-stability --no-check-margin --min-hit-rate .3 .3 .3",
@@ -26,6 +25,10 @@ CASES = {  # twelve pictures
     "an idle rank": "--steps 2 --batch-size 1 --micro-batch 1 --schedule raw --group-size 3 --beta .1",
     "adapters": "--steps 2 --batch-size 3 --micro-batch 2 --schedule raw --lora-rank 3 --beta .1 --checkpointing",
 }
+
+SHARDED = ("plain", "everything", "an idle rank")
+SHARDED = {f"sharded {name}": f"{CASES[name]} --shard --checkpointing" for name in SHARDED}
+STOPPED = "--steps 2 --batch-size 3 --micro-batch 1 --schedule raw --shard --dtype float32 --save-every 1"
 
 
 @pytest.fixture(scope="module")
@@ -59,27 +62,31 @@ def torchrun(size: int, *command, expect: int = 0, timeout: float = 240) -> str:
     return output
 
 
-def run_cases(size: int, cases: dict[str, str], data: list[str], folder: Path) -> dict[str, Path]:
-    """Each case as a run on `size` ranks -> its folder."""
-    outs = {name: folder / name.replace(" ", "-") for name in cases}
+def run_cases(size: int, cases: list[tuple[str, list[str]]], folder: Path) -> dict[str, Path]:
+    """Each (name, flags) as a run on `size` ranks, one after the other in the same processes -> name -> its folder."""
+    outs = {name: folder / name.replace(" ", "-") for name, _ in cases}
     if size == 1:
-        for name, out in outs.items():
-            ranks_program.run(out, flags(cases[name], data))
+        for name, words in cases:
+            ranks_program.run(outs[name], words)
     else:
-        file = folder / "cases.json"
-        file.write_text(json.dumps({str(outs[name]): flags(case, data) for name, case in cases.items()}))
-        torchrun(size, ROOT / "tests" / "ranks_program.py", file)
+        (folder / "cases.json").write_text(json.dumps([(str(outs[name]), words) for name, words in cases]))
+        torchrun(size, ROOT / "tests" / "ranks_program.py", folder / "cases.json")
     return outs
 
 
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory) -> dict[str, Path]:
-    return run_cases(1, CASES, data, tmp_path_factory.mktemp("one"))
+    cases = [(name, flags(case, data)) for name, case in CASES.items()]
+    return run_cases(1, cases, tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture(scope="module")
 def two(data, tmp_path_factory) -> dict[str, Path]:
-    return run_cases(2, CASES, data, tmp_path_factory.mktemp("two"))
+    """CASES and SHARDED on two ranks, and STOPPED: straight, and resumed after its first step."""
+    cases = [(name, flags(case, data)) for name, case in (CASES | SHARDED).items()]
+    cases += [("straight", flags(STOPPED, data)), ("resumed", flags(STOPPED.replace("--steps 2", "--steps 1"), data))]
+    cases += [("resumed", ["--resume", "--steps", "2", "--shard", "--dtype", "float32"])]
+    return run_cases(2, cases, tmp_path_factory.mktemp("two"))
 
 
 def traces(out: Path) -> list[list[dict]]:
@@ -121,7 +128,8 @@ def test_the_cases_are_what_they_are_meant_to_be(alone, two):
     for name, outs in (("one", alone), ("two", two)):
         for rank in traces(outs["one pass"]):
             assert all(step["shared"] for step in rank), name
-    assert not any(step["shared"] for rank in traces(two["plain"]) for step in rank)  # three prompts, two at a time
+    shares = [(len(step["rolled"]), step["shared"]) for rank in traces(two["plain"]) for step in rank]
+    assert shares == [(3, False), (2, True), (3, False), (2, True), (3, False), (2, True)]  # two at a time
 
 
 def test_a_step_is_four_collectives_and_one_of_them_carries_the_groups(alone, two):
@@ -131,51 +139,74 @@ def test_a_step_is_four_collectives_and_one_of_them_carries_the_groups(alone, tw
     for rank in traces(two["plain"]):
         counts = [step["collectives"] for step in rank]
         assert [b - a for a, b in zip(counts, counts[1:], strict=False)] == [4, 4]
-        assert rank[1]["gathered"] == [3 * 4 * 7, 3, 5]  # three places a rank, four answers, seven columns
+        assert rank[1]["gathered"] == [3 * 4 * 7, 4, 5]  # three places a rank, four answers, seven columns
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_twenty_steps_on_several_ranks_are_those_of_one(size, data, tmp_path):
-    case = CASES["everything"].replace("--steps 3", "--steps 20").replace("--lr 1e-3", "")
-    cases = {"everything": case, "plain": CASES["plain"].replace("--steps 3", "--steps 20")}
+    longer = [(name, case.replace("--steps 3", "--steps 20")) for name, case in CASES.items()]
+    cases = [(name, flags(case, data)) for name, case in longer]
+    several = cases + [(f"sharded {name}", [*words, "--shard"]) for name, words in cases if name != "adapters"]
     for folder in ("one", "several"):
         (tmp_path / folder).mkdir()
-    one, several = run_cases(1, cases, data, tmp_path / "one"), run_cases(size, cases, data, tmp_path / "several")
-    for name in cases:
-        assert_same_run(one[name], several[name], size)
+    one, several = run_cases(1, cases, tmp_path / "one"), run_cases(size, several, tmp_path / "several")
+    for name, out in several.items():
+        assert_same_run(one[name.removeprefix("sharded ")], out, size)
+
+
+# ------------------------------------------------------------------------------------------------------------- shards
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_weights_are_trained_as_whole_ones(name, alone, two):
+    """FSDP2 on two ranks with micro-batches of unequal number, recomputed activations, a sharded reference, a frozen
+    tower, several inner steps; against one process without any of that."""
+    assert_same_run(alone[name.removeprefix("sharded ")], two[name], 2)
+
+
+def test_a_sharded_checkpoint_is_whole_and_resumes_exactly(two):
+    straight, resumed = two["straight"], two["resumed"]
+    rows, again = (without_times(lines(out / "metrics.jsonl")) for out in (straight, resumed))
+    assert rows == again and len(rows) == 2
+    for file in ("model.safetensors", "trainer.safetensors"):
+        a, b = (load_file(out / "step-000002" / file) for out in (straight, resumed))
+        assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+    nano = load_file(ROOT / "assets" / "nano" / "model.safetensors")
+    model = load_file(straight / "step-000002" / "model.safetensors")
+    assert {name: t.shape for name, t in model.items()} == {name: t.shape for name, t in nano.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- faults
 
 MISHAP = """
-import sys
-import errors, train_grpo
-from ranks_program import ranks
+import os, sys
+sys.path.insert(0, {tests!r})
+from ranks_program import errors, ranks, train_grpo
 
-def strike(*arguments, rollout=train_grpo.rollout):
-    if ranks.rank == 1 and arguments[5] == 1:
-        {}
-    return rollout(*arguments)
+def strike(*arguments, update=train_grpo.update, steps=[]):
+    steps.append(1)
+    if ranks.rank == 1 and len(steps) == 2:
+        {what}
+    return update(*arguments)
 
-train_grpo.rollout = strike
+train_grpo.update = strike
 errors.run(train_grpo.main)
 """
-MISHAPS = {
-    "a rank that raises": ("raise errors.InputError('the sky falls')", "error: the sky falls"),
-    "a rank that is killed": ("import os; os.kill(os.getpid(), 9)", "error: rank 0 waits for another one in vain"),
+MISHAPS = {  # what happens to rank 1 alone -> what is to be read then
+    "its input cannot be used": ("raise errors.InputError('the sky falls')", "error: the sky falls"),
+    "it is killed": ("os.kill(os.getpid(), 9)", "Signal 9 (SIGKILL) received"),
 }
 
 
 @pytest.mark.parametrize("name", MISHAPS)
-def test_a_rank_that_ends_ends_the_job_in_words(name, data, tmp_path):
+def test_a_rank_that_ends_ends_the_job(name, data, tmp_path):
     what, words = MISHAPS[name]
-    (tmp_path / "mishap.py").write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n" + MISHAP.format(what)
-    )
+    (tmp_path / "mishap.py").write_text(MISHAP.format(what=what, tests=str(ROOT / "tests")))
     case = "--steps 3 --batch-size 2 --micro-batch 1 --schedule raw --out"
-    output = torchrun(2, tmp_path / "mishap.py", *flags(case, data), tmp_path / "run", expect=1)
-    assert words in output and "train_grpo.py" not in output.replace("mishap.py", "")  # no traceback through it
+    output = torchrun(2, tmp_path / "mishap.py", *flags(case, data), tmp_path / "run", expect=1, timeout=90)
+    assert words in output and "in strike" not in output  # no traceback of ours
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 1
 
 
 def test_what_ends_one_rank_ends_all_at_the_same_point_and_keeps_what_was_learned(data, tmp_path):
