@@ -185,7 +185,7 @@ def shard(policy: nn.Module, device: str, dtype: torch.dtype) -> None:
         fully_shard(module, mesh=mesh, mp_policy=precision)
         module.set_gradient_divide_factor(1.0)  # a sum and no mean,
         module.set_force_sum_reduction_for_comms(True)  # by an operation that gloo has too
-        for method in ("prefix", "suffix", "logprobs"):  # what is called in place of forward()
+        for method in ("see", "prefix", "suffix", "logprobs"):  # what is called in place of forward()
             if hasattr(module, method):
                 register_fsdp_forward_method(module, method)
 
@@ -194,6 +194,9 @@ def shard(policy: nn.Module, device: str, dtype: torch.dtype) -> None:
 def unsharded(policy: nn.Module) -> Iterator[None]:
     """Inside, a sharded policy is whole on each rank: passes without gradient need no other rank, and may end at
     different lengths. Entered by all ranks; costs the memory of all weights in the dtype of the arithmetic."""
+    if not isinstance(policy, FSDPModule):
+        yield
+        return
     blocks = [module for module in policy.modules() if isinstance(module, FSDPModule)]  # the whole comes first
     for block in blocks:
         block.set_reshard_after_forward(False, recurse=False)

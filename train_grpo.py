@@ -249,12 +249,8 @@ class Tally:
     def __init__(self, table: Tensor, names: list[str]):
         """table (N, G, 5 + rewards) float64, as columns() makes it."""
         iou, reason, length, truncated, reward, *parts = table.unbind(-1)  # each (N, G)
-        self.iou, self.reward, self.lengths, self.truncated = (
-            iou.float(),
-            reward.float(),
-            length.long(),
-            truncated.bool(),
-        )
+        self.iou, self.reward = iou.float(), reward.float()
+        self.lengths, self.truncated = length.long(), truncated.bool()
         self.reasons = reason.long()  # indices into rewards.REASONS; 0 is a box
         self.parts = {name: part.float() for name, part in zip(names, parts, strict=True)}
 
@@ -305,7 +301,7 @@ def roll_places(
     # Rank after rank, beginning with the one that the first place belongs to; then row after row: as the places are.
     table = ranks.gather(table).roll(-(places.start % ranks.size), 0).transpose(0, 1).flatten(0, 1)[:count]
     rolled = table[:, 0, 0] == 1
-    if stop or not rolled.all():
+    if not rolled.all():
         failures = [failure for part in ranks.everyone(report) for failure in part]
     stream.advance(count, failures)
     return rolls, table[rolled, :, 1:]

@@ -29,6 +29,7 @@ CASES = {  # twelve pictures
 SHARDED = ("plain", "everything", "an idle rank")
 SHARDED = {f"sharded {name}": f"{CASES[name]} --shard --checkpointing" for name in SHARDED}
 STOPPED = "--steps 2 --batch-size 3 --micro-batch 1 --schedule raw --shard --dtype float32 --save-every 1"
+STOPPED += " --freeze-vision"  # so that the first thing a resumed run does is to look
 
 
 @pytest.fixture(scope="module")
