@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import lora
+import ranks
 from errors import InputError
 from model import Policy
 
@@ -27,9 +28,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names
 
 
 def save(out: Path, step: int, task, optimizer: torch.optim.Optimizer, state: dict) -> Path:
-    """Write out/step-<step>/; `state` is what load() gives back, ready for JSON."""
+    """Write out/step-<step>/; `state` is what load() gives back, ready for JSON. Rank 0 writes; where the policy is
+    sharded all ranks must call it, and all that they do together comes before the first byte is written."""
     folder, partial = out / f"step-{step:06d}", out / f".partial-step-{step:06d}"
-    shutil.rmtree(partial, ignore_errors=True)  # left by a run that died while saving
+    if ranks.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # left by a run that died while saving
     try:
         return _save(folder, partial, step, task, optimizer, state)
     except (OSError, SafetensorError) as error:  # a full disk, most of the time
@@ -38,14 +41,18 @@ def save(out: Path, step: int, task, optimizer: torch.optim.Optimizer, state: di
 
 
 def _save(folder: Path, partial: Path, step: int, task, optimizer: torch.optim.Optimizer, state: dict) -> Path:
-    task.save(partial, torch.float32)  # also where adapters are merged into bfloat16 weights: they may be that small
     # The folder holds adapters merged into the weights, from which they cannot be had back.
     tensors = {f"adapter.{name}": p.detach() for name, p in task.policy.adapters().items()}
     steps = 0
     for name, parameter in task.policy.named_parameters():
         if held := optimizer.state.get(parameter):  # empty before the first optimiser step
-            tensors |= {f"{key}.{name}": held[key].contiguous() for key in MOMENTS}
+            moments = {f"{key}.{name}": ranks.whole(held[key]).contiguous() for key in MOMENTS}
             steps = int(held["step"])
+            if ranks.rank == 0:
+                tensors |= {key: moment.cpu() for key, moment in moments.items()}  # gathered ones do not fit elsewhere
+    task.save(partial, torch.float32)  # also where adapters are merged into bfloat16 weights: they may be that small
+    if ranks.rank > 0:
+        return folder
     save_file(tensors, partial / "trainer.safetensors")
     whole = {"format": FORMAT, "step": step, "optimizer_steps": steps, **state}
     (partial / "trainer.json").write_text(json.dumps(whole, indent=1) + "\n")
@@ -106,6 +113,6 @@ def load(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, wanted_
             parameter.copy_(tensors[f"adapter.{name}"])
     for name, parameter in trained.items():
         device = parameter.device  # for the step too: the fused AdamW wants it there
-        moments = {key: tensors[f"{key}.{name}"].to(device) for key in MOMENTS}
+        moments = {key: ranks.like(tensors[f"{key}.{name}"], parameter) for key in MOMENTS}
         optimizer.state[parameter] = moments | {"step": torch.tensor(float(count), device=device)}
     return state

@@ -19,6 +19,7 @@ import torch
 import errors
 import hub
 import loss
+import ranks
 import rewards
 import scheduler
 from data import check_style, held_out_phantoms, prompt_style
@@ -28,6 +29,7 @@ from model import check_device, read_json
 from plan import read_memory
 from scheduler import ScheduleConfig
 
+CORES = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each process that torchrun started
 DEFAULTS = dict(
     model="nano",  # runs anywhere, no download
     data="phantoms",
@@ -48,6 +50,7 @@ DEFAULTS = dict(
     lora_rank=0,  # 0: all weights are trained
     lora_alpha=64.0,  # adapters count alpha / rank
     freeze_vision=False,
+    shard=False,  # each rank holds all weights: the fastest, where they fit
     micro_batch=None,  # prompts per pass: as many as fit (plan.py)
     checkpointing=None,  # off, if as many prompts fit without: a third more time for a fraction of the memory
     memory=None,  # what the device has to spare
@@ -57,7 +60,7 @@ DEFAULTS = dict(
     samples_every=20,
     save_every=100,
     log=None,  # metrics.jsonl alone
-    workers=min(4, (os.cpu_count() or 1) - 1),  # one core stays with the step; four read 100 large pictures a second
+    workers=min(4, max(CORES - 1, 0)),  # one core stays with the step; four read 100 large pictures a second
     seed=0,
     device="cuda" if torch.cuda.is_available() else "cpu",
     dtype=None,  # of the arithmetic: bfloat16 on CUDA, float32 on a CPU; trained weights are float32 on both
@@ -102,7 +105,7 @@ TYPES |= {"micro_batch": int, "checkpointing": bool, "memory": str}  # None: pla
 # What a resumed run may change: nothing here decides what is learned. More --steps is a longer run (the learning rate
 # is constant after the warm-up); schedules that go by the share of the steps refuse it themselves.
 FREE_ON_RESUME = {"resume", "out", "steps", "device", "eval_every", "eval_limit", "samples_every", "save_every", "log"}
-FREE_ON_RESUME |= {"workers", "skip_bad", "memory", "checkpointing"}
+FREE_ON_RESUME |= {"workers", "skip_bad", "memory", "checkpointing", "shard"}
 FREE_ON_RESUME |= {"decode", "micro_batch"}  # round a little differently, no more
 
 GROUPS = {  # title -> flag -> help
@@ -173,6 +176,7 @@ GROUPS = {  # title -> flag -> help
         lora_rank="train adapters of this rank in the decoder (lora.py) and keep one frozen copy of all weights",
         lora_alpha="adapters are scaled by alpha / rank",
         freeze_vision="leave the vision tower as it is; it then looks at a picture once a step",
+        shard="spread weights, gradients, AdamW's moments and the reference over the ranks (FSDP2)",
         memory="what the run may take of the device, such as 24GB; None: what it has to spare",
         checkpointing="recompute activations in the backward pass; None: if it does not fit without",
         decode="run each decode step as operators, or replay it as a CUDA graph (generate.py)",
@@ -328,15 +332,22 @@ def wrong(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
             yield f"{flag(name)} changes nothing beside {why}; drop it"
     if args.decode == "graph" and not args.device.startswith("cuda"):
         yield f"--decode graph records a CUDA graph, --device {args.device} has none: give --decode eager"
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several and args.device.startswith("cuda:"):
+        yield f"--device {args.device} is one GPU for all processes: give --device cuda, and each takes its own"
+    if args.shard and not several:
+        yield "--shard spreads the weights over several processes, this is one: start it by torchrun --nproc-per-node=N"
+    if args.shard and args.lora_rank:
+        yield "--shard is for weights that are trained, --lora-rank freezes them: drop one of the two"
+    if args.shard and args.decode == "graph":
+        yield "--decode graph replays weights at fixed addresses, --shard moves them: give --decode eager"
     try:
         if not (args.estimate and args.device.startswith("cuda")):  # planning for a GPU needs none
-            check_device(args.device)
+            check_device(ranks.own_device(args.device))
         if args.memory is not None:
             read_memory(args.memory)
     except InputError as error:
         yield str(error)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        yield "this version trains in one process: start torchrun without --nproc-per-node"
 
 
 def describe(args: argparse.Namespace) -> dict:

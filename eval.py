@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import errors
 import hub
+import ranks
 import rewards
 from data import (
     BadRecords,
@@ -96,6 +97,8 @@ class Task:
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """The policy's Hugging Face folder, the prompt that it is used to, and the size of the pictures it has seen."""
         self.policy.save_folder(folder, dtype)
+        if ranks.rank > 0:
+            return
         self.image_config.write_max_pixels(folder)
         (folder / PROMPT_FILE).write_text(json.dumps({"prompt": self.style}) + "\n")
 
@@ -127,13 +130,23 @@ def default_prompt(folder: Path) -> str:
 def evaluate(
     task: Task, samples: list[Sample], batch_size: int, max_tokens: int, progress: str | None = None
 ) -> tuple[dict, list[dict]]:
-    """Greedy answers to all samples -> (metrics, one row per sample: source, text, box, target, iou, reason)."""
-    rows = []
-    for start in tqdm(range(0, len(samples), batch_size), desc=progress, disable=progress is None, leave=False):
-        batch = samples[start : start + batch_size]
-        prompts = [task.prompt(sample) for sample in batch]
-        texts = task.answer(prompts, max_tokens)
-        rows += score_rows(batch, texts, [p.box for p in prompts], [p.scale for p in prompts])
+    """Greedy answers to all samples -> (metrics, one row per sample: source, text, box, target, iou, reason).
+
+    Of several ranks each answers its share of the samples, and all get all rows.
+    """
+
+    def share() -> list[dict]:
+        mine, rows = samples[ranks.rank :: ranks.size], []
+        silent = progress is None or ranks.rank > 0
+        for start in tqdm(range(0, len(mine), batch_size), desc=progress, disable=silent, leave=False):
+            batch = mine[start : start + batch_size]
+            prompts = [task.prompt(sample) for sample in batch]
+            texts = task.answer(prompts, max_tokens)
+            rows += score_rows(batch, texts, [p.box for p in prompts], [p.scale for p in prompts])
+        return rows
+
+    shares = ranks.everyone(share)
+    rows = [shares[i % ranks.size][i // ranks.size] for i in range(len(samples))]
     return metrics(rows), rows
 
 

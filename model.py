@@ -37,6 +37,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+import ranks
 from errors import InputError
 from generate import Completions, generate
 
@@ -538,6 +539,9 @@ class Prefix:
     order: Tensor  # (B,)
 
 
+torch.export.register_dataclass(Prefix)  # FSDP looks for the tensors in it, to gather weights before their gradients
+
+
 class Policy(nn.Module):
     """Qwen2.5-VL. Parameter names are the published tensor names."""
 
@@ -672,6 +676,29 @@ class Policy(nn.Module):
         """
         return generate(self, prefix, group_size, max_tokens, temperature, uniforms, self.graph)
 
+    def idle(self) -> Tensor:
+        """A scalar to call backward() on that adds nothing to any gradient: the pass that a rank makes which has no
+        prompts left, where the others wait for it because the weights are sharded."""
+        device, vision = next(self.parameters()).device, self.config.vision
+        merged = vision.spatial_merge_size**2
+        frozen = not any(parameter.requires_grad for parameter in self.visual.parameters())  # then nobody looks
+        numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        ids = torch.tensor([[self.config.image_token_id, self.eos_ids[0]]], device=device)
+        batch = PromptBatch(
+            ids=ids,
+            positions=torch.zeros(3, 1, 2, dtype=torch.long, device=device),
+            next_position=torch.tensor([1], device=device),
+            lengths=[2],
+            patches=None if frozen else torch.zeros(merged, numbers, device=device),
+            image_tokens=torch.zeros(1, vision.out_hidden_size, device=device).to(self.compute_dtype)
+            if frozen
+            else None,
+            grids=((vision.spatial_merge_size,) * 2,),
+            order=torch.tensor([0], device=device),
+        )
+        logp = self.logprobs(self.prefix(batch), ids[:, None], torch.tensor([[2]], device=device))
+        return logp.sum() * 0.0
+
     @torch.no_grad()
     def init_weights(self, seed: int, gain: float = 0.8) -> "Policy":
         """Random weights, N(0, (gain / sqrt(fan in))^2), zero biases: a narrow policy learns several times faster from
@@ -741,15 +768,14 @@ class Policy(nn.Module):
             if ".adapter." in name:
                 continue
             adapter = linears[name].adapter if name in linears else None
-            tensor = parameter if adapter is None else adapter.merged(parameter)
+            tensor = ranks.whole(parameter if adapter is None else adapter.merged(parameter))
             yield name, tensor.detach().to("cpu", dtype or parameter.dtype).contiguous()
 
     def save_folder(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a Hugging Face folder that transformers, vLLM and from_folder load: weights, config, and the companions
         of the folder this policy came from (tokenizer, preprocessor, generation config). One shard after the other goes
-        through host memory."""
+        through host memory. Rank 0 writes; of a sharded policy all ranks must ask for it."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         shards: list[list[str]] = [[]]
         size = total = 0
         for name, parameter in self.named_parameters():
@@ -762,6 +788,11 @@ class Policy(nn.Module):
             shards[-1].append(name)
             size += nbytes
             total += nbytes
+        if ranks.rank > 0:
+            for _ in self.published(dtype):  # its parts of each weight
+                pass
+            return
+        folder.mkdir(parents=True, exist_ok=True)
         names = ["model.safetensors"]
         if len(shards) > 1:
             names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]

@@ -9,7 +9,7 @@ it in model.py's code: a change there is a change in block_kept() and kept(), an
 Another test measures the peaks of whole runs.
 
 1 GB is 10^9 bytes. Left out: what driver and libraries take, and what an allocator loses (hence FILL); the groups that
---dynamic-sampling draws beyond the batch; several ranks, each of which would hold all of this.
+--dynamic-sampling draws beyond the batch; --shard (without it each rank holds all of this).
 """
 
 import math
@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 import lora
+import ranks
 from data import ImageConfig, PhantomImage, Sample, check_prompt, held_out_phantoms, load_tokenizer, smart_resize
 from data import phantom_samples as phantoms
 from errors import InputError
@@ -446,8 +447,8 @@ def read_run(args, base: Path, samples: list[Sample]) -> tuple[Run, str]:
         config=config,
         prompt=prompt,
         patches=patches,
-        batch=args.batch_size,
-        micro=args.batch_size,
+        batch=math.ceil(args.batch_size / ranks.size),
+        micro=math.ceil(args.batch_size / ranks.size),
         group=args.group_size,
         tokens=args.max_tokens,
         width=getattr(torch, args.dtype).itemsize,
@@ -467,6 +468,9 @@ def settle(args, base: Path, samples: list[Sample]) -> tuple[Run, str]:
     """Set --micro-batch and --checkpointing where they were left open -> (the run, what to print: a line, or with
     --estimate a page). InputError if --memory was given and is too little; if it was not, that is a warning only."""
     asked, words = read_run(args, base, samples)
+    if args.shard:
+        args.micro_batch, args.checkpointing = args.micro_batch or 1, bool(args.checkpointing)
+        return asked, f"plan: none, it does not know --shard; {choices(replace(asked, micro=args.micro_batch))}"
     if args.memory is None and args.estimate and asked.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--estimate: there is no GPU here to ask; say what it has, such as --memory 24GB")
     memory = free_memory(args.device) if args.memory is None else read_memory(args.memory)

@@ -36,6 +36,7 @@ import hub
 import kernels
 import lora
 import plan
+import ranks
 import rewards
 from config import describe, parse_arguments
 from data import BadRecords, Picture, Prompt, Sample, Sampler, held_out_phantoms, load_samples
@@ -43,7 +44,7 @@ from diagnose import Watch
 from errors import InputError
 from eval import NANO, Task, default_prompt, evaluate, model_folder, overlay, sheet, summary
 from logs import open_log
-from loss import BatchTotals, LossStats, completion_mask, grpo_loss, mask_overlong
+from loss import BatchTotals, completion_mask, grpo_loss, mask_overlong
 from model import Policy, Prefix, collate, read_json
 from pipeline import Readers
 from scheduler import WATCHING, ByShareOfSteps, Schedule, ScheduleConfig, make_schedule
@@ -59,8 +60,8 @@ MEMORY = (
 
 @dataclass
 class Rollout:
-    """One optimiser step's worth of experience: B prompts, G completions each, T tokens at most. On the policy's device
-    where the update needs it, else on the CPU."""
+    """This rank's share of one optimiser step's experience: B prompts, G completions each, T tokens at most. On the
+    policy's device where the update needs it, else on the CPU."""
 
     prompts: list[Prompt]  # B
     ids: Tensor  # (B, G, T)
@@ -77,6 +78,28 @@ class Rollout:
     logp_old: Tensor | None  # (B, G, T); None with one inner step, where it equals the policy's own
     logp_ref: Tensor | None  # (B, G, T); None with beta = 0
     prefix: Prefix | None = None  # of all prompts, with gradient, for the update to go on from; None: it makes its own
+
+    @classmethod
+    def empty(cls, group: int) -> "Rollout":
+        """No group: what a rank has whose pictures all broke, or which had no place."""
+        zeros = torch.zeros(0, group)
+        counts, flags, boxes = zeros.long(), zeros.bool(), torch.zeros(0, group, 4)
+        return cls(
+            [],
+            counts[..., None],
+            counts,
+            flags,
+            [],
+            boxes,
+            zeros,
+            flags,
+            [],
+            {},
+            zeros,
+            zeros,
+            logp_old=None,
+            logp_ref=None,
+        )
 
     @property
     def spread(self) -> Tensor:
@@ -105,8 +128,8 @@ def join(rolls: list[Rollout]) -> Rollout:
             return {name: of([value[name] for value in values]) for name in first}
         if isinstance(first, list):
             return [item for value in values for item in value]
-        if first is None or isinstance(first, Prefix):  # kept only where the step is a single forward pass
-            return first
+        if first is None or isinstance(first, Prefix):  # kept only where this was a single forward pass
+            return first if len(values) == 1 else None
         widest = max(value.shape[-1] for value in values) if first.ndim == 3 else 0
         return torch.cat([torch.nn.functional.pad(v, (0, widest - v.shape[-1])) if widest else v for v in values])
 
@@ -114,59 +137,77 @@ def join(rolls: list[Rollout]) -> Rollout:
 
 
 class Stream:
-    """The endless stream of training prompts. Its only state is `drawn`: how many places of it are used up; what was
-    read ahead is read again by a resumed run. Without readers each picture is read when its turn comes."""
+    """The endless stream of training prompts, of which place p belongs to rank p % size. Its only state is `drawn`: how
+    many places of it are used up, on all ranks; what was read ahead is read again by a resumed run. Without readers
+    each picture is read when its turn comes."""
 
     def __init__(self, samples: list[Sample], task: Task, bad: BadRecords, args, drawn: int = 0, readers=None):
         self.samples, self.task, self.bad, self.args, self.drawn = samples, task, bad, args, drawn
         self.sampler = Sampler(len(samples), args.batch_size, args.seed)
         self.readers: Readers = readers or Readers(0)
         self.pictures = self._read()
+        self.failed = 0  # places in a row without a picture
         self.seconds = 0.0  # that draw() has taken: what the step waits for
 
+    def mine(self, places: range) -> range:
+        """Those of the places that belong to this rank."""
+        return range(places.start + (ranks.rank - places.start) % ranks.size, places.stop, ranks.size)
+
     def _read(self) -> Iterator[tuple[int, Picture | InputError]]:
-        """(index of the sample, its picture) from the place on that the first draw finds in `drawn`."""
-        indices = (self.sampler.take(place, 1)[0] for place in itertools.count(self.drawn))
-        ahead = 2 * self.args.batch_size  # a step's worth ready when it begins, another for dynamic sampling
+        """(index of the sample, its picture) at this rank's places, from the one on that the first draw finds."""
+        first = self.mine(range(self.drawn, sys.maxsize)).start
+        indices = (self.sampler.take(place, 1)[0] for place in itertools.count(first, ranks.size))
+        # A step's worth ready when it begins, another for dynamic sampling.
+        ahead = 2 * math.ceil(self.args.batch_size / ranks.size)
         yield from self.readers.read(indices, self.samples, self.task.image_config.limits, ahead)
 
-    def draw(self, step: int, slot: int, count: int) -> tuple[list[Prompt], Tensor]:
-        """The next `count` prompts, which take places slot, slot + 1 ... in the step's batch, and their luck.
-
-        A picture that cannot be decoded makes room for the next prompt, as long as --skip-bad allows.
-        """
+    def draw(self, step: int, first: int, places: range) -> tuple[list[Prompt], Tensor, list[tuple[int, str, str]]]:
+        """What stands at this rank's next places -> prompts, their luck, and of each place without a picture
+        (place, source, sentence). The step began at place `first`."""
         started = time.perf_counter()
-        prompts, indices, failures = [], [], 0
-        while len(prompts) < count:
+        prompts, slots, indices, failures = [], [], [], []
+        for place in places:
             index, picture = next(self.pictures)
             try:
                 prompts.append(self.task.prompt(self.samples[index], picture))
+                slots.append(place - first)
                 indices.append(index)
             except InputError as error:
-                failures += 1
-                self.bad.add(self.samples[index].source, error)
-                if failures > len(self.samples):
-                    raise InputError(f"no picture of --data can be read any more; the last one: {error}") from error
-                tqdm.write(f"left out: {error}")
-            self.drawn += 1
-        slots = list(range(slot, slot + count))
+                failures.append((place, self.samples[index].source, str(error)))
         luck = uniforms(self.args.seed, step, slots, indices, self.args.group_size, self.args.max_tokens)
         self.seconds += time.perf_counter() - started
-        return prompts, luck
+        return prompts, luck, failures
+
+    def advance(self, count: int, failures: list[tuple[int, str, str]]) -> None:
+        """All ranks are through with the next `count` places, with these failures in all."""
+        self.drawn += count
+        self.failed = self.failed + count if len(failures) == count else 0
+        for _, source, sentence in sorted(failures):
+            self.bad.add(source, InputError(sentence))
+            if self.failed > len(self.samples):
+                raise InputError(f"no picture of --data can be read any more; the last one: {sentence}")
+            ranks.say(f"left out: {sentence}")
 
 
 def uniforms(seed: int, step: int, slots: list[int], indices: list[int], group: int, tokens: int) -> Tensor:
     """(B, G, T) in [0, 1): the luck of each completion token, from (seed, step, place in the batch, sample) alone."""
-    rows = []
-    for slot, index in zip(slots, indices, strict=True):
+    luck = np.empty((len(slots), group, tokens), np.float32)
+    for row, slot, index in zip(luck, slots, indices, strict=True):
         key = np.random.SeedSequence([seed, step, slot, index])
-        rows.append(np.random.Generator(np.random.PCG64(key)).random((group, tokens), dtype=np.float32))
-    return torch.from_numpy(np.stack(rows))
+        np.random.Generator(np.random.PCG64(key)).random(dtype=np.float32, out=row)
+    return torch.from_numpy(luck)
 
 
 @torch.no_grad()
 def roll_groups(
-    policy: Policy, actor: Policy, task: Task, prompts: list[Prompt], noise: Tensor, schedule: Schedule, args
+    policy: Policy,
+    actor: Policy,
+    task: Task,
+    prompts: list[Prompt],
+    noise: Tensor,
+    schedule: Schedule,
+    args,
+    whole: bool,
 ) -> Rollout:
     """One forward pass's worth of prompts: G answers to each, scored under the schedule's present threshold.
 
@@ -175,7 +216,6 @@ def roll_groups(
     """
     device = next(actor.parameters()).device
     actor.see(prompts)  # a frozen tower looks once a step: reference and inner steps have the same one
-    whole = args.micro_batch >= args.batch_size and args.inner_steps == 1 and not args.dynamic_sampling
     with torch.set_grad_enabled(whole):
         prefix = (policy if whole else actor).prefix(collate(prompts, device))
     done = actor.generate(prefix, args.group_size, args.max_tokens, args.temperature, noise)
@@ -206,6 +246,70 @@ def roll_groups(
     )
 
 
+class Tally:
+    """What every rank knows of a step: the numbers of all groups on all ranks, in the order of their places. CPU."""
+
+    def __init__(self, table: Tensor, names: list[str]):
+        """table (N, G, 5 + rewards) float64, as columns() makes it."""
+        iou, reason, length, truncated, reward, *parts = table.unbind(-1)  # each (N, G)
+        self.iou, self.reward = iou.float(), reward.float()
+        self.lengths, self.truncated = length.long(), truncated.bool()
+        self.reasons = reason.long()  # indices into rewards.REASONS; 0 is a box
+        self.parts = {name: part.float() for name, part in zip(names, parts, strict=True)}
+
+    @staticmethod
+    def columns(roll: Rollout) -> Tensor:
+        numbers = list(rewards.REASONS)
+        reasons = torch.tensor([[numbers.index(reason) for reason in group] for group in roll.reasons])
+        columns = roll.iou, reasons, roll.lengths.cpu(), roll.truncated.cpu(), roll.reward, *roll.parts.values()
+        return torch.stack([column.double() for column in columns], dim=-1)
+
+    @property
+    def spread(self) -> Tensor:
+        """(N,) bool, as Rollout.spread."""
+        return self.reward.amax(1) > self.reward.amin(1)
+
+
+def roll_places(
+    policy: Policy, actor: Policy, task: Task, stream: Stream, step: int, first: int, count: int, schedule, args
+) -> tuple[list[Rollout], Tensor]:
+    """The next `count` places of the stream, in a step that began at place `first`. Each rank rolls out its own, then
+    one collective tells all ranks about all -> (this rank's rollouts, Tally's table of the places that had a picture).
+    """
+    places = range(stream.drawn, stream.drawn + count)
+    mine, names = stream.mine(places), list(rewards.read_weights(args.rewards))
+    single = places.start == first and len(mine) <= args.micro_batch
+    whole = single and args.inner_steps == 1 and not args.dynamic_sampling and not args.shard
+    # Of one size on all ranks; in front of a place's numbers stands 1 once it is rolled out.
+    table = torch.zeros(math.ceil(count / ranks.size), args.group_size, 6 + len(names), dtype=torch.float64)
+    rolls, failures, stop = [], [], None
+    try:
+        for i in range(0, len(mine), args.micro_batch):
+            prompts, luck, failed = stream.draw(step, first, mine[i : i + args.micro_batch])
+            failures += failed
+            if prompts:
+                rolls.append(roll_groups(policy, actor, task, prompts, luck, schedule, args, whole))
+        broken = {place for place, *_ in failures}
+        good = [i for i, place in enumerate(mine) if place not in broken]
+        if good:
+            table[good, :, 0], table[good, :, 1:] = 1.0, torch.cat([Tally.columns(roll) for roll in rolls])
+    except InputError as error:  # it must end all ranks, and all of them here
+        stop = error
+
+    def report() -> list[tuple[int, str, str]]:
+        if stop:
+            raise stop
+        return failures
+
+    # Rank after rank, beginning with the one that the first place belongs to; then row after row: as the places are.
+    table = ranks.gather(table).roll(-(places.start % ranks.size), 0).transpose(0, 1).flatten(0, 1)[:count]
+    rolled = table[:, 0, 0] == 1
+    if not rolled.all():
+        failures = [failure for part in ranks.everyone(report) for failure in part]
+    stream.advance(count, failures)
+    return rolls, table[rolled, :, 1:]
+
+
 def rollout(
     policy: Policy,
     actor: Policy,
@@ -215,28 +319,33 @@ def rollout(
     step: int,
     schedule: Schedule,
     args,
-) -> tuple[Rollout, Rollout]:
-    """Sample G answers to each of B prompts -> (all that was rolled out, what the update is to learn from).
+) -> tuple[Tally, Rollout, Rollout]:
+    """Sample G answers to each of B prompts -> (the numbers of all of it; of this rank's share what was rolled out, and
+    what the update is to learn from).
 
     The two differ with dynamic sampling: groups without spread are replaced by fresh prompts, in K rounds at most, and
     what has no spread then is dropped. The schedule has to see all: without the groups that hit throughout, a hit rate
-    of .8 may never come.
+    of .8 may never come. A picture that cannot be decoded makes room for the next, as long as --skip-bad allows.
     """
-    rolls, useful = [], 0
-    for _ in range(1 + args.dynamic_sampling):
-        missing = args.batch_size - useful
-        for first in range(0, missing, args.micro_batch):
-            slot = sum(len(roll.prompts) for roll in rolls)
-            prompts, noise = stream.draw(step, slot, min(args.micro_batch, missing - first))
-            rolls.append(roll_groups(policy, actor, task, prompts, noise, schedule, args))
-            useful += int(rolls[-1].spread.sum())
-        if useful == args.batch_size:
-            break
-    seen = join(rolls)
+    rolls, tables, first, useful = [], [], stream.drawn, 0
+    with ranks.unsharded(actor):
+        for _ in range(1 + args.dynamic_sampling):
+            missing = args.batch_size - useful
+            while missing:
+                mine, table = roll_places(policy, actor, task, stream, step, first, missing, schedule, args)
+                rolls += mine
+                tables.append(table)
+                missing -= len(table)
+            tally = Tally(torch.cat(tables), list(rewards.read_weights(args.rewards)))
+            useful = int(tally.spread.sum())
+            if useful == args.batch_size:
+                break
+    seen = join(rolls) if rolls else Rollout.empty(args.group_size)
     used = seen.select(seen.spread) if args.dynamic_sampling else seen
-    if reference is not None and used.prompts:
-        used = replace(used, logp_ref=reference_logprobs(reference, used, args))
-    return seen, used
+    if reference is not None:
+        with ranks.unsharded(reference):
+            used = replace(used, logp_ref=reference_logprobs(reference, used, args) if used.prompts else None)
+    return tally, seen, used
 
 
 @torch.no_grad()
@@ -252,86 +361,96 @@ def reference_logprobs(reference: Policy, roll: Rollout, args) -> Tensor:
 
 
 def update(policy: Policy, optimizer: torch.optim.Optimizer, roll: Rollout, args) -> dict:
-    """Inner steps of GRPO on one rollout -> metrics. A step whose loss or gradient is not finite changes nothing."""
-    if not roll.prompts:  # dynamic sampling found no group with spread
-        return dict.fromkeys(("loss", "grad_norm", "kl", "clip_low", "clip_high", "entropy")) | {"skipped": 0}
-    device = next(policy.parameters()).device
+    """Inner steps of GRPO on one rollout, all ranks' shares of it -> metrics. A step whose loss or gradient is not
+    finite changes nothing, on any rank."""
     mask = completion_mask(roll.lengths, roll.ids.shape[2])  # (B, G, T)
-    tokens = int(mask.sum())
-    if args.overlong == "mask":
-        mask = mask_overlong(mask, roll.truncated)
-    totals = BatchTotals(roll.lengths.numel(), int(mask.sum()), args.max_tokens)
+    kept = mask_overlong(mask, roll.truncated) if args.overlong == "mask" else mask
+    own = roll.lengths.numel(), mask.sum(), kept.sum(), math.ceil(len(roll.prompts) / args.micro_batch)
+    counts = ranks.gather(torch.tensor([int(n) for n in own]))
+    sequences, tokens, masked, _ = counts.sum(0).tolist()
+    if not sequences:  # dynamic sampling found no group with spread
+        return dict.fromkeys(("loss", "grad_norm", "kl", "clip_low", "clip_high", "entropy")) | {"skipped": 0}
+    totals, passes = BatchTotals(sequences, masked, args.max_tokens), int(counts.amax(0)[3])
     trained = [p for p in policy.parameters() if p.requires_grad]
-    kept, roll.prefix = roll.prefix, None  # its graph serves one backward pass
-    stats, losses, norms, entropy, skipped = None, [], [], 0.0, 0
-    for inner in range(args.inner_steps):
+    prefix, roll.prefix = roll.prefix, None  # its graph serves one backward pass
+    rows, norms, skipped = [], [], 0
+    for _ in range(args.inner_steps):
         optimizer.zero_grad(set_to_none=True)
-        loss_sum = 0.0
-        for i in range(0, len(roll.prompts), args.micro_batch):
-            rows = slice(i, i + args.micro_batch)
-            prefix = kept or policy.prefix(collate(roll.prompts[rows], device))
-            logp, rows_entropy = policy.logprobs(
-                prefix, roll.ids[rows], roll.lengths[rows], args.temperature, entropy=True
-            )
-            loss, sums = grpo_loss(
-                logp,
-                logp.detach() if roll.logp_old is None else roll.logp_old[rows],
-                None if roll.logp_ref is None else roll.logp_ref[rows],
-                roll.advantage[rows],
-                mask[rows],
-                totals,
-                kind=args.loss,
-                clip_low=args.clip_low,
-                clip_high=args.clip_high,
-                beta=args.beta,
-                kl=args.kl,
-            )
-            loss.backward()
-            loss_sum += loss.detach()
-            stats = sums if stats is None else stats + sums
-            if inner == 0:
-                entropy += rows_entropy.sum()
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip)
-        losses.append(float(loss_sum))
-        norms.append(float(norm))
-        if math.isfinite(losses[-1]) and math.isfinite(norms[-1]):
+        sums = backward(policy, roll, prefix, kept, totals, args)
+        if args.shard:  # all ranks make as many passes as the one that has most to do
+            for _ in range(passes - own[-1]):
+                policy.idle().backward()
+        rows.append(ranks.total(sums))
+        ranks.sum_gradients(trained)
+        norms.append(float(ranks.whole(torch.nn.utils.clip_grad_norm_(trained, args.grad_clip))))
+        if math.isfinite(rows[-1][0]) and math.isfinite(norms[-1]):
             optimizer.step()
         else:
             skipped += 1
-    metrics = loss_metrics(stats, losses, norms, float(entropy) / tokens, roll.logp_ref is not None)
-    return metrics | {"skipped": skipped}
-
-
-def loss_metrics(
-    stats: LossStats, losses: list[float], norms: list[float], entropy: float, has_reference: bool
-) -> dict:
-    n = max(int(stats.tokens), 1)  # 0 where every completion was masked out
+    n = max(masked, 1) * args.inner_steps  # masked is 0 where every completion was masked out
+    loss, kl, clip_low, clip_high, _ = (sum(column) for column in zip(*rows, strict=True))
     return {
-        "loss": sum(losses) / len(losses),
+        "loss": loss / len(rows),
         "grad_norm": sum(norms) / len(norms),
-        "kl": float(stats.kl) / n if has_reference else None,
-        "clip_low": float(stats.clip_low) / n,
-        "clip_high": float(stats.clip_high) / n,
-        "entropy": entropy,
+        "kl": kl / n if args.beta > 0 else None,
+        "clip_low": clip_low / n,
+        "clip_high": clip_high / n,
+        "entropy": rows[0][-1] / tokens,
+        "skipped": skipped,
     }
 
 
-def rollout_metrics(seen: Rollout, used: Rollout) -> dict:
-    """Of all that was rolled out; `dropped` groups did not get into the update."""
-    quartiles = seen.iou.flatten().quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-    parts = {f"reward_{name}": part.mean().item() for name, part in seen.parts.items()}
+def backward(
+    policy: Policy, roll: Rollout, prefix: Prefix | None, mask: Tensor, totals: BatchTotals, args
+) -> list[float]:
+    """Add the gradients of this rank's share of the loss, micro-batch by micro-batch -> its sums of loss, KL, clipped
+    tokens (low, high) and entropy. mask (B, G, T): the tokens that count; prefix: of all prompts, if it is there."""
+    device = next(policy.parameters()).device
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    for i in range(0, len(roll.prompts), args.micro_batch):
+        rows = slice(i, i + args.micro_batch)
+        logp, entropy = policy.logprobs(
+            prefix or policy.prefix(collate(roll.prompts[rows], device)),
+            roll.ids[rows],
+            roll.lengths[rows],
+            args.temperature,
+            entropy=True,
+        )
+        loss, stats = grpo_loss(
+            logp,
+            logp.detach() if roll.logp_old is None else roll.logp_old[rows],
+            None if roll.logp_ref is None else roll.logp_ref[rows],
+            roll.advantage[rows],
+            mask[rows],
+            totals,
+            kind=args.loss,
+            clip_low=args.clip_low,
+            clip_high=args.clip_high,
+            beta=args.beta,
+            kl=args.kl,
+        )
+        loss.backward()
+        parts = loss.detach(), stats.kl, stats.clip_low, stats.clip_high, entropy.sum()
+        sums += torch.stack([part.double() for part in parts])
+    return sums.tolist()
+
+
+def rollout_metrics(tally: Tally, args) -> dict:
+    """Of all that was rolled out, on all ranks; `dropped` groups did not get into the update."""
+    quartiles = tally.iou.flatten().quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    parts = {f"reward_{name}": part.mean().item() for name, part in tally.parts.items()}
     return parts | {
-        "iou_mean": seen.iou.mean().item(),
+        "iou_mean": tally.iou.mean().item(),
         "iou_q25": quartiles[0],
         "iou_q50": quartiles[1],
         "iou_q75": quartiles[2],
-        "reward_mean": seen.reward.mean().item(),
-        "zero_spread": 1 - seen.spread.float().mean().item(),
-        "parse_failures": 1 - seen.valid.float().mean().item(),
-        "truncated": seen.truncated.float().mean().item(),
-        "tokens": int(seen.lengths.sum()),
-        "groups": len(seen.prompts),
-        "dropped": len(seen.prompts) - len(used.prompts),
+        "reward_mean": tally.reward.mean().item(),
+        "zero_spread": 1 - tally.spread.float().mean().item(),
+        "parse_failures": 1 - (tally.reasons == 0).float().mean().item(),
+        "truncated": tally.truncated.float().mean().item(),
+        "tokens": int(tally.lengths.sum()),
+        "groups": len(tally.iou),
+        "dropped": int((~tally.spread).sum()) if args.dynamic_sampling else 0,
     }
 
 
@@ -404,31 +523,33 @@ def make_policies(args, base: Path, start: Path) -> tuple[Policy, Policy, Policy
     the one that the run goes on from.
 
     In full training the weights are float32, and what needs no gradient is done by a copy in the arithmetic's dtype,
-    refreshed once a step: a cast of all weights per decoded token would cost more. With adapters there is one frozen
+    refreshed once a step: a cast of all weights per decoded token would cost more. Sharded weights are gathered in that
+    dtype, so there they need no copy. With adapters there is one frozen
     copy of the weights in that dtype for all three.
     """
     dtype = getattr(torch, args.dtype)
-    policy = Policy.from_folder(
-        base if args.lora_rank else start, args.device, dtype if args.lora_rank else torch.float32
-    )
+    device = "cpu" if args.shard else args.device  # whence it is dealt out to the devices, block by block
+    policy = Policy.from_folder(base if args.lora_rank else start, device, dtype if args.lora_rank else torch.float32)
     policy.compute_dtype, policy.checkpointing = dtype, args.checkpointing
     policy.graph = args.decode == "graph"
     if args.lora_rank:
         lora.add(policy, args.lora_rank, args.lora_alpha, args.seed)
         return policy, policy, policy if args.beta > 0 else None
     policy.visual.requires_grad_(not args.freeze_vision)
-    actor = policy if dtype == torch.float32 else copy.deepcopy(policy).to(dtype)
+    actor = policy if dtype == torch.float32 or args.shard else copy.deepcopy(policy).to(dtype)
     reference = None
     if args.beta > 0:
-        reference = Policy.from_folder(base, args.device, dtype).requires_grad_(False)
+        reference = Policy.from_folder(base, device, dtype).requires_grad_(False)
         reference.compute_dtype = dtype
     return policy, actor, reference
 
 
 def main() -> None:
     args = parse_arguments()
+    ranks.start(args.device)
     with Readers(args.workers) as readers:
         train(args, readers)
+    ranks.end()
 
 
 def train(args, readers: Readers) -> None:
@@ -443,7 +564,7 @@ def train(args, readers: Readers) -> None:
     args.prompt = args.prompt or default_prompt(base)
     on_gpu = args.device.startswith("cuda")
     args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
-    args.decode = args.decode or ("graph" if on_gpu else "eager")
+    args.decode = args.decode or ("graph" if on_gpu and not args.shard else "eager")
     schedule_config = ScheduleConfig(**{f.name: getattr(args, f.name) for f in fields(ScheduleConfig)})
     schedule = make_schedule(args.schedule, schedule_config, args.steps)
     out = check_out(args)
@@ -454,10 +575,14 @@ def train(args, readers: Readers) -> None:
     held_out = args.val or held_out_phantoms(args.data)
     val = load_samples(held_out, args.seed, "test", bad, args.queries) if held_out else []
     planned, words = plan.settle(args, base, samples + val)
-    tqdm.write(words)
+    args.micro_batch, args.checkpointing = ranks.everyone(lambda: [args.micro_batch, args.checkpointing])[0]
+    ranks.say(words)
     if args.estimate:
         return
     policy, actor, reference = make_policies(args, base, start)
+    if args.shard:
+        for sharded in filter(None, (policy, reference)):
+            ranks.shard(sharded, args.device, policy.compute_dtype)
     room = policy.config.max_position_embeddings - args.max_tokens
     if room < 1:
         raise InputError(
@@ -483,56 +608,74 @@ def train(args, readers: Readers) -> None:
         # The nano policy was made coarse on purpose; what plain supervision on exact boxes reaches stands beside.
         evaluation["exact_sft"] = read_json(NANO / "eval.json")["exact"]
     config = describe(args)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if args.resume:
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                keep_until(out / name, first)
-        log = open_log(args.log, out, config, first) if args.log else None
-        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error}); name another folder") from None
+    log = None
+
+    def open_out() -> None:
+        nonlocal log
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if args.resume:
+                for name in ("metrics.jsonl", "samples.jsonl"):
+                    keep_until(out / name, first)
+            log = open_log(args.log, out, config, first) if args.log else None
+            (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        except OSError as error:
+            raise InputError(f"--out {out}: cannot be written ({error}); name another folder") from None
+
+    ranks.everyone(lambda: None)  # all have found --out as it was
+    ranks.first(open_out)
 
     def measure(step: int) -> dict:
         """Greedy answers to the evaluation set; the first six as a picture, so that steps can be laid side by side."""
-        some, at_a_time = val[: args.eval_limit], planned.evaluation
-        result, rows = evaluate(judge, some, at_a_time, args.max_tokens, progress="evaluation")
-        tqdm.write(summary(f"step {step}", result))
-        tiles = [
-            overlay(sample, [row["box"]], f"step {step}: IoU {row['iou']:.2f}", side=180)
-            for sample, row in zip(val[:6], rows, strict=False)
-        ]
-        sheet(tiles, 6).save(out / f"sheet-{step:06d}.png")
+        with ranks.unsharded(actor):
+            result, rows = evaluate(
+                judge, val[: args.eval_limit], planned.evaluation, args.max_tokens, progress="evaluation"
+            )
+        ranks.say(summary(f"step {step}", result))
+
+        def draw() -> None:
+            tiles = [
+                overlay(sample, [row["box"]], f"step {step}: IoU {row['iou']:.2f}", side=180)
+                for sample, row in zip(val[:6], rows, strict=False)
+            ]
+            sheet(tiles, 6).save(out / f"sheet-{step:06d}.png")
+
+        ranks.first(draw)
         return result
 
     def write_evaluation() -> None:
-        (out / "eval.json").write_text(json.dumps(evaluation, indent=2) + "\n")
+        ranks.first(lambda: (out / "eval.json").write_text(json.dumps(evaluation, indent=2) + "\n"))
 
     def save(step: int, drawn: int) -> None:
         values = schedule.state_dict(), bad_in_a_row, drawn, bad.sentences, evaluation
-        checkpoint.save(out, step, task, optimizer, dict(zip(STATE, values, strict=True)))
+        state = dict(zip(STATE, values, strict=True))
+        together = ranks.everyone if args.shard else ranks.first
+        together(lambda: str(checkpoint.save(out, step, task, optimizer, state)))
 
     idle = {f.name for f in fields(ScheduleConfig)} - {*WATCHING, *schedule.own}
     asked = {name: value for name, value in vars(args).items() if value is not None and name not in idle}
-    tqdm.write(" ".join(f"{name}={value}" for name, value in asked.items()))
+    ranks.say(" ".join(f"{name}={value}" for name, value in asked.items()))
     for sentence in bad.sentences.values():
-        tqdm.write(f"left out: {sentence}")
+        ranks.say(f"left out: {sentence}")
     parameters, of_them = (sum(p.numel() for p in some) / 1e6 for some in (policy.parameters(), trained))
-    tqdm.write(
+    ranks.say(
         f"{parameters:.1f} M parameters ({of_them:.1f} M trained), {len(samples)} training samples, "
         f"{len(val)} to evaluate on"
     )
     if not val:
-        tqdm.write("no evaluation: name records with --val")
+        ranks.say("no evaluation: name records with --val")
     elif first == 0:
         evaluation["start"] = measure(0)
         write_evaluation()
     if "exact_sft" in evaluation:
-        tqdm.write(summary("exact SFT, for comparison (the start was made coarse on purpose)", evaluation["exact_sft"]))
+        ranks.say(summary("exact SFT, for comparison (the start was made coarse on purpose)", evaluation["exact_sft"]))
 
     watch = Watch()
-    metrics_file = open(out / "metrics.jsonl", "a", encoding="utf-8")
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=args.schedule, unit="step")
+    leads = ranks.rank == 0  # numbers are global, but times, memory, samples and overlays are those of rank 0
+    metrics_file = open(out / "metrics.jsonl" if leads else os.devnull, "a", encoding="utf-8")
+    bar = tqdm(
+        range(first, args.steps), initial=first, total=args.steps, desc=args.schedule, unit="step", disable=not leads
+    )
     for step in bar:
         started, drawn, stream.seconds = time.perf_counter(), stream.drawn, 0.0
         lr = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))
@@ -540,11 +683,13 @@ def train(args, readers: Readers) -> None:
             group["lr"] = lr
         tau = schedule.tau
         try:
-            seen, used = rollout(policy, actor, reference, task, stream, step, schedule, args)
+            tally, seen, used = rollout(policy, actor, reference, task, stream, step, schedule, args)
+        except ranks.Lost:
+            raise
         except InputError as error:  # a picture that cannot be decoded, found on the way: keep what was learned
             save(step, drawn)
             raise InputError(f"{error}. All up to step {step} is saved: repair it and go on by --resume") from error
-        decision = schedule.observe(seen.iou.tolist())
+        decision = schedule.observe(tally.iou.tolist())
         rolled = time.perf_counter()
         losses = update(policy, optimizer, used, args)
         if actor is not policy:
@@ -556,7 +701,7 @@ def train(args, readers: Readers) -> None:
         last = done == args.steps
         row = {"step": done, "tau": tau, "hit_rate": decision.hit_rate, "sigma": decision.sigma}
         row |= {"margin": decision.margin, "decision": str(decision), "lr": lr, "drawn": stream.drawn}
-        row |= rollout_metrics(seen, used) | losses
+        row |= rollout_metrics(tally, args) | losses
         row |= {"seconds": ended - started, "seconds_rollout": rolled - started, "seconds_update": ended - rolled}
         row |= {"seconds_input": stream.seconds}  # of seconds_rollout
         row |= {"peak_mb": peak_megabytes(args.device)}
@@ -564,11 +709,11 @@ def train(args, readers: Readers) -> None:
         if log:
             log.write(row)
         if decision.tighten and not isinstance(schedule, ByShareOfSteps):  # those rise at every step
-            tqdm.write(f"step {done}: {decision}")
-        if not used.prompts:
-            tqdm.write(f"step {done}: none of {len(seen.prompts)} groups had spread, no update")
-        if paragraph := watch.add(seen, tau, last):
-            tqdm.write(f"step {done}: {paragraph}")
+            ranks.say(f"step {done}: {decision}")
+        if row["dropped"] == row["groups"]:
+            ranks.say(f"step {done}: none of {row['groups']} groups had spread, no update")
+        if leads and (paragraph := watch.add(seen, tau, last)):
+            ranks.say(f"step {done}{', rank 0' if ranks.size > 1 else ''}: {paragraph}")
         shown = {"tau": "-" if tau is None else f"{tau:.2f}", "iou": f"{row['iou_mean']:.3f}"}
         shown |= {"hits": "-" if decision.hit_rate is None else f"{decision.hit_rate:.2f}"}
         shown |= {"flat": f"{row['zero_spread']:.2f}", "tok/s": f"{row['tokens'] / row['seconds']:.0f}"}
@@ -576,13 +721,13 @@ def train(args, readers: Readers) -> None:
 
         bad_in_a_row = bad_in_a_row + 1 if losses["skipped"] else 0
         if bad_in_a_row:
-            tqdm.write(f"step {done}: loss {row['loss']}, gradient norm {row['grad_norm']}: not finite, step skipped")
+            ranks.say(f"step {done}: loss {row['loss']}, gradient norm {row['grad_norm']}: not finite, step skipped")
         if bad_in_a_row >= PATIENCE:
             raise InputError(
                 f"{PATIENCE} steps in a row had a non-finite loss or gradient; "
                 "start anew with a lower --lr or --grad-clip, from --model or a step-... of this run"
             )
-        if args.samples_every and (done % args.samples_every == 0 or done == 1):
+        if leads and seen.prompts and args.samples_every and (done % args.samples_every == 0 or done == 1):
             write_samples(out, done, seen, tau)
         if val and (last or args.eval_every and done % args.eval_every == 0):
             try:
@@ -598,10 +743,11 @@ def train(args, readers: Readers) -> None:
     metrics_file.close()
     if log:
         log.close()
-    failures = Counter(reason for group in seen.reasons for reason in group if reason) if first < args.steps else {}
+    names = list(rewards.REASONS)
+    failures = Counter(names[i] for i in tally.reasons.flatten().tolist() if i) if first < args.steps else {}
     if failures:
-        tqdm.write("last step, answers without a box: " + ", ".join(f"{n} x {r}" for r, n in failures.most_common()))
-    tqdm.write(f"done: {out}/eval.json, metrics.jsonl, samples.jsonl, overlay-*.png, step-{args.steps:06d}/")
+        ranks.say("last step, answers without a box: " + ", ".join(f"{n} x {r}" for r, n in failures.most_common()))
+    ranks.say(f"done: {out}/eval.json, metrics.jsonl, samples.jsonl, overlay-*.png, step-{args.steps:06d}/")
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ class Ours:
     def one_step(self):
         """A step of train_grpo's main() -> the Rollout that was learned from."""
         models = self.policy, self.actor, self.reference
-        seen, used = self.train_grpo.rollout(*models, self.task, self.stream, self.steps, self.schedule, self.args)
+        _, seen, used = self.train_grpo.rollout(*models, self.task, self.stream, self.steps, self.schedule, self.args)
         self.schedule.observe(seen.iou.tolist())
         self.train_grpo.update(self.policy, self.optimizer, used, self.args)
         self.steps += 1

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # MedLoc-R1's experiment as the paper has it, on FOUR 80 GB GPUs: Qwen2.5-VL-3B. Never run on a GPU by us.
 #
-# NOT YET: this version trains in one process and refuses more than one with a sentence. The command is what it is meant to
-# be: 32 prompts x 8 answers a step, dealt out over the ranks; each rank holds what runs/medloc_3b_1x80.sh does.
+# 32 prompts x 8 answers a step, dealt out over the ranks; each rank holds what runs/medloc_3b_1x80.sh does.
 #
 # A checkpoint is about 40 GB and none is removed: five of them in 500 steps.
 #

@@ -180,6 +180,13 @@ def test_a_damaged_config_of_a_resumed_run_is_named(tmp_path, capsys):
     assert parse_arguments(resume).lr == 1
 
 
-def test_several_ranks_are_refused(monkeypatch, capsys):
+def test_one_gpu_for_several_ranks_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "one process" in refused(capsys)
+    assert "--device cuda:0 is one GPU for all processes" in refused(capsys, "--device", "cuda:0")
+
+
+def test_sharding_is_refused_where_it_would_do_nothing(monkeypatch, capsys):
+    assert "--shard spreads the weights over several processes, this is one" in refused(capsys, "--shard")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "drop one of the two" in refused(capsys, "--shard", "--lora-rank", "4")
+    assert "give --decode eager" in refused(capsys, "--shard", "--decode", "graph", "--device", "cuda")

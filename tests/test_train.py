@@ -239,7 +239,7 @@ def make_rollout(task: Task, args: Namespace, samples: list, step: int = 0) -> t
     schedule = make_schedule(args.schedule, ScheduleConfig(), 10)
     args.batch_size = len(samples)
     stream = train_grpo.Stream(samples, task, BadRecords(), args)
-    return train_grpo.rollout(task.policy, task.policy, None, task, stream, step, schedule, args)[1]
+    return train_grpo.rollout(task.policy, task.policy, None, task, stream, step, schedule, args)[2]
 
 
 @pytest.fixture(scope="module")
@@ -444,7 +444,7 @@ def flat_and_spread(monkeypatch, hits: list[list[float]]) -> list[list]:
     rewarded as the schedule says. Returns what was asked for, (step's slot, prompts) of each call."""
     asked = []
 
-    def scripted(policy, actor, task, prompts, noise, schedule, args):
+    def scripted(policy, actor, task, prompts, noise, schedule, args, whole):
         places = [int(noise_row[0, 0]) for noise_row in noise]
         asked.append(places)
         iou = torch.tensor([hits[place % len(hits)] for place in places])
@@ -466,11 +466,10 @@ def flat_and_spread(monkeypatch, hits: list[list[float]]) -> list[list]:
     return asked
 
 
-def scripted_draw(self, step, slot, count):
+def scripted_draw(self, step, first, places):
     """In place of Stream.draw: prompts are stand-ins, and the luck of each says where in the stream it stands."""
-    first, self.drawn = self.drawn, self.drawn + count
     prompt = Namespace(scale=(1.0, 1.0), box=(0.0, 0.0, 1.0, 1.0), size=(1, 1))
-    return [prompt] * count, torch.arange(first, self.drawn).float().view(-1, 1, 1)
+    return [prompt] * len(places), torch.tensor(places).float().view(-1, 1, 1), []
 
 
 class Anything(list):
@@ -482,7 +481,7 @@ FLAT, SPREAD, HIT = [0.1, 0.1], [0.1, 0.9], [0.9, 0.95]
 
 
 def scripted_stream(drawn: int = 0, **options):
-    args = arguments(schedule="medloc", batch_size=4, micro_batch=2, **options)
+    args = arguments(schedule="medloc", batch_size=4, micro_batch=2, group_size=2, **options)
     task = Namespace(prompt=lambda sample, picture: f"prompt {sample}", image_config=ImageConfig())
     readers = Namespace(read=lambda indices, *_: ((index, None) for index in indices))
     stream = train_grpo.Stream([0], task, BadRecords(), args, drawn, readers)
@@ -494,33 +493,33 @@ def test_groups_without_spread_are_replaced_by_fresh_prompts(monkeypatch):
     asked = flat_and_spread(monkeypatch, [SPREAD, FLAT, HIT, SPREAD, FLAT, SPREAD, SPREAD])
     args, stream = scripted_stream(dynamic_sampling=3)
     schedule = make_schedule("fixed", ScheduleConfig(), 10)
-    seen, used = train_grpo.rollout(None, None, None, None, stream, 0, schedule, args)
+    tally, seen, used = train_grpo.rollout(None, None, None, None, stream, 0, schedule, args)
     # Four prompts, of which 1 and 2 are flat; two more, of which 4 is flat; one more: 6.
     assert asked == [[0, 1], [2, 3], [4, 5], [6]]
     assert seen.prompts == [f"prompt {i}" for i in range(7)] and stream.drawn == 7
     assert used.prompts == ["prompt 0", "prompt 3", "prompt 5", "prompt 6"] and used.spread.all()
     assert used.ids.shape == (4, 2, 3) and seen.iou.shape == (7, 2)
-    metrics = train_grpo.rollout_metrics(seen, used)
+    metrics = train_grpo.rollout_metrics(tally, args)
     assert (metrics["groups"], metrics["dropped"]) == (7, 3) and metrics["zero_spread"] == pytest.approx(3 / 7)
 
 
 def test_dynamic_sampling_gives_up_after_k_rounds_and_drops_what_is_flat(monkeypatch):
     asked = flat_and_spread(monkeypatch, [SPREAD, FLAT, FLAT, FLAT, FLAT])
     args, stream = scripted_stream(dynamic_sampling=1)
-    seen, used = train_grpo.rollout(
+    tally, seen, used = train_grpo.rollout(
         None, None, None, None, stream, 0, make_schedule("fixed", ScheduleConfig(), 9), args
     )
     assert asked == [[0, 1], [2, 3], [4, 5], [6]] and used.prompts == ["prompt 0", "prompt 5"] and used.spread.all()
     asked = flat_and_spread(monkeypatch, [FLAT])
     args, stream = scripted_stream(dynamic_sampling=2)
-    seen, used = train_grpo.rollout(
+    tally, seen, used = train_grpo.rollout(
         None, None, None, None, stream, 0, make_schedule("fixed", ScheduleConfig(), 9), args
     )
     assert len(seen.prompts) == 12 and used.prompts == []
     losses = train_grpo.update(None, None, used, args)  # nothing to learn from: the policy is not even touched
     assert losses["loss"] is None and losses["skipped"] == 0
     args, stream = scripted_stream(dynamic_sampling=0)
-    seen, used = train_grpo.rollout(
+    tally, seen, used = train_grpo.rollout(
         None, None, None, None, stream, 0, make_schedule("fixed", ScheduleConfig(), 9), args
     )
     assert used is seen and len(seen.prompts) == 4  # off: flat groups stay in the batch and in its normalisation
@@ -536,13 +535,13 @@ def test_the_schedule_sees_every_group_that_was_rolled_out(records, tmp_path, mo
     monkeypatch.setattr(train_grpo.Stream, "draw", scripted_draw)
     monkeypatch.setattr(train_grpo, "write_samples", lambda *a: None)
     out = tmp_path / "run"
-    grpo(out, records, "--steps", "30", "--window", "12", "--dynamic-sampling", "3")
+    grpo(out, records, "--steps", "30", "--window", "12", "--dynamic-sampling", "3", "--group-size", "2")
     trace = [row["tau"] for row in lines(out / "metrics.jsonl")]
     without, naive = (make_schedule("medloc", ScheduleConfig(window=12), 30) for _ in range(2))
     expected = []
-    for seen, used in groups:
+    for tally, _, used in groups:
         expected.append(without.tau)
-        without.observe(seen.iou.tolist())
+        without.observe(tally.iou.tolist())
         if used.prompts:
             naive.observe(used.iou.tolist())
         assert used.spread.all()
@@ -554,7 +553,7 @@ def test_a_step_without_any_spread_is_said_and_changes_nothing(records, tmp_path
     flat_and_spread(monkeypatch, [FLAT])
     monkeypatch.setattr(train_grpo.Stream, "draw", scripted_draw)
     monkeypatch.setattr(train_grpo, "write_samples", lambda *a: None)
-    output = grpo(tmp_path / "run", records, "--steps", "2", "--dynamic-sampling", "1")
+    output = grpo(tmp_path / "run", records, "--steps", "2", "--dynamic-sampling", "1", "--group-size", "2")
     assert "step 1: none of 8 groups had spread, no update" in output and "step 2: none of 8" in output
     rows = lines(tmp_path / "run" / "metrics.jsonl")
     assert [(row["groups"], row["dropped"], row["loss"]) for row in rows] == [(8, 8, None)] * 2

@@ -1,0 +1,222 @@
+"""Several processes as one trainer: who this one is, and the few things that all of them do together.
+
+    ranks.start("cuda")              torchrun said in the environment who is who; alone, nothing is set up
+    table = ranks.gather(rows)       (size, ...) the rows of every rank
+    values = ranks.everyone(work)    what work() gave on each rank; an error on one is an error on all
+    ranks.first(write)               on rank 0, while the others wait
+    ranks.sum_gradients(parameters)  once an optimiser step, before the clipping
+
+Every rank runs the same program in the same order; a place of the endless stream of prompts belongs to rank
+place % size. With one process each function is the identity and torch.distributed is never initialised.
+
+No DistributedDataParallel: it reduces in the backward pass of its own forward(), which prefix() and logprobs() go
+round, and would do it once a micro-batch. Nothing is pickled: values travel as JSON.
+
+A rank that ends takes the others with it: torchrun ends them, and who waits for it says so and ends by itself.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
+
+from errors import InputError, cause_of
+
+TIMEOUT = timedelta(minutes=30)  # of a collective: a checkpoint on a slow disk, the longest of all rollouts
+BUCKET = 2**26  # gradients added up at a time: the copy is 256 MB in fp32, whatever the model has
+
+rank, size = 0, 1
+collectives = 0  # that this process took part in
+
+
+def start(device: str) -> None:
+    """Join the processes that torchrun started, if there are several; on CUDA each takes the GPU of its local rank."""
+    global rank, size
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(own_device(device))  # "cuda" means this one from here on
+    with _company():  # what lies on the CPU travels by gloo, gradients on a GPU by NCCL
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    rank, size = dist.get_rank(), dist.get_world_size()
+
+
+def end() -> None:
+    global rank, size
+    if size > 1:
+        dist.destroy_process_group()
+        rank, size = 0, 1
+
+
+def own_device(device: str) -> str:
+    """The device that is meant by "cuda" on this rank."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return f"cuda:{os.environ['LOCAL_RANK']}" if several and device == "cuda" else device
+
+
+def say(text: str) -> None:
+    """A line on the terminal, once."""
+    if rank == 0:
+        tqdm.write(text)
+
+
+class Lost(InputError):
+    """Another rank is gone: nothing can be done together any more."""
+
+
+@contextmanager
+def _company():
+    """Around every collective: it fails where another rank is gone."""
+    global collectives
+    collectives += 1
+    try:
+        yield
+    except RuntimeError as error:
+        raise Lost(
+            f"rank {os.environ['RANK']} waits for another one in vain ({cause_of(error)}); the one that ended says why"
+        ) from None
+
+
+def gather(rows: Tensor) -> Tensor:
+    """rows (...) on the CPU, of one shape on all ranks -> (size, ...), in the order of ranks."""
+    if size == 1:
+        return rows[None]
+    rows = rows.contiguous()
+    table = rows.new_empty(size, *rows.shape)
+    with _company():
+        dist.all_gather(list(table.unbind(0)), rows)
+    return table
+
+
+def everyone(work: Callable[[], Any]) -> list:
+    """[what work() gave on rank 0, on rank 1 ...], as JSON gives it back; all wait for all.
+
+    An exception on one rank is one on all of them, so that all can go the same way: itself there, elsewhere an
+    InputError with its words.
+    """
+    if size == 1:
+        return [work()]
+    failure = None
+    try:
+        message = {"value": work()}
+    except Exception as error:
+        failure, message = error, {"error": str(error) or type(error).__name__}
+    data = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+    lengths = gather(torch.tensor([len(data)])).flatten().tolist()
+    padded = gather(torch.nn.functional.pad(data, (0, max(lengths) - len(data))))
+    if failure:
+        raise failure
+    messages = [json.loads(row[:n].numpy().tobytes()) for row, n in zip(padded, lengths, strict=True)]
+    for message in messages:
+        if "error" in message:
+            raise InputError(message["error"])
+    return [message["value"] for message in messages]
+
+
+def first(work: Callable[[], Any]) -> None:
+    """work() on rank 0, which writes the run's files; the others wait until it is done, and fail with it."""
+
+    def alone() -> None:
+        if rank == 0:
+            work()
+
+    everyone(alone)
+
+
+def total(numbers: list[float]) -> list[float]:
+    """Each number summed over all ranks, in float64 and in the order of ranks."""
+    if size == 1:
+        return numbers
+    return gather(torch.tensor(numbers, dtype=torch.float64)).sum(0).tolist()
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Make each .grad the sum over all ranks, the same bits on each. A sum and no mean: losses are normalised by the
+    whole batch. A rank without a gradient adds 0."""
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]  # a shard's gradient is a sum already
+    if size == 1:
+        return
+    buckets, room = [], 0
+    for parameter in parameters:
+        if parameter.numel() > room:
+            buckets.append([])
+            room = BUCKET
+        buckets[-1].append(parameter)
+        room -= parameter.numel()
+    for bucket in buckets:
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
+        for parameter in bucket:
+            parameter.grad = None  # its memory, before the next bucket asks for more
+        with _company():
+            dist.all_reduce(flat)
+        for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+
+# --------------------------------------------------------------------------------------------------------------- shards
+
+
+def shard(policy: nn.Module, device: str, dtype: torch.dtype) -> None:
+    """Keep of a policy's weights, and of all that follows from them, a size-th on each rank (FSDP2): the weights stay
+    as they are, each block is gathered in `dtype` when its turn comes, its gradients are summed in fp32 at least.
+
+    Forward and backward passes are collectives then: every rank makes the same number of them (model.Policy.idle), but
+    inside unsharded(). The policy may be on the CPU: it comes to the device block by block.
+    """
+    # A block's keys and values are views, and are never written to.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(torch.device(device).type, (size,))
+    wide = torch.promote_types(next(policy.parameters()).dtype, torch.float32)
+    # Angles of the rotary embedding are fp32 among activations of another dtype: nothing is cast on the way in.
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
+    for module in (*policy.visual.blocks, *policy.model.layers, policy):  # embedding, head, norms: with the whole
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+        module.set_gradient_divide_factor(1.0)  # a sum and no mean,
+        module.set_force_sum_reduction_for_comms(True)  # by an operation that gloo has too
+        for method in ("see", "prefix", "suffix", "logprobs"):  # what is called in place of forward()
+            if hasattr(module, method):
+                register_fsdp_forward_method(module, method)
+
+
+@contextmanager
+def unsharded(policy: nn.Module) -> Iterator[None]:
+    """Inside, a sharded policy is whole on each rank: passes without gradient need no other rank, and may end at
+    different lengths. Entered by all ranks; costs the memory of all weights in the dtype of the arithmetic."""
+    if not isinstance(policy, FSDPModule):
+        yield
+        return
+    blocks = [module for module in policy.modules() if isinstance(module, FSDPModule)]  # the whole comes first
+    for block in blocks:
+        block.set_reshard_after_forward(False, recurse=False)
+        block.unshard()
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.set_reshard_after_forward(block is not policy, recurse=False)
+            block.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each rank has a part, in full on each; all ranks ask for it. Others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor that each rank has in full, on the parameter's device, and sharded if that is."""
+    tensor = tensor.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -1,0 +1,227 @@
+"""Several processes are one trainer: in float64 the same run on any number of ranks, and no rank is ever waited for in
+vain. Processes are real ones, started by torchrun, on gloo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ranks_program
+from safetensors.torch import load_file
+from test_train import ROOT, lines, records, without_times  # noqa: F401  a fixture
+
+import train_grpo
+
+SMALL = "--group-size 4 --max-tokens 18 --eval-limit 3 --samples-every 2 --workers 1 --lr 1e-3"
+CASES = {  # twelve pictures
+    "plain": "--steps 3 --batch-size 5 --micro-batch 2 --schedule medloc --window 4 --tau-start .05"
+    " --no-check-stability --no-check-margin --min-hit-rate .3 .3 .3",
+    "one pass": "--steps 3 --batch-size 5 --micro-batch 9 --schedule raw --eval-every 2",
+    "everything": "--steps 3 --batch-size 5 --micro-batch 2 --schedule medloc --window 8 --tau-start .2 --skip-bad 1"
+    " --dynamic-sampling 2 --inner-steps 2 --beta .05 --loss dapo --overlong mask --freeze-vision",
+    "an idle rank": "--steps 2 --batch-size 1 --micro-batch 1 --schedule raw --group-size 3 --beta .1",
+    "adapters": "--steps 2 --batch-size 3 --micro-batch 2 --schedule raw --lora-rank 3 --beta .1 --checkpointing",
+}
+
+SHARDED = ("plain", "everything", "an idle rank")
+SHARDED = {f"sharded {name}": f"{CASES[name]} --shard --checkpointing" for name in SHARDED}
+STOPPED = "--steps 2 --batch-size 3 --micro-batch 1 --schedule raw --shard --dtype float32 --save-every 1"
+STOPPED += " --freeze-vision"  # so that the first thing a resumed run does is to look
+
+
+@pytest.fixture(scope="module")
+def data(records) -> list[str]:  # noqa: F811
+    """The pictures of test_train.py, and a copy of the records in which the second of the stream is cut off."""
+    folder = records.parent
+    second = train_grpo.Sampler(12, 5, 0).take(1, 1)[0]
+    rows = [json.loads(line) for line in records.read_text().splitlines()]
+    (folder / "broken.png").write_bytes((folder / rows[second]["image"]).read_bytes()[:1500])
+    rows[second]["image"] = "broken.png"
+    (folder / "broken.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(records), str(folder / "broken.jsonl")]
+
+
+def flags(case: str, data: list[str]) -> list[str]:
+    return [*SMALL.split(), "--data", data["skip-bad" in case], "--val", data[0], *case.split()]
+
+
+def torchrun(size: int, *command, expect: int = 0, timeout: float = 240) -> str:
+    """The output of `size` processes that run a command to its end, one thread each."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
+    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", "--standalone"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    job = subprocess.Popen([*start, *map(str, command)], cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    try:
+        output, _ = job.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, signal.SIGTERM)  # torchrun, which ends its processes
+        pytest.fail("the ranks hang: " + job.communicate()[0])
+    assert job.returncode == expect, output
+    return output
+
+
+def run_cases(size: int, cases: list[tuple[str, list[str]]], folder: Path) -> dict[str, Path]:
+    """Each (name, flags) as a run on `size` ranks, one after the other in the same processes -> name -> its folder."""
+    outs = {name: folder / name.replace(" ", "-") for name, _ in cases}
+    if size == 1:
+        for name, words in cases:
+            ranks_program.run(outs[name], words)
+    else:
+        (folder / "cases.json").write_text(json.dumps([(str(outs[name]), words) for name, words in cases]))
+        torchrun(size, ROOT / "tests" / "ranks_program.py", folder / "cases.json")
+    return outs
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory) -> dict[str, Path]:
+    cases = [(name, flags(case, data)) for name, case in CASES.items()]
+    return run_cases(1, cases, tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module")
+def two(data, tmp_path_factory) -> dict[str, Path]:
+    """CASES and SHARDED on two ranks, and STOPPED: straight, and resumed after its first step."""
+    cases = [(name, flags(case, data)) for name, case in (CASES | SHARDED).items()]
+    cases += [("straight", flags(STOPPED, data)), ("resumed", flags(STOPPED.replace("--steps 2", "--steps 1"), data))]
+    cases += [("resumed", ["--resume", "--steps", "2", "--shard", "--dtype", "float32"])]
+    return run_cases(2, cases, tmp_path_factory.mktemp("two"))
+
+
+def traces(out: Path) -> list[list[dict]]:
+    """[rank][step]."""
+    return json.loads((out / "trace.json").read_text())
+
+
+def assert_same_run(one: Path, several: Path, size: int) -> None:
+    expected, found = (without_times(lines(out / "metrics.jsonl")) for out in (one, several))
+    assert [row["tau"] for row in found] == [row["tau"] for row in expected]
+    assert [row["decision"] for row in found] == [row["decision"] for row in expected]
+    for a, b in zip(expected, found, strict=True):
+        assert b == {key: pytest.approx(v, abs=1e-9) if isinstance(v, float) else v for key, v in a.items()}
+    (single,), ranks_steps = traces(one), traces(several)
+    assert len(ranks_steps) == size
+    for step, *shares in zip(single, *ranks_steps, strict=True):
+        assert sorted(step["rolled"]) == sorted(row for share in shares for row in share["rolled"])
+        assert all(share["iou"] == step["iou"] and share["weights"] == shares[0]["weights"] for share in shares)
+    a, b = load_file(one / "wide.safetensors"), load_file(several / "wide.safetensors")
+    assert a.keys() == b.keys() and max((a[name] - b[name]).abs().max() for name in a) < 1e-10
+    start = load_file(ROOT / "assets" / "nano" / "model.safetensors")
+    assert max((a[name] - start.get(name, 0)).abs().max() for name in a) > 1e-4  # and it did move
+    assert json.loads((one / "eval.json").read_text()) == json.loads((several / "eval.json").read_text())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_are_one(name, alone, two):
+    assert_same_run(alone[name], two[name], 2)
+
+
+def test_the_cases_are_what_they_are_meant_to_be(alone, two):
+    """tau rises, a picture breaks and a step draws again, groups are replaced, and a rank has nothing to do."""
+    rows = {name: lines(out / "metrics.jsonl") for name, out in alone.items()}
+    assert len({row["tau"] for row in rows["plain"]}) > 1
+    everything = rows["everything"]
+    assert everything[-1]["drawn"] > sum(row["groups"] for row in everything) > 15
+    assert any(row["dropped"] for row in everything) and all(row["kl"] is not None for row in everything)
+    assert [[len(step["rolled"]) for step in rank] for rank in traces(two["an idle rank"])] == [[1, 0], [0, 1]]
+    for name, outs in (("one", alone), ("two", two)):
+        for rank in traces(outs["one pass"]):
+            assert all(step["shared"] for step in rank), name
+    shares = [(len(step["rolled"]), step["shared"]) for rank in traces(two["plain"]) for step in rank]
+    assert shares == [(3, False), (2, True), (3, False), (2, True), (3, False), (2, True)]  # two at a time
+
+
+def test_a_step_is_four_collectives_and_one_of_them_carries_the_groups(alone, two):
+    """Numbers of all groups; how much is in the batch; the sums of the metrics; the gradient."""
+    for out in (alone["plain"], alone["everything"]):
+        assert all(step["collectives"] == 0 for step in traces(out)[0])
+    for rank in traces(two["plain"]):
+        counts = [step["collectives"] for step in rank]
+        assert [b - a for a, b in zip(counts, counts[1:], strict=False)] == [4, 4]
+        assert rank[1]["gathered"] == [3 * 4 * 7, 4, 5]  # three places a rank, four answers, seven columns
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_twenty_steps_on_several_ranks_are_those_of_one(size, data, tmp_path):
+    longer = [(name, case.replace("--steps 3", "--steps 20")) for name, case in CASES.items()]
+    cases = [(name, flags(case, data)) for name, case in longer]
+    several = cases + [(f"sharded {name}", [*words, "--shard"]) for name, words in cases if name != "adapters"]
+    for folder in ("one", "several"):
+        (tmp_path / folder).mkdir()
+    one, several = run_cases(1, cases, tmp_path / "one"), run_cases(size, several, tmp_path / "several")
+    for name, out in several.items():
+        assert_same_run(one[name.removeprefix("sharded ")], out, size)
+
+
+# ------------------------------------------------------------------------------------------------------------- shards
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_weights_are_trained_as_whole_ones(name, alone, two):
+    """FSDP2 on two ranks with micro-batches of unequal number, recomputed activations, a sharded reference, a frozen
+    tower, several inner steps; against one process without any of that."""
+    assert_same_run(alone[name.removeprefix("sharded ")], two[name], 2)
+
+
+def test_a_sharded_checkpoint_is_whole_and_resumes_exactly(two):
+    straight, resumed = two["straight"], two["resumed"]
+    rows, again = (without_times(lines(out / "metrics.jsonl")) for out in (straight, resumed))
+    assert rows == again and len(rows) == 2
+    for file in ("model.safetensors", "trainer.safetensors"):
+        a, b = (load_file(out / "step-000002" / file) for out in (straight, resumed))
+        assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+    nano = load_file(ROOT / "assets" / "nano" / "model.safetensors")
+    model = load_file(straight / "step-000002" / "model.safetensors")
+    assert {name: t.shape for name, t in model.items()} == {name: t.shape for name, t in nano.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- faults
+
+MISHAP = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from ranks_program import errors, ranks, train_grpo
+
+def strike(*arguments, update=train_grpo.update, steps=[]):
+    steps.append(1)
+    if ranks.rank == 1 and len(steps) == 2:
+        {what}
+    return update(*arguments)
+
+train_grpo.update = strike
+errors.run(train_grpo.main)
+"""
+MISHAPS = {  # what happens to rank 1 alone -> what is to be read then
+    "its input cannot be used": ("raise errors.InputError('the sky falls')", "error: the sky falls"),
+    "it is killed": ("os.kill(os.getpid(), 9)", "Signal 9 (SIGKILL) received"),
+}
+
+
+@pytest.mark.parametrize("name", MISHAPS)
+def test_a_rank_that_ends_ends_the_job(name, data, tmp_path):
+    what, words = MISHAPS[name]
+    (tmp_path / "mishap.py").write_text(MISHAP.format(what=what, tests=str(ROOT / "tests")))
+    case = "--steps 3 --batch-size 2 --micro-batch 1 --schedule raw --out"
+    output = torchrun(2, tmp_path / "mishap.py", *flags(case, data), tmp_path / "run", expect=1, timeout=90)
+    assert words in output and "in strike" not in output  # no traceback of ours
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 1
+
+
+def test_what_ends_one_rank_ends_all_at_the_same_point_and_keeps_what_was_learned(data, tmp_path):
+    """A picture on one rank, more than --skip-bad allows: found in the first epoch, in a step that is not the first."""
+    order = train_grpo.Sampler(12, 2, 0).take(0, 12)
+    rows = [json.loads(line) for line in Path(data[0]).read_text().splitlines()]
+    for place in (3, 6):  # of rank 1 in the second step, of rank 0 in the third: the first one is allowed
+        rows[order[place]]["image"] = "broken.png"
+    file = Path(data[0]).parent / "two.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    case = "--steps 6 --batch-size 2 --micro-batch 1 --schedule raw --skip-bad 1"
+    arguments = [*SMALL.split(), "--data", file, "--val", data[0], *case.split(), "--out", tmp_path / "run"]
+    output = torchrun(2, "train_grpo.py", *arguments, expect=1)
+    assert output.count("left out: ") == 1 and "this is bad record number 2, --skip-bad allows 1" in output
+    assert f"two.jsonl:{order[6] + 1}: " in output and "All up to step 2 is saved" in output
+    assert (tmp_path / "run" / "step-000002" / "trainer.json").exists()
+    assert [row["drawn"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == [2, 5]
