@@ -36,7 +36,7 @@ import kernels
 import lora
 import rewards
 from config import describe, parse_arguments
-from data import BadRecords, Picture, Prompt, Sample, Sampler, held_out_phantoms, load_samples
+from data import BadRecords, Prompt, Sample, Sampler, View, held_out_phantoms, load_samples
 from diagnose import Watch
 from errors import InputError
 from eval import NANO, Task, default_prompt, evaluate, model_folder, overlay, sheet, summary
@@ -118,14 +118,13 @@ class Stream:
         self.samples, self.task, self.bad, self.args, self.drawn = samples, task, bad, args, drawn
         self.sampler = Sampler(len(samples), args.batch_size, args.seed)
         self.readers: Readers = readers or Readers(0)
-        self.pictures = self._read()
+        self.views = self._read()
         self.seconds = 0.0  # that draw() has taken: what the step waits for
 
-    def _read(self) -> Iterator[tuple[int, Picture | InputError]]:
-        """(index of the sample, its picture) from the place on that the first draw finds in `drawn`."""
+    def _read(self) -> Iterator[tuple[int, View | InputError]]:
+        """(index of the sample, view of its picture) from the place on that the first draw finds in `drawn`."""
         indices = (self.sampler.take(place, 1)[0] for place in itertools.count(self.drawn))
-        ahead = 2 * self.args.batch_size  # a step's worth ready when it begins, another for dynamic sampling
-        yield from self.readers.read(indices, self.samples, self.task.image_config.limits, ahead)
+        yield from self.readers.read(indices, self.samples, self.task.image_config, ahead=self.args.batch_size)
 
     def draw(self, step: int, slot: int, count: int) -> tuple[list[Prompt], Tensor]:
         """The next `count` prompts, which take places slot, slot + 1 ... in the step's batch, and their luck.
@@ -135,9 +134,9 @@ class Stream:
         started = time.perf_counter()
         prompts, indices, failures = [], [], 0
         while len(prompts) < count:
-            index, picture = next(self.pictures)
+            index, view = next(self.views)
             try:
-                prompts.append(self.task.prompt(self.samples[index], picture))
+                prompts.append(self.task.prompt(self.samples[index], view))
                 indices.append(index)
             except InputError as error:
                 failures += 1

@@ -25,7 +25,7 @@ from model import Policy, VisionTower
 from pipeline import Readers
 from scheduler import ScheduleConfig, make_schedule
 
-LIMITS = ImageConfig().limits
+IMAGES = ImageConfig()
 
 # ----------------------------------------------------------------------------------------------------- worker processes
 
@@ -115,11 +115,11 @@ def test_what_is_read_ahead_is_bounded(workers):
     samples, asked = phantom_samples(None, 0, 0, 40, size=56), []
     indices = (asked.append(index) or index for index in range(40))
     with Readers(workers) as readers:
-        pictures = readers.read(indices, samples, LIMITS, ahead=5)
+        views = readers.read(indices, samples, IMAGES, ahead=5)
         for used in range(1, 41):
-            assert next(pictures)[0] == used - 1
+            assert next(views)[0] == used - 1
             assert len(asked) == min(used + (5 if workers else 0), 40)
-        assert next(pictures, None) is None
+        assert next(views, None) is None
         assert len(readers.processes) <= workers
 
 
@@ -131,7 +131,7 @@ def test_workers_know_no_torch():
 def test_the_processes_end_with_the_block_also_after_an_error():
     samples = phantom_samples(None, 0, 0, 9)
     with pytest.raises(KeyboardInterrupt), Readers(2) as readers:
-        next(readers.read(range(9), samples, LIMITS, ahead=8))
+        next(readers.read(range(9), samples, IMAGES, ahead=8))
         assert all(process.poll() is None for process in readers.processes)
         raise KeyboardInterrupt
     assert readers.processes and all(process.returncode is not None for process in readers.processes)
@@ -139,12 +139,14 @@ def test_the_processes_end_with_the_block_also_after_an_error():
 
 MAIN = """
 import sys, time
+from argparse import Namespace
 from images import PhantomImage, Sample
 from pipeline import Readers
 
 samples = [Sample(PhantomImage("xray", 0, 0, 140), "", None, "")] * 999
 with Readers(1) as readers:
-    for _ in readers.read(range(999), samples, (28, 10**6, 10**6), ahead=20):
+    config = Namespace(limits=(28, 10**6, 10**6), view=lambda picture: picture)
+    for _ in readers.read(range(999), samples, config, ahead=20):
         print("read", flush=True)
         time.sleep(float(sys.argv[1]))
 """
@@ -173,16 +175,16 @@ def test_no_process_outlives_the_main_one(how):
 def test_a_lost_process_is_named_with_the_picture_it_had():
     samples = phantom_samples("xray", 0, 0, 50)
     with Readers(1) as readers:
-        pictures = readers.read(range(50), samples, LIMITS, ahead=3)
-        next(pictures)
+        views = readers.read(range(50), samples, IMAGES, ahead=3)
+        next(views)
         readers.processes[0].kill()
         words = "phantoms:xray seed 0 index [1-5]: the process that reads pictures was ended by signal 9 .* --workers"
         with pytest.raises(InputError, match=words):
-            list(pictures)
+            list(views)
     with Readers(1) as readers:  # a fault of ours in it: its traceback is on stderr
         odd = [replace(samples[0], image=replace(samples[0].image, size=None))]
         with pytest.raises(InputError, match="index 0: the process that reads pictures was ended by code 1;"):
-            list(readers.read([0], odd, LIMITS, ahead=3))
+            list(readers.read([0], odd, IMAGES, ahead=3))
 
 
 def test_a_lost_process_ends_the_run_is_no_bad_picture_and_costs_no_step(records, tmp_path, monkeypatch):  # noqa: F811
