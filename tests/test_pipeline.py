@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,11 +33,11 @@ IMAGES = ImageConfig()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Nine pictures of all kinds and sizes; the fifth is cut off behind its header."""
+    """Nine pictures of all kinds and sizes, some too large for the policy; the fifth is cut off behind its header."""
     folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     with open(folder / "train.jsonl", "w") as file:
         for i in range(9):
-            name, size = f"{i}.{'png jpg tif'.split()[i % 3]}", (40 + 30 * i, 90)
+            name, size = f"{i}.{'png jpg tif'.split()[i % 3]}", (40 + 60 * i, 200)
             Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8)).save(folder / name)
             box, query = [1, 2, 20 + i, 30], f"the {'very ' * i}dark spot"
             print(json.dumps({"image": name, "query": query, "bbox": box}), file=file)
@@ -123,6 +124,18 @@ def test_what_is_read_ahead_is_bounded(workers):
         assert len(readers.processes) <= workers
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_is_one_step_ahead_of_what_is_drawn(task, workers, monkeypatch):
+    places, take = [], train_grpo.Sampler.take
+    monkeypatch.setattr(train_grpo.Sampler, "take", lambda self, *a: places.append(a[0]) or take(self, *a))
+    with Readers(workers) as readers:
+        args = arguments(batch_size=4)
+        stream = train_grpo.Stream(phantom_samples(None, 0, 0, 40, size=56), task, BadRecords(), args, 0, readers)
+        for step in range(3):
+            stream.draw(step, 0, 4)
+            assert stream.drawn == 4 * (step + 1) and places == list(range(stream.drawn + 4 * workers))
+
+
 def test_workers_know_no_torch():
     check = "import pipeline, sys; assert not {'torch', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)
@@ -135,6 +148,21 @@ def test_the_processes_end_with_the_block_also_after_an_error():
         assert all(process.poll() is None for process in readers.processes)
         raise KeyboardInterrupt
     assert readers.processes and all(process.returncode is not None for process in readers.processes)
+
+
+def test_the_end_waits_for_no_worker_and_ctrl_c_is_not_for_them():
+    samples = phantom_samples(None, 0, 0, 99)
+    with Readers(1) as readers:
+        views = readers.read(range(99), samples, IMAGES, ahead=9)
+        next(views)
+        readers.processes[0].send_signal(signal.SIGINT)
+        for _ in range(20):
+            next(views)
+        readers.processes[0].send_signal(signal.SIGSTOP)  # as one that hangs in a read
+        rescue = threading.Timer(30, readers.processes[0].kill)
+        rescue.start()
+    assert rescue.is_alive()
+    rescue.cancel()
 
 
 MAIN = """
@@ -244,6 +272,7 @@ def one_step(monkeypatch, once: bool, **options) -> tuple[int, int, list[torch.T
 FROZEN = {
     "frozen": dict(freeze_vision=True, schedule="raw", inner_steps=3, beta=0.04),
     "recomputed": dict(freeze_vision=True, schedule="raw", checkpointing=True, beta=0.04),
+    "one pass is the step": dict(freeze_vision=True, schedule="raw", micro_batch=4, beta=0.04),
     "adapters": dict(lora_rank=4, lora_alpha=64.0, schedule="raw", inner_steps=2, beta=0.04),
     "groups replaced": dict(freeze_vision=True, schedule="medloc", inner_steps=2, beta=0.04, dynamic_sampling=2),
 }
