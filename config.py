@@ -170,7 +170,7 @@ GROUPS = {  # title -> flag -> help
         log="also to this package, which must be installed",
     ),
     "machine": dict(
-        workers="processes that read pictures ahead of the step, two steps at most; 0: read them when they are needed",
+        workers="processes that read the next step's pictures during this one; 0: each is read when it is needed",
         device="cpu or cuda",
         dtype="of the arithmetic; weights are trained in float32",
         lora_rank="train adapters of this rank in the decoder (lora.py) and keep one frozen copy of all weights",

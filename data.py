@@ -346,6 +346,12 @@ class ImageConfig:
         """What smart_resize goes by."""
         return self.factor, self.min_pixels, self.max_pixels
 
+    def view(self, picture: Picture) -> "View":
+        """The picture, resized within our limits, cut into patches."""
+        patches, grid = pixels_to_patches(picture.pixels, self)
+        (width, height), (h, w, _) = picture.size, picture.pixels.shape
+        return View(patches, grid, (width / w, height / h), picture.size, picture.box)
+
     @classmethod
     def from_folder(cls, folder: str | Path, min_pixels: int | None = None, max_pixels: int | None = None):
         """Read preprocessor_config.json, or processor_config.json where transformers 5 nests it; arguments win."""
@@ -475,6 +481,17 @@ def check_style(style: str) -> str:
 
 
 @dataclass
+class View:
+    """What of a prompt follows from its picture alone and can be made ahead of time; the fields are Prompt's."""
+
+    patches: torch.Tensor
+    grid: tuple[int, int, int]
+    scale: tuple[float, float]
+    size: tuple[int, int]
+    box: Box
+
+
+@dataclass
 class Prompt:
     """What the model is asked about one sample."""
 
@@ -523,23 +540,21 @@ def build_prompt(
     image_config: ImageConfig,
     style: str,
     max_prompt_tokens: int | None = None,
-    picture: Picture | InputError | None = None,
+    view: View | InputError | None = None,
 ) -> Prompt:
     """Load a sample and ask for its box, image first; style: see prompt_style.
 
-    picture: what reading it ahead of time gave. InputError, never a cut prompt, when it is longer than
-    max_prompt_tokens or the query holds a special token.
+    view: what loading it ahead of time gave. InputError, never a cut prompt, when it is longer than max_prompt_tokens
+    or the query holds a special token.
     """
-    picture = picture or read_picture(sample, *image_config.limits)
-    if isinstance(picture, InputError):
-        raise picture
-    text, ids = _render(sample, picture.size, tokenizer, image_config, style, max_prompt_tokens)
-    patches, grid = pixels_to_patches(picture.pixels, image_config)
+    view = view or image_config.view(read_picture(sample, *image_config.limits))
+    if isinstance(view, InputError):
+        raise view
+    text, ids = _render(sample, view.size, tokenizer, image_config, style, max_prompt_tokens)
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     ids = torch.tensor(ids)
-    positions, next_position = mrope_positions(ids, [grid], image_token_id, image_config.merge_size)
-    scale = picture.size[0] / picture.pixels.shape[1], picture.size[1] / picture.pixels.shape[0]
-    return Prompt(ids, patches, grid, positions, next_position, scale, picture.size, picture.box, sample, text)
+    positions, next_position = mrope_positions(ids, [view.grid], image_token_id, image_config.merge_size)
+    return Prompt(ids, view.patches, view.grid, positions, next_position, view.scale, view.size, view.box, sample, text)
 
 
 def check_prompt(

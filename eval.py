@@ -29,9 +29,9 @@ from data import (
     BadRecords,
     Box,
     ImageConfig,
-    Picture,
     Prompt,
     Sample,
+    View,
     build_prompt,
     check_prompt,
     check_style,
@@ -64,9 +64,9 @@ class Task:
         self.tokenizer = load_tokenizer(folder)
         self.image_config = ImageConfig.from_folder(folder, max_pixels=max_pixels)
 
-    def prompt(self, sample: Sample, picture: Picture | InputError | None = None) -> Prompt:
-        """picture: as pipeline.Readers gave it; without, it is read here."""
-        return build_prompt(sample, self.tokenizer, self.image_config, self.style, self.max_prompt_tokens, picture)
+    def prompt(self, sample: Sample, view: View | InputError | None = None) -> Prompt:
+        """view: of its picture, as pipeline.Readers gave it; without, the picture is read here."""
+        return build_prompt(sample, self.tokenizer, self.image_config, self.style, self.max_prompt_tokens, view)
 
     def usable(self, samples: list[Sample], bad: BadRecords, decode: bool = False) -> list[Sample]:
         """The samples that prompt() accepts, found without decoding their pictures unless asked to; `bad` takes the

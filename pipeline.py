@@ -1,19 +1,20 @@
-"""Pictures read ahead of the step by worker processes, and handed out in the order in which they are asked for.
+"""Pictures, decoded, resized and cut into patches ahead of the step, and handed out in the order asked for.
 
     with Readers(workers) as readers:
-        for index, picture in readers.read(indices, samples, limits, ahead):
-            prompt = task.prompt(samples[index], picture)
+        for index, view in readers.read(indices, samples, image_config, ahead):
+            prompt = task.prompt(samples[index], view)
 
 What comes out, errors included, does not depend on the number of workers; with 0 each picture is read in this process
-when its turn comes. Nothing is read again in another order and nothing is kept, so there is no state to save.
+when its turn comes. There is no state to save: what was read ahead when a run ended, the next one reads again.
 
 Workers are programs of their own, this file, each with a thread here that hands it a sample and waits for the picture.
 A DataLoader's or a ProcessPoolExecutor's would be forks of this process, which may hang once torch has threads and CUDA
-a context, or would import the main script anew: 3 s and 400 MB each, where these take 0.1 s and 40 MB. They also
+a context, or would import the main script anew: 3 s and 400 MB each, where these take 0.1 s and 40 MB. An executor's
 outlive a main process that is killed; these end with their socket, however it came to be closed.
 
-A picture travels as resized bytes, (h, w, 3): the patches of 1,225 tokens in fp32 are 23 MB, and took 80 ms through a
-pipe where making them here takes 10.
+A worker decodes and resizes, and sends bytes (h, w, 3). The thread normalises and cuts them, in numpy, which lets the
+step go on meanwhile: patches are fp32 and eight times as large, and 23 MB of them (1,225 tokens) took 80 ms through a
+pipe, where making them takes 10.
 
 Left out: pictures of evaluations, which are read when they are needed.
 """
@@ -27,9 +28,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
 from signal import SIG_DFL, SIG_IGN, SIGINT, SIGPIPE, signal
+from typing import TYPE_CHECKING
 
 from errors import InputError
 from images import Picture, Sample, read_picture
+
+if TYPE_CHECKING:  # a worker does without torch
+    from data import ImageConfig, View
 
 
 class Readers:
@@ -54,26 +59,27 @@ class Readers:
             process.wait()
 
     def read(
-        self, indices: Iterable[int], samples: Sequence[Sample], limits: tuple[int, int, int], ahead: int
-    ) -> Iterator[tuple[int, Picture | InputError]]:
-        """(index, picture of samples[index]) for each index, in order; the InputError instead where it is unreadable.
+        self, indices: Iterable[int], samples: Sequence[Sample], config: "ImageConfig", ahead: int
+    ) -> Iterator[tuple[int, "View | InputError"]]:
+        """(index, view of samples[index]) for each index, in order; the InputError instead of what cannot be read.
 
-        Up to `ahead` further pictures are being read or lie here waiting, 3 * limits[2] bytes each at most: 2 MB at
-        1,000 tokens. An InputError is raised only when a process is lost.
+        Up to `ahead` further ones are being made or lie here waiting: 19 MB each at 1,000 tokens. An InputError is
+        raised only when a process is lost.
         """
         if not self.workers:
-            yield from ((index, attempt(samples[index], limits)) for index in indices)
+            for index in indices:
+                yield index, finished(attempt(samples[index], config.limits), config)
             return
         waiting = deque()
         for index in indices:
-            waiting.append((index, self.threads.submit(self._ask, samples[index], limits)))
+            waiting.append((index, self.threads.submit(self._ask, samples[index], config)))
             if len(waiting) > ahead:
                 index, future = waiting.popleft()
                 yield index, future.result()
         yield from ((index, future.result()) for index, future in waiting)
 
-    def _ask(self, sample: Sample, limits: tuple[int, int, int]) -> Picture | InputError:
-        """attempt(), by the process of the thread that this runs in."""
+    def _ask(self, sample: Sample, config: "ImageConfig") -> "View | InputError":
+        """The same for one sample, by this thread and its process."""
         if not hasattr(self.mine, "process"):
             self.mine.connection, theirs = Pipe()
             environment = os.environ | {"OMP_NUM_THREADS": "1"}  # else numpy makes a thread per core, for nothing
@@ -82,8 +88,8 @@ class Readers:
                 self.mine.process = subprocess.Popen(command, stdin=theirs.fileno(), env=environment)
             self.processes.append(self.mine.process)
         try:
-            self.mine.connection.send((sample, limits))
-            return self.mine.connection.recv()
+            self.mine.connection.send((sample, config.limits))
+            answer = self.mine.connection.recv()
         except (EOFError, ConnectionError):
             code = self.mine.process.wait()
             how = f"signal {-code} (9 is how a system ends one when memory is short)" if code < 0 else f"code {code}"
@@ -91,6 +97,7 @@ class Readers:
                 f"{sample.source}: the process that reads pictures was ended by {how}; "
                 "lower --workers, 0 reads in the main process"
             ) from None
+        return finished(answer, config)
 
 
 def attempt(sample: Sample, limits: tuple[int, int, int]) -> Picture | InputError:
@@ -99,6 +106,10 @@ def attempt(sample: Sample, limits: tuple[int, int, int]) -> Picture | InputErro
         return read_picture(sample, *limits)
     except InputError as error:
         return error
+
+
+def finished(answer: Picture | InputError, config: "ImageConfig") -> "View | InputError":
+    return answer if isinstance(answer, InputError) else config.view(answer)
 
 
 def serve() -> None:

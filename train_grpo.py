@@ -39,7 +39,7 @@ import plan
 import ranks
 import rewards
 from config import describe, parse_arguments
-from data import BadRecords, Picture, Prompt, Sample, Sampler, held_out_phantoms, load_samples
+from data import BadRecords, Prompt, Sample, Sampler, View, held_out_phantoms, load_samples
 from diagnose import Watch
 from errors import InputError
 from eval import NANO, Task, default_prompt, evaluate, model_folder, overlay, sheet, summary
@@ -145,7 +145,7 @@ class Stream:
         self.samples, self.task, self.bad, self.args, self.drawn = samples, task, bad, args, drawn
         self.sampler = Sampler(len(samples), args.batch_size, args.seed)
         self.readers: Readers = readers or Readers(0)
-        self.pictures = self._read()
+        self.views = self._read()
         self.failed = 0  # places in a row without a picture
         self.seconds = 0.0  # that draw() has taken: what the step waits for
 
@@ -153,13 +153,12 @@ class Stream:
         """Those of the places that belong to this rank."""
         return range(places.start + (ranks.rank - places.start) % ranks.size, places.stop, ranks.size)
 
-    def _read(self) -> Iterator[tuple[int, Picture | InputError]]:
-        """(index of the sample, its picture) at this rank's places, from the one on that the first draw finds."""
+    def _read(self) -> Iterator[tuple[int, View | InputError]]:
+        """(index of the sample, view of its picture) at this rank's places, from the one on that the first draw finds."""
         first = self.mine(range(self.drawn, sys.maxsize)).start
         indices = (self.sampler.take(place, 1)[0] for place in itertools.count(first, ranks.size))
-        # A step's worth ready when it begins, another for dynamic sampling.
-        ahead = 2 * math.ceil(self.args.batch_size / ranks.size)
-        yield from self.readers.read(indices, self.samples, self.task.image_config.limits, ahead)
+        ahead = math.ceil(self.args.batch_size / ranks.size)
+        yield from self.readers.read(indices, self.samples, self.task.image_config, ahead=ahead)
 
     def draw(self, step: int, first: int, places: range) -> tuple[list[Prompt], Tensor, list[tuple[int, str, str]]]:
         """What stands at this rank's next places -> prompts, their luck, and of each place without a picture
@@ -167,9 +166,9 @@ class Stream:
         started = time.perf_counter()
         prompts, slots, indices, failures = [], [], [], []
         for place in places:
-            index, picture = next(self.pictures)
+            index, view = next(self.views)
             try:
-                prompts.append(self.task.prompt(self.samples[index], picture))
+                prompts.append(self.task.prompt(self.samples[index], view))
                 slots.append(place - first)
                 indices.append(index)
             except InputError as error:

@@ -168,7 +168,7 @@ def sft(
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     sampler = Sampler(len(samples), args.batch_size, args.seed)
     indices = (index for step in range(steps) for index in sampler.indices(step))
-    pictures = readers.read(indices, samples, task.image_config.limits, ahead=2 * args.batch_size)
+    views = readers.read(indices, samples, task.image_config, ahead=args.batch_size)
     eos = policy.eos_ids[0]
     for step in (bar := tqdm(range(steps), desc="sft coarse" if coarse else "sft")):
         started = time.perf_counter()
@@ -176,8 +176,8 @@ def sft(
         for group in optimizer.param_groups:
             group["lr"] = now
         prompts, answers = [], []
-        for index, picture in islice(pictures, args.batch_size):
-            prompt = task.prompt(samples[index], picture)
+        for index, view in islice(views, args.batch_size):
+            prompt = task.prompt(samples[index], view)
             box = to_model(prompt.box, prompt.scale)
             if coarse:
                 patch = task.image_config.patch_size

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,18 +26,18 @@ from model import Policy, VisionTower
 from pipeline import Readers
 from scheduler import ScheduleConfig, make_schedule
 
-LIMITS = ImageConfig().limits
+IMAGES = ImageConfig()
 
 # ----------------------------------------------------------------------------------------------------- worker processes
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Nine pictures of all kinds and sizes; the fifth is cut off behind its header."""
+    """Nine pictures of all kinds and sizes, some too large for the policy; the fifth is cut off behind its header."""
     folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     with open(folder / "train.jsonl", "w") as file:
         for i in range(9):
-            name, size = f"{i}.{'png jpg tif'.split()[i % 3]}", (40 + 30 * i, 90)
+            name, size = f"{i}.{'png jpg tif'.split()[i % 3]}", (40 + 60 * i, 200)
             Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8)).save(folder / name)
             box, query = [1, 2, 20 + i, 30], f"the {'very ' * i}dark spot"
             print(json.dumps({"image": name, "query": query, "bbox": box}), file=file)
@@ -119,12 +120,24 @@ def test_what_is_read_ahead_is_bounded(workers):
     samples, asked = phantom_samples(None, 0, 0, 40, size=56), []
     indices = (asked.append(index) or index for index in range(40))
     with Readers(workers) as readers:
-        pictures = readers.read(indices, samples, LIMITS, ahead=5)
+        views = readers.read(indices, samples, IMAGES, ahead=5)
         for used in range(1, 41):
-            assert next(pictures)[0] == used - 1
+            assert next(views)[0] == used - 1
             assert len(asked) == min(used + (5 if workers else 0), 40)
-        assert next(pictures, None) is None
+        assert next(views, None) is None
         assert len(readers.processes) <= workers
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_is_one_step_ahead_of_what_is_drawn(task, workers, monkeypatch):
+    places, take = [], train_grpo.Sampler.take
+    monkeypatch.setattr(train_grpo.Sampler, "take", lambda self, *a: places.append(a[0]) or take(self, *a))
+    with Readers(workers) as readers:
+        args = arguments(batch_size=4)
+        stream = train_grpo.Stream(phantom_samples(None, 0, 0, 40, size=56), task, BadRecords(), args, 0, readers)
+        for step in range(3):
+            stream.draw(step, 0, 4)
+            assert stream.drawn == 4 * (step + 1) and places == list(range(stream.drawn + 4 * workers))
 
 
 def test_workers_know_no_torch():
@@ -135,20 +148,37 @@ def test_workers_know_no_torch():
 def test_the_processes_end_with_the_block_also_after_an_error():
     samples = phantom_samples(None, 0, 0, 9)
     with pytest.raises(KeyboardInterrupt), Readers(2) as readers:
-        next(readers.read(range(9), samples, LIMITS, ahead=8))
+        next(readers.read(range(9), samples, IMAGES, ahead=8))
         assert all(process.poll() is None for process in readers.processes)
         raise KeyboardInterrupt
     assert readers.processes and all(process.returncode is not None for process in readers.processes)
 
 
+def test_the_end_waits_for_no_worker_and_ctrl_c_is_not_for_them():
+    samples = phantom_samples(None, 0, 0, 99)
+    with Readers(1) as readers:
+        views = readers.read(range(99), samples, IMAGES, ahead=9)
+        next(views)
+        readers.processes[0].send_signal(signal.SIGINT)
+        for _ in range(20):
+            next(views)
+        readers.processes[0].send_signal(signal.SIGSTOP)  # as one that hangs in a read
+        rescue = threading.Timer(30, readers.processes[0].kill)
+        rescue.start()
+    assert rescue.is_alive()
+    rescue.cancel()
+
+
 MAIN = """
 import sys, time
+from argparse import Namespace
 from images import PhantomImage, Sample
 from pipeline import Readers
 
 samples = [Sample(PhantomImage("xray", 0, 0, 140), "", None, "")] * 999
 with Readers(1) as readers:
-    for _ in readers.read(range(999), samples, (28, 10**6, 10**6), ahead=20):
+    config = Namespace(limits=(28, 10**6, 10**6), view=lambda picture: picture)
+    for _ in readers.read(range(999), samples, config, ahead=20):
         print("read", flush=True)
         time.sleep(float(sys.argv[1]))
 """
@@ -177,16 +207,16 @@ def test_no_process_outlives_the_main_one(how):
 def test_a_lost_process_is_named_with_the_picture_it_had():
     samples = phantom_samples("xray", 0, 0, 50)
     with Readers(1) as readers:
-        pictures = readers.read(range(50), samples, LIMITS, ahead=3)
-        next(pictures)
+        views = readers.read(range(50), samples, IMAGES, ahead=3)
+        next(views)
         readers.processes[0].kill()
         words = "phantoms:xray seed 0 index [1-5]: the process that reads pictures was ended by signal 9 .* --workers"
         with pytest.raises(InputError, match=words):
-            list(pictures)
+            list(views)
     with Readers(1) as readers:  # a fault of ours in it: its traceback is on stderr
         odd = [replace(samples[0], image=replace(samples[0].image, size=None))]
         with pytest.raises(InputError, match="index 0: the process that reads pictures was ended by code 1;"):
-            list(readers.read([0], odd, LIMITS, ahead=3))
+            list(readers.read([0], odd, IMAGES, ahead=3))
 
 
 def test_a_lost_process_ends_the_run_is_no_bad_picture_and_costs_no_step(records, tmp_path, monkeypatch):  # noqa: F811
@@ -246,6 +276,7 @@ def one_step(monkeypatch, once: bool, **options) -> tuple[int, int, list[torch.T
 FROZEN = {
     "frozen": dict(freeze_vision=True, schedule="raw", inner_steps=3, beta=0.04),
     "recomputed": dict(freeze_vision=True, schedule="raw", checkpointing=True, beta=0.04),
+    "one pass is the step": dict(freeze_vision=True, schedule="raw", micro_batch=4, beta=0.04),
     "adapters": dict(lora_rank=4, lora_alpha=64.0, schedule="raw", inner_steps=2, beta=0.04),
     "groups replaced": dict(freeze_vision=True, schedule="medloc", inner_steps=2, beta=0.04, dynamic_sampling=2),
 }

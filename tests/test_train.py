@@ -21,7 +21,7 @@ import errors
 import eval as evaluation
 import train_grpo
 import train_sft
-from data import BadRecords, ImageConfig, load, load_samples, phantom_samples
+from data import BadRecords, load, load_samples, phantom_samples
 from eval import Task, metrics
 from model import ModelConfig, Policy, collate
 from scheduler import ScheduleConfig, make_schedule
@@ -482,8 +482,8 @@ FLAT, SPREAD, HIT = [0.1, 0.1], [0.1, 0.9], [0.9, 0.95]
 
 def scripted_stream(drawn: int = 0, **options):
     args = arguments(schedule="medloc", batch_size=4, micro_batch=2, group_size=2, **options)
-    task = Namespace(prompt=lambda sample, picture: f"prompt {sample}", image_config=ImageConfig())
-    readers = Namespace(read=lambda indices, *_: ((index, None) for index in indices))
+    task = Namespace(prompt=lambda sample, view: f"prompt {sample}", image_config=None)
+    readers = Namespace(read=lambda indices, *_, ahead: ((index, None) for index in indices))
     stream = train_grpo.Stream([0], task, BadRecords(), args, drawn, readers)
     stream.samples = Anything()
     return args, stream
