@@ -59,7 +59,7 @@ SIZES = {  # published config.json: hidden, layers, heads, kv heads, FFN, rows o
 }
 WAYS = ("one pass", "full rows")  # that are measured; "shared" is counted only
 PARTS = ("vision", "prefill", "decode", "reference", "forward", "backward")
-SECONDS_AT_MOST = 60  # of a point, as the two before it let expect: longer ones are left out, and that is printed
+AT_MOST = dict(seconds=60, mib=4000)  # of a point, as the two before let expect; others are left out, and that is said
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def trainer_step(case: Case, *flags: str) -> Callable[[], dict]:
     signs[1::2] = -1
 
     def step() -> dict:
-        _, roll = rollout(policy, policy, reference if args.beta else None, task, stream, 0, schedule, args)
+        roll = rollout(policy, policy, reference if args.beta else None, task, stream, 0, schedule, args)[1]
         roll.advantage = signs.view(case.prompts, -1)
         roll.prefix = roll.prefix if case.reuse else None
         return update(policy, optimizer, roll, args)
@@ -315,11 +315,10 @@ def in_a_fresh_process(case: Case) -> tuple[float, float]:
 
 
 def curve(points: list[int], make: Callable[[int], Case], way: str, run: Callable = in_a_fresh_process) -> list[dict]:
-    """The measured points, up to the first that would take more than SECONDS_AT_MOST if time went on as before."""
+    """The measured points, up to the first that would exceed AT_MOST if the curve went on as between the last two."""
     rows = []
     for x in points:
-        times = [row["seconds"] for row in rows[-2:]]
-        if len(times) == 2 and times[1] ** 2 / times[0] > SECONDS_AT_MOST:
+        if any(len(rows) > 1 and rows[-1][key] ** 2 / rows[-2][key] > most for key, most in AT_MOST.items()):
             break
         seconds, mib = run(make(x).way(way))
         rows.append(dict(x=x, seconds=seconds, mib=mib))
@@ -411,7 +410,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(
         "\nnano policy: processor seconds and MiB of a step. One prompt (two where the group is varied) x 8, 448 pixels"
     )
-    print(f"= 293 prompt tokens, 32 new ones. -: would take more than {SECONDS_AT_MOST} s\n", flush=True)
+    print(f"= 293 prompt tokens, 32 new ones. -: above {AT_MOST['seconds']} s or {AT_MOST['mib']} MiB\n", flush=True)
     curves = {f: {way: curve(*points, way) for way in WAYS} for f, points in FACTORS.items()}
     print(curves_table(curves), *sentences(curves), doubling(curves["group size"]), sep="\n\n")
     if options.save:

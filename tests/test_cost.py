@@ -328,16 +328,18 @@ def test_the_exponent_is_that_of_the_upper_half():
     assert scale.exponent(power([4, 8], 2, 1), "seconds") == pytest.approx(2)
 
 
-def test_a_curve_ends_before_the_point_that_would_take_too_long():
+@pytest.mark.parametrize("seconds, mib, last", [(0.001, 7.0, 32), (1e-9, 0.02, 32), (1e-9, 0.001, 128)])
+def test_a_curve_ends_before_the_point_that_would_take_too_much(seconds, mib, last):
+    """Cubes: at 64 they would take 262 seconds, 5243 MiB, or be small."""
     asked = []
 
     def run(case: Case) -> tuple[float, float]:
         asked.append(case)
-        return 0.001 * case.group**3, 7.0
+        return seconds * case.group**3, mib * case.group**3 if mib < 1 else mib
 
     rows = scale.curve([2, 4, 8, 16, 32, 64, 128], lambda x: square(group=x), "one pass", run)
-    assert [case.group for case in asked] == [row["x"] for row in rows] == [2, 4, 8, 16, 32]  # 64: 262 s
-    assert rows[1] == dict(x=4, seconds=0.064, mib=7.0)
+    assert [case.group for case in asked] == [row["x"] for row in rows] and rows[-1]["x"] == last
+    assert rows[1] == dict(x=4, seconds=seconds * 64, mib=mib * 64 if mib < 1 else mib)
 
 
 def test_full_rows_are_the_prompts_once_for_each_completion():
