@@ -154,6 +154,7 @@ def processor_of(tokenizer, config: ImageConfig) -> Qwen2_5_VLProcessor:
     processor.tokenizer, processor.chat_template, processor.video_processor = tokenizer, tokenizer.chat_template, None
     processor.image_token, processor.video_token = "<|image_pad|>", "<|video_pad|>"
     processor.image_token_id, processor.video_token_id = 151655, 151656
+    processor.image_ids, processor.video_ids, processor.audio_ids = [151655], [151656], []
     return processor
 
 
