@@ -254,6 +254,18 @@ def test_loading_and_saving_hold_the_model_and_one_shard(sharded):
     assert what == "save"
 
 
+def test_the_reference_is_bfloat16_and_what_is_trained_float32():
+    def dtypes(policy: Policy) -> set[tuple[torch.dtype, bool]]:
+        return {(p.dtype, p.requires_grad) for p in policy.parameters()}
+
+    flags = ["--recipe", "nano", "--dtype", "bfloat16", "--beta", "0.04", "--lora-rank"]
+    whole, adapters = (
+        train_grpo.make_policies(parse_arguments([*flags, rank]), evaluation.NANO, evaluation.NANO) for rank in "02"
+    )
+    assert dtypes(whole[0]) == {(torch.float32, True)} and dtypes(whole[2]) == {(torch.bfloat16, False)}
+    assert dtypes(adapters[0]) == {(torch.bfloat16, False), (torch.float32, True)} and adapters[2] is adapters[0]
+
+
 def test_names_of_transformers_memory_are_read_too(tmp_path):
     """What some frameworks write: the names that transformers 5 has in memory, not those on disk."""
     peer = save_peer(tmp_path)
