@@ -29,7 +29,7 @@ from config import parse_arguments
 from data import ImageConfig
 from errors import InputError
 from eval import Task, model_folder
-from model import COMPANIONS, ModelConfig, Policy, read_eos_ids
+from model import ModelConfig, Policy, read_eos_ids
 
 ROOT = Path(__file__).parent.parent
 
@@ -72,6 +72,11 @@ PUBLISHED = {
     ),
 }  # fmt: skip
 PARAMETERS = {"3B": 3_754_622_976, "7B": 8_292_166_656}  # total_size of the published indexes, two bytes each
+CARRIED = (  # beside weights and configuration: as published, then as transformers 5 has them
+    "tokenizer.json tokenizer_config.json vocab.json merges.txt chat_template.json preprocessor_config.json "
+    "generation_config.json chat_template.jinja processor_config.json video_preprocessor_config.json "
+    "special_tokens_map.json added_tokens.json"
+).split()
 MB = 2**20
 
 
@@ -249,6 +254,18 @@ def test_loading_and_saving_hold_the_model_and_one_shard(sharded):
     assert what == "save"
 
 
+def test_the_reference_is_bfloat16_and_what_is_trained_float32():
+    def dtypes(policy: Policy) -> set[tuple[torch.dtype, bool]]:
+        return {(p.dtype, p.requires_grad) for p in policy.parameters()}
+
+    flags = ["--recipe", "nano", "--dtype", "bfloat16", "--beta", "0.04", "--lora-rank"]
+    whole, adapters = (
+        train_grpo.make_policies(parse_arguments([*flags, rank]), evaluation.NANO, evaluation.NANO) for rank in "02"
+    )
+    assert dtypes(whole[0]) == {(torch.float32, True)} and dtypes(whole[2]) == {(torch.bfloat16, False)}
+    assert dtypes(adapters[0]) == {(torch.bfloat16, False), (torch.float32, True)} and adapters[2] is adapters[0]
+
+
 def test_names_of_transformers_memory_are_read_too(tmp_path):
     """What some frameworks write: the names that transformers 5 has in memory, not those on disk."""
     peer = save_peer(tmp_path)
@@ -292,7 +309,7 @@ def test_a_saved_folder_is_whole_and_loads_in_transformers(tmp_path, monkeypatch
     raw = json.loads((base / "config.json").read_text())
     raw["dtype"] = raw["text_config"]["dtype"] = raw["vision_config"]["dtype"] = "bfloat16"
     (base / "config.json").write_text(json.dumps(raw))
-    for name in set(COMPANIONS) - {"generation_config.json", "preprocessor_config.json"}:
+    for name in set(CARRIED) - {"generation_config.json", "preprocessor_config.json"}:
         (base / name).write_text(json.dumps({"chat_template": name}))
     Qwen2VLImageProcessorPil(max_pixels=200_704).save_pretrained(base)
     monkeypatch.setattr(model, "SHARD_BYTES", 100_000)
@@ -307,7 +324,7 @@ def test_a_saved_folder_is_whole_and_loads_in_transformers(tmp_path, monkeypatch
     weights = {name: t for file in saved.glob("*.safetensors") for name, t in load_file(file).items()}
     assert index["weight_map"].keys() == weights.keys() == dict(policy.published()).keys()
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in weights.values())
-    for name in COMPANIONS:
+    for name in CARRIED:
         assert (saved / name).read_bytes() == (base / name).read_bytes()
     peer, told = Qwen2_5_VLForConditionalGeneration.from_pretrained(saved, output_loading_info=True)
     assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -357,7 +374,8 @@ class Hub(BaseHTTPRequestHandler):
             self.answer(status, X_Error_Code=code)
         elif rest.startswith("tiny/revision/"):
             if rest.endswith(("/main", COMMIT)):
-                self.answer(200, json.dumps({"id": "qwen/tiny", "sha": COMMIT}).encode())
+                siblings = [{"rfilename": name} for name in REPOSITORY]
+                self.answer(200, json.dumps({"id": "qwen/tiny", "sha": COMMIT, "siblings": siblings}).encode())
             else:
                 self.answer(404, X_Error_Code="RevisionNotFound")
         elif rest.startswith("tiny/tree/"):
@@ -366,9 +384,9 @@ class Hub(BaseHTTPRequestHandler):
         else:
             body = REPOSITORY.get(rest.partition(COMMIT + "/")[2])
             if body is None:
-                print("UNKNOWN", self.command, self.path)
-                return self.answer(404)
-            self.answer(200, body, ETag=f'"{hash(body):x}"', X_Repo_Commit=COMMIT)
+                self.answer(404)
+            else:
+                self.answer(200, body, ETag=f'"{hash(body):x}"', X_Repo_Commit=COMMIT)
 
     do_HEAD = do_GET
 
@@ -399,9 +417,9 @@ def ask(home: Path, endpoint: str, *models: str, offline: bool = False) -> list[
         "    try: print(hub.fetch(model))\n"
         "    except errors.InputError as error: print(error)\n"
     )
-    environment = {
-        "HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": str(int(offline)), "PATH": "",
-        "HF_HUB_DISABLE_XET": "1", "no_proxy": "*",
+    environment = os.environ | {
+        "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"), "HF_ENDPOINT": endpoint,
+        "HF_HUB_OFFLINE": str(int(offline)), "HF_HUB_DISABLE_XET": "1", "no_proxy": "*",
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", program, *models], cwd=ROOT, env=environment, capture_output=True, text=True

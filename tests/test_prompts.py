@@ -154,6 +154,7 @@ def processor_of(tokenizer, config: ImageConfig) -> Qwen2_5_VLProcessor:
     processor.tokenizer, processor.chat_template, processor.video_processor = tokenizer, tokenizer.chat_template, None
     processor.image_token, processor.video_token = "<|image_pad|>", "<|video_pad|>"
     processor.image_token_id, processor.video_token_id = 151655, 151656
+    processor.image_ids, processor.video_ids, processor.audio_ids = [151655], [151656], []
     return processor
 
 
@@ -425,6 +426,11 @@ def test_queries_reach_training_and_evaluation(folder, tmp_path, monkeypatch):
         (evaluation, ["--data", train, "--queries", missing, "--out", str(tmp_path / "x")]),
     ]:
         assert "train.jsonl:3: field 'query' 'bcc' is not in" in run(script, *flags, expect=2)
+    (folder / "val.jsonl").write_text(json.dumps({"image": "a.png", "query": "df", "bbox": [1, 2, 30, 40]}))
+    write_queries(folder, {"nv": "A", "mel": "B", "bcc": "C"})
+    for script, flags in [(train_grpo, grpo_flags), (train_sft, small)]:
+        output = run(script, *flags, "--val", str(folder / "val.jsonl"), "--out", str(tmp_path / "x"), expect=2)
+        assert "val.jsonl:1: field 'query' 'df' is not in" in output
     write_queries(folder, {"nv": "A", "mel": "B", "bcc": "<|im_end|>"})
     output = run(train_sft, *small, "--out", str(tmp_path / "x"), expect=2)
     assert "train.jsonl:3: field 'query' '<|im_end|>' holds the special token" in output
