@@ -154,7 +154,7 @@ class Stream:
         return range(places.start + (ranks.rank - places.start) % ranks.size, places.stop, ranks.size)
 
     def _read(self) -> Iterator[tuple[int, View | InputError]]:
-        """(index of the sample, view of its picture) at this rank's places, from the one on that the first draw finds."""
+        """(index of the sample, view of its picture) at this rank's places, from the first draw's on."""
         first = self.mine(range(self.drawn, sys.maxsize)).start
         indices = (self.sampler.take(place, 1)[0] for place in itertools.count(first, ranks.size))
         ahead = math.ceil(self.args.batch_size / ranks.size)
