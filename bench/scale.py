@@ -50,7 +50,7 @@ from errors import InputError
 from eval import NANO, Task
 from model import ModelConfig, Policy, collate
 from scheduler import ScheduleConfig, make_schedule
-from train_grpo import peak_megabytes, rollout, uniforms, update
+from train_grpo import Stream, peak_megabytes, rollout, uniforms, update
 
 SIZES = {  # published config.json: hidden, layers, heads, kv heads, FFN, rows of the head, tied, vision FFN
     "3B": (2048, 36, 16, 2, 11008, 151936, True, 3420),
@@ -243,16 +243,19 @@ def flops_table(rows: list[dict]) -> str:
 # ------------------------------------------------------------------------------------------------------------ measured
 
 
-class Fixed:
-    """What a train_grpo.Stream is to a rollout, of prompts that are there already."""
+class Fixed(Stream):
+    """A stream of prompts that are there already, over and over."""
 
     def __init__(self, prompts: list[Prompt], args):
-        self.prompts, self.args = prompts, args
+        self.prompts, self.args, self.drawn = prompts, args, 0
 
-    def draw(self, step: int, slot: int, count: int) -> tuple[list[Prompt], torch.Tensor]:
-        places = list(range(slot, slot + count))
-        noise = uniforms(self.args.seed, step, places, places, self.args.group_size, self.args.max_tokens)
-        return self.prompts[slot : slot + count], noise
+    def draw(self, step: int, first: int, places: range) -> tuple[list[Prompt], torch.Tensor, list]:
+        slots = [place - first for place in places]
+        noise = uniforms(self.args.seed, step, slots, slots, self.args.group_size, self.args.max_tokens)
+        return [self.prompts[place % len(self.prompts)] for place in places], noise, []
+
+    def advance(self, count: int, failures: list) -> None:
+        self.drawn += count
 
 
 def trainer_step(case: Case, *flags: str) -> Callable[[], dict]:
@@ -273,7 +276,7 @@ def trainer_step(case: Case, *flags: str) -> Callable[[], dict]:
     signs[1::2] = -1
 
     def step() -> dict:
-        roll = rollout(policy, policy, reference if args.beta else None, task, stream, 0, schedule, args)[1]
+        roll = rollout(policy, policy, reference if args.beta else None, task, stream, 0, schedule, args)[-1]
         roll.advantage = signs.view(case.prompts, -1)
         roll.prefix = roll.prefix if case.reuse else None
         return update(policy, optimizer, roll, args)

@@ -155,7 +155,8 @@ class Ours:
 
     def generate(self) -> dict:
         """Vision, prefill and decode, of prompts that have been read."""
-        prompts, luck = self.stream.draw(self.steps, 0, self.case.prompts)
+        first = self.stream.drawn
+        prompts, luck, _ = self.stream.draw(self.steps, first, range(first, first + self.case.prompts))
         self.meter.start()
         with torch.no_grad():
             prefix = self.actor.prefix(self.train_grpo.collate(prompts))

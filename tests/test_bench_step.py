@@ -71,7 +71,7 @@ def test_loss_and_gradients_of_the_plain_loop_are_ours_in_float64(folder, wide_p
     theirs, their_reference = (load(place, dtype=torch.float64).eval() for place in (folder / "model", tmp_path))
 
     models = ours.policy, ours.actor, ours.reference
-    _, roll = train_grpo.rollout(*models, ours.task, ours.stream, 0, ours.schedule, ours.args)
+    *_, roll = train_grpo.rollout(*models, ours.task, ours.stream, 0, ours.schedule, ours.args)
     # Its ids may hold an image token, for which whole rows want an image.
     ids = torch.randint(10, 300, roll.ids.shape, generator=noise)
     advantage = torch.randn(roll.advantage.shape, dtype=torch.float64, generator=noise)

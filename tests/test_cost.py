@@ -300,7 +300,7 @@ def test_decoding_stops_with_the_longest_completion(calls):
     policy, schedule = Policy.from_folder(NANO), make_schedule("raw", ScheduleConfig(), 1)
     task = Task(policy, NANO, "answer")
     stream = Stream(phantom_samples(None, 1, 0, 6, size=84), task, BadRecords(), args)
-    _, roll = rollout(policy, policy, None, task, stream, 0, schedule, args)
+    *_, roll = rollout(policy, policy, None, task, stream, 0, schedule, args)
     longest = roll.lengths.view(3, 8).amax(1).tolist()
     assert min(longest) < 40 and any(n % generate.STOP_EVERY for n in longest)  # else this would say nothing
     decoded = [min(40, math.ceil(n / generate.STOP_EVERY) * generate.STOP_EVERY) for n in longest]

@@ -136,7 +136,9 @@ def test_a_stream_is_one_step_ahead_of_what_is_drawn(task, workers, monkeypatch)
         args = arguments(batch_size=4)
         stream = train_grpo.Stream(phantom_samples(None, 0, 0, 40, size=56), task, BadRecords(), args, 0, readers)
         for step in range(3):
-            stream.draw(step, 0, 4)
+            first = stream.drawn
+            stream.draw(step, first, range(first, first + 4))
+            stream.advance(4, [])
             assert stream.drawn == 4 * (step + 1) and places == list(range(stream.drawn + 4 * workers))
 
 

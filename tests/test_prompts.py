@@ -54,7 +54,7 @@ STYLES = [*PROMPTS, OWN]
 def render(tokenizer, style: str, query: str) -> Prompt:
     sample = Sample(Path("a.png"), query, (0.0, 0.0, 9.0, 9.0), "test", size=(60, 60))
     picture = Picture(np.zeros((56, 56, 3), np.uint8), sample.size, sample.box)
-    return build_prompt(sample, tokenizer, ImageConfig(), style, picture=picture)
+    return build_prompt(sample, tokenizer, ImageConfig(), style, view=ImageConfig().view(picture))
 
 
 # -------------------------------------------------------------------------------------------------- the real tokenizer
@@ -169,7 +169,7 @@ def test_prompt_ids_are_those_of_transformers_processor(tokenizer, style):
         image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8))
         sample = Sample(Path("a.png"), query, (0.0, 0.0, 9.0, 9.0), "test", size=size)
         pixels = resized(image, *config.limits)
-        prompt = build_prompt(sample, tokenizer, config, style, picture=Picture(pixels, size, sample.box))
+        prompt = build_prompt(sample, tokenizer, config, style, view=config.view(Picture(pixels, size, sample.box)))
         question = {
             "answer": query,
             "think": f"Please provide the bounding box coordinate of the region this sentence describes: {query}. "
