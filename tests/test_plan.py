@@ -393,13 +393,13 @@ def test_a_run_plans_by_what_is_free_and_saves_what_it_chose(records, tmp_path, 
 
 
 def test_given_memory_is_held_and_what_is_too_little_is_refused(records, tmp_path):  # noqa: F811
-    text = run(train_grpo, *small(tmp_path / "a", records, "--memory", "0.1GB"))
+    text = run(train_grpo, *small(tmp_path / "a", records, "--memory", "0.08GB"))
     chosen = json.loads((tmp_path / "a" / "config.json").read_text())["arguments"]
-    assert f"plan: --micro-batch {chosen['micro_batch']} " in text and "(60% of 0.100 GB)" in text
-    assert chosen["memory"] == "0.1GB" and (chosen["micro_batch"] < 4 or chosen["checkpointing"])
-    flags = ("--memory", "0.1GB", "--micro-batch", "4", "--no-checkpointing")
+    assert f"plan: --micro-batch {chosen['micro_batch']} " in text and "(60% of 0.080 GB)" in text
+    assert chosen["memory"] == "0.08GB" and (chosen["micro_batch"] < 4 or chosen["checkpointing"])
+    flags = ("--memory", "0.08GB", "--micro-batch", "4", "--no-checkpointing")
     text = run(train_grpo, *small(tmp_path / "b", records, *flags), expect=2)
-    assert text.startswith("error: --memory 0.1GB: estimated peak 0.") and text.count("\n") == 1
+    assert text.startswith("error: --memory 0.08GB: estimated peak 0.") and text.count("\n") == 1
     assert "would fit, peak 0.0" in text and not (tmp_path / "b").exists()
 
 
