@@ -435,7 +435,7 @@ def longest_prompt(args, base: Path, samples: list[Sample]) -> tuple[int, int, s
 
     picture = max(usable({size(sample) for sample in samples}, tokens), default=images.max_pixels // images.factor**2)
     source = "the largest of --data" if samples else f"the largest that --max-pixels {images.max_pixels} lets in"
-    text = TEXT_TOKENS[args.prompt]
+    text = TEXT_TOKENS.get(args.prompt, max(TEXT_TOKENS.values()))
     if (base / "tokenizer.json").exists():
         rest = load_tokenizer(base), images, args.prompt, None
         by_length = sorted(samples or phantoms(None, 0, 0, 1), key=lambda sample: len(sample.query), reverse=True)

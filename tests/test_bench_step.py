@@ -70,9 +70,9 @@ def test_loss_and_gradients_of_the_plain_loop_are_ours_in_float64(folder, wide_p
     load = Qwen2_5_VLForConditionalGeneration.from_pretrained
     theirs, their_reference = (load(place, dtype=torch.float64).eval() for place in (folder / "model", tmp_path))
 
-    _, roll = train_grpo.rollout(
-        ours.actor, ours.reference, ours.task, ours.stream, 0, ours.schedule, ours.args
-    )  # its ids may hold an image token, for which whole rows want an image
+    models = ours.policy, ours.actor, ours.reference
+    _, roll = train_grpo.rollout(*models, ours.task, ours.stream, 0, ours.schedule, ours.args)
+    # Its ids may hold an image token, for which whole rows want an image.
     ids = torch.randint(10, 300, roll.ids.shape, generator=noise)
     advantage = torch.randn(roll.advantage.shape, dtype=torch.float64, generator=noise)
     roll = replace(roll, ids=ids, advantage=advantage)
@@ -234,7 +234,7 @@ def test_time_goes_to_the_innermost_part(monkeypatch):
 
     clock = step_programs.Clock()
     vision = clock.of("vision", spend)
-    prefix = clock.of(lambda: "prefill", lambda: (spend(2), vision(4), spend(8)))
+    prefix = clock.of("prefix", lambda: (spend(2), vision(4), spend(8)))
     fails = clock.of("decode", lambda: (spend(16), 1 / 0))
     clock.start()
     spend(1)
@@ -243,19 +243,18 @@ def test_time_goes_to_the_innermost_part(monkeypatch):
         fails()
     spend(32)
     clock.charge()
-    assert clock.seconds == {"other": 33, "prefill": 10, "vision": 4, "decode": 16}
+    assert clock.seconds == {"other": 33, "prefix": 10, "vision": 4, "decode": 16}
 
 
 def test_the_split_is_of_a_whole_step_and_leaves_nothing_behind(folder, monkeypatch):
     ours, parts, of = step_programs.Ours(folder), Counter(), step_programs.Clock.of
 
     def counted(clock, part, function):
-        def named():
-            name = part if isinstance(part, str) else part()
-            parts[name] += 1
-            return name
+        def noted(*inputs, **options):
+            parts[part] += 1
+            return function(*inputs, **options)
 
-        return of(clock, named, function)
+        return of(clock, part, noted)
 
     monkeypatch.setattr(step_programs.Clock, "of", counted)
     before = torch.Tensor.backward, torch.nn.utils.clip_grad_norm_
