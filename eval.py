@@ -110,11 +110,12 @@ class Task:
         return self.texts(completions.ids[:, 0], completions.lengths[:, 0])
 
 
-def model_folder(model: str) -> Path:
-    """--model: a checkpoint folder, "nano" for the policy that comes with this repository, or org/name of the Hub."""
+def model_folder(model: str, weights: bool = True) -> Path:
+    """--model: a checkpoint folder, "nano" for the policy that comes with this repository, or org/name of the Hub, from
+    which weights come only if they are wanted."""
     if model == "nano":
         return NANO
-    return hub.fetch(model) if hub.is_name(model) else Path(model)
+    return hub.fetch(model, weights) if hub.is_name(model) else Path(model)
 
 
 def default_prompt(folder: Path) -> str:

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 
 from errors import InputError, cause_of
 
-FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+WEIGHTS, SETTINGS = ["*.safetensors"], ["*.json", "*.txt", "*.jinja"]
 REASONS = {  # from the special to the general, as the client's errors inherit
     GatedRepoError: "its owners give access on request: ask on its page, then log in by `hf auth login`",
     RevisionNotFoundError: "it has no such commit, branch or tag",
@@ -37,12 +37,13 @@ def is_name(model: str) -> bool:
     return named is not None and not Path(named[1]).exists()
 
 
-def fetch(model: str) -> Path:
+def fetch(model: str, weights: bool = True) -> Path:
     """The folder of org/name[@revision] in the cache, after fetching what it lacks. Its name is the commit."""
     name, _, revision = model.partition("@")
+    files = WEIGHTS + SETTINGS if weights else SETTINGS
     try:
         # */*: nothing from subfolders, where repositories keep other formats of the same weights
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=FILES, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=files, ignore_patterns=["*/*"]))
     except Exception as error:  # the client raises its own errors, its HTTP library's, ValueErrors and OSErrors
         why = next((reason for kind, reason in REASONS.items() if isinstance(error, kind)), cause_of(error))
         raise InputError(

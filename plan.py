@@ -8,8 +8,8 @@ of the evaluation between steps. What a block keeps for its backward pass is cou
 it in model.py's code: a change there is a change in block_kept() and kept(), and a test that asks autograd says so.
 Another test measures the peaks of whole runs.
 
-1 GB is 10^9 bytes. Left out: what driver and libraries take, and what an allocator loses (hence FILL); the groups that
---dynamic-sampling draws beyond the batch; --shard (without it each rank holds all of this).
+1 GB is 2^30 bytes, as on the label of a card. Left out: what driver and libraries take, and what an allocator loses
+(hence FILL); the groups that --dynamic-sampling draws beyond the batch; --shard (without it each rank holds all of this).
 """
 
 import math
@@ -29,7 +29,7 @@ from data import phantom_samples as phantoms
 from errors import InputError
 from model import HEAD_ROWS, ModelConfig, Policy, VisionConfig, read_json
 
-GB = 10**9
+GB = 2**30
 # Share of the memory that a plan fills. On a CPU malloc keeps freed pages: 1.2 to 1.9 times what tensors held was seen.
 FILL = {"cpu": 0.6, "cuda": 0.9}
 CARDS = (24, 80)  # GB, for which an estimate says what would fit
@@ -149,15 +149,19 @@ def always(run: Run) -> Parts:
         if run.reference:
             parts["reference"] = run.width * weights
     parts["AdamW's moments"] = 2 * FULL * moved
-    return parts | waiting(run, run.batch, run.ahead)
+    return parts | of_batch(run, run.ahead)
 
 
-def waiting(run: Run, prompts: int, ahead: int = 0) -> Parts:
-    """Pictures of prompts, which wait on the host: with --device cpu that is the memory in question. What a frozen
-    tower made of them waits on the device (Policy.see)."""
-    parts = {"pictures": FULL * (prompts + ahead) * run.patches * run.patch} if run.device == "cpu" else {}
+def waiting(run: Run, prompts: int) -> Parts:
+    """Pictures of prompts wait on the host: with --device cpu that is the memory in question."""
+    return {"pictures": FULL * prompts * run.patches * run.patch} if run.device == "cpu" else {}
+
+
+def of_batch(run: Run, ahead: int = 0) -> Parts:
+    """Pictures of a step's prompts and of those read ahead; what a frozen tower made of the former (Policy.see)."""
+    parts = waiting(run, run.batch + ahead)
     if run.lora_rank or run.freeze_vision:
-        tokens = prompts * run.patches // run.config.vision.spatial_merge_size**2
+        tokens = run.batch * run.patches // run.config.vision.spatial_merge_size**2
         parts["image tokens"] = run.width * tokens * run.config.hidden_size
     return parts
 
@@ -253,13 +257,15 @@ def answering(run: Run, prompts: int, group: int) -> dict[str, Parts]:
     """prefix() and generate() without gradient, every completion at its full length."""
     patches, tokens, rows = prompts * run.patches, prompts * run.prompt, prompts * group
     keys = run.width * run.kv * run.config.num_hidden_layers  # bytes per token
-    shared = {"gradients": FULL * trained(run)} | waiting(run, prompts) | {"keys and values": keys * tokens}
+    last = {"gradients": FULL * trained(run)}  # of the step before
     return {
-        "prompts": shared
+        "prompts": last
+        | {"keys and values": keys * tokens}
         | {"patches": patches * run.patch * FULL + casts(run, patches * run.patch)}
         | {"one block": max(in_hand(run, patches, run.config.vision), in_hand(run, tokens, run.config))},
-        "completions": shared
-        | {"cache": keys * (tokens + rows * run.tokens)}  # the prompts' once more, as decoding wants them
+        "completions": last
+        | {"keys and values": 2 * keys * tokens}  # and as decoding wants them
+        | {"cache": keys * rows * run.tokens}
         | {"logits": rows * run.config.vocab_size * (run.width + 2 * FULL)},  # as they are, tempered, softmax
     }
 
@@ -269,14 +275,13 @@ def rolling_out(run: Run) -> dict[str, Parts]:
     if run.reference or run.inner_steps > 1:
         logits = run.width * min(HEAD_ROWS, run.rows * run.tokens) * run.config.vocab_size  # of one chunk
         block = in_hand(run, run.inputs, run.config) + run.joined
-        shared = {name: parts["completions"][name] for name in ("gradients", "keys and values")}
-        parts["log-probs"] = shared | {"one block": max(block, logits)}
+        known = {name: parts["prompts"][name] for name in ("gradients", "keys and values")}
+        parts["log-probs"] = known | {"one block": max(block, logits)}
+    more = of_batch(run)  # of the step before, let go when this one's rollout is done
     if run.whole:
         held, _ = kept(run)
-        more = {f"kept of {name}": held[name] for name in ("vision", "prompts")}
-        parts = {name: part | more for name, part in parts.items()}
-    # The batch of the step before is let go when this one is whole.
-    return {f"rollout, {name}": part | waiting(run, run.batch) for name, part in parts.items()}
+        more |= {"kept of vision": held["vision"], "kept of prompts": held["prompts"]}
+    return {f"rollout, {name}": part | more for name, part in parts.items()}
 
 
 def updating(run: Run) -> dict[str, Parts]:
@@ -307,10 +312,14 @@ def updating(run: Run) -> dict[str, Parts]:
     return {f"update, {name}": part for name, part in parts.items()}
 
 
+def evaluating(run: Run) -> dict[str, Parts]:
+    pictures, answers = waiting(run, run.evaluation), answering(run, run.evaluation, 1)
+    return {f"evaluation, {name}": part | pictures for name, part in answers.items()} if run.evaluation else {}
+
+
 def moments(run: Run) -> dict[str, Parts]:
     """What each moment of a step holds besides always(run)."""
-    evaluating = answering(run, run.evaluation, 1) if run.evaluation else {}
-    return rolling_out(run) | updating(run) | {f"evaluation, {name}": part for name, part in evaluating.items()}
+    return rolling_out(run) | updating(run) | evaluating(run)
 
 
 def peak(run: Run) -> int:
@@ -337,7 +346,7 @@ def choose(run: Run, memory: int, micro: int | None = None, checkpointing: bool 
     room = FILL[run.device] * memory - total(always(run))
     for share in range(run.evaluation, 0, -1):  # how many at a time changes nothing but rounding
         run = replace(run, evaluation=share)
-        if max(map(total, answering(run, share, 1).values())) <= room:
+        if max(map(total, evaluating(run).values())) <= room:
             break
     sizes = {math.ceil(run.batch / passes) for passes in range(1, run.batch + 1)} if micro is None else {micro}
     ways = (False, True) if checkpointing is None else (checkpointing,)
@@ -513,7 +522,7 @@ def page(asked: Run, run: Run, memory: int, words: str) -> str:
     millions = [f"{number / 1e6:,.1f} M" for number in (trained(run), Weights.of(run.config).all)]
     outcome = "it fits" if fits(run, memory) else f"it does not fit; {remedy(asked, memory)}"
     lines = [
-        "memory of a step, ESTIMATED: arithmetic of plan.py, nothing was measured; GB = 10^9 bytes",
+        "memory of a step, ESTIMATED: arithmetic of plan.py, nothing was measured; GB = 2^30 bytes",
         f"  {words}; {run.group} x {run.tokens} tokens of completions",
         f"  {' of '.join(millions)} parameters trained; {choices(run)}",
         line("always there", always(run)),

@@ -558,7 +558,7 @@ def train(args, readers: Readers) -> None:
         torch.use_deterministic_algorithms(True)
     # Where cuBLAS splits a sum of bf16 products, the parts are added in fp32 too.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    base = model_folder(args.model)
+    base = model_folder(args.model, weights=not args.estimate)
     args.model = hub.pinned(args.model, base)
     args.prompt = args.prompt or default_prompt(base)
     on_gpu = args.device.startswith("cuda")

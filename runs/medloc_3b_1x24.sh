@@ -2,9 +2,13 @@
 # MedLoc-R1's experiment on ONE 24 GB GPU: Qwen2.5-VL-3B with adapters. Never run on a GPU by us.
 #
 # The paper trains all weights on 4 x 80 GB; that does not fit here. Adapters of rank 64 in the decoder, one frozen bf16
-# copy of the weights (7.5 GB) that is policy, actor and reference at once, activations recomputed. By arithmetic: 7.5 GB
-# weights, 2 GB adapters with gradients and AdamW's moments, the rest for one prompt's group and its logits. Adapters take a
-# larger learning rate than whole weights: 1e-5 is a guess, the paper's is 1e-6.
+# copy of the weights that is policy, actor and reference at once. Adapters take a larger learning rate than whole weights:
+# 1e-5 is a guess, the paper's is 1e-6.
+#
+# ESTIMATED memory, plan.py's arithmetic (GB = 2^30 bytes): 8.35 GB are always there, the peak is 15 GB, with the 8 prompts
+# of a step in one pass and activations recomputed, which is what a run chooses on a GPU that has 24 GB to spare:
+#   python train_grpo.py --estimate --device=cuda --memory=24GB --recipe=paper --model=FOLDER \
+#     --lora-rank=64 --batch-size=8 --max-tokens=256 --max-pixels=401408
 #
 # A checkpoint is about 16 GB and none is removed: five of them in 500 steps.
 #
@@ -15,6 +19,6 @@ here=$(cd "$(dirname "$0")/.." && pwd)  # MODEL, TRAIN and VAL are relative to w
 python "$here/train_grpo.py" --schedule=medloc --recipe=paper \
   --model="${MODEL:-Qwen2.5-VL-3B-Instruct}" --data="${TRAIN:-train.jsonl}" --val="${VAL:-val.jsonl}" \
   --out="${OUT:-out-medloc-3b}" \
-  --lora-rank=64 --lora-alpha=64 --lr=1e-5 --checkpointing \
-  --batch-size=8 --micro-batch=1 --max-tokens=256 --max-pixels=401408 \
+  --lora-rank=64 --lora-alpha=64 --lr=1e-5 \
+  --batch-size=8 --max-tokens=256 --max-pixels=401408 \
   --steps=500 --eval-every=100 --save-every=100

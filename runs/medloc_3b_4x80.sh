@@ -13,5 +13,5 @@ torchrun --nproc-per-node=4 "$here/train_grpo.py" --schedule=medloc --recipe=pap
   --model="${MODEL:-Qwen2.5-VL-3B-Instruct}" --data="${TRAIN:-train.jsonl}" --val="${VAL:-val.jsonl}" \
   --out="${OUT:-out-medloc-3b}" \
   --freeze-vision --checkpointing \
-  --batch-size=32 --micro-batch=1 --max-tokens=512 --max-pixels=401408 \
+  --batch-size=32 --micro-batch=8 --max-tokens=512 --max-pixels=401408 \
   --steps=500 --eval-every=100 --save-every=100

@@ -9,6 +9,7 @@ The variable makes glibc hand memory back as soon as it is freed, so that what i
 it, malloc keeps freed pieces for later, and the same run has a peak that is 1.2 to 1.9 times as high. Linux only.
 """
 
+import ctypes
 import gc
 import json
 import sys
@@ -45,6 +46,7 @@ def measure(folder: Path, flags: list[str]) -> dict:
 
     plan.settle = noting
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     before = in_use("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     train(str(folder / "run"), *flags)

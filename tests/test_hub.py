@@ -408,13 +408,13 @@ def serving():
         thread.join()
 
 
-def ask(home: Path, endpoint: str, *models: str, offline: bool = False) -> list[str]:
+def ask(home: Path, endpoint: str, *models: str, offline: bool = False, weights: bool = True) -> list[str]:
     """For each model what hub.fetch gives, a folder or a sentence. The client reads its settings when it is imported:
     so in a process of its own."""
     program = (
         "import sys, hub, errors\n"
         "for model in sys.argv[1:]:\n"
-        "    try: print(hub.fetch(model))\n"
+        f"    try: print(hub.fetch(model, {weights}))\n"
         "    except errors.InputError as error: print(error)\n"
     )
     environment = os.environ | {
@@ -452,6 +452,14 @@ def test_a_repository_is_fetched_once_and_only_as_data(tmp_path):
         )
         assert again == pinned == newest
         assert unknown.startswith(sentence.format("qwen/other", "the Hub cannot be reached from here, and the cache"))
+
+
+def test_an_estimate_fetches_no_weights(tmp_path):
+    with serving() as endpoint:
+        (folder,) = ask(tmp_path, endpoint, "qwen/tiny", weights=False)
+        assert {file.name for file in Path(folder).iterdir()} == {"config.json", "merges.txt", "chat_template.jinja"}
+        assert not any("safetensors" in path for path in Hub.requests)
+        assert ask(tmp_path, endpoint, "qwen/tiny") == [folder] and (Path(folder) / "model.safetensors").exists()
 
 
 def test_what_is_a_name_and_what_a_path(tmp_path, monkeypatch):
@@ -508,7 +516,7 @@ def test_programs_take_a_name_and_save_its_commit(records, tmp_path, monkeypatch
     snapshot = tmp_path / "cache" / COMMIT
     shutil.copytree(evaluation.NANO, snapshot)
     asked = []
-    monkeypatch.setattr(hub, "fetch", lambda name: asked.append(name) or snapshot)
+    monkeypatch.setattr(hub, "fetch", lambda name, _: asked.append(name) or snapshot)
     name, pinned = "qwen/tiny", f"qwen/tiny@{COMMIT}"
     small = ["--model", name, "--data", str(records), "--batch-size", "2", "--micro-batch", "2", "--workers", "0"]
     run(train_sft, *small, "--steps", "1", "--out", str(tmp_path / "sft"))

@@ -60,6 +60,7 @@ def run_of(config: dict, **changes) -> Run:
     return Run(ModelConfig.from_dict(config), **values)
 
 
+LARGE = config_of(*PUBLISHED["3B"][0])
 SMALL = config_of(128, 4, 4, 2, 384, 320, True, 160, tower=64, depth=2, tower_heads=4)
 ODD = config_of(96, 3, 3, 3, 200, 500, False, 100, tower=96, depth=3, tower_heads=3)
 
@@ -284,7 +285,26 @@ def test_published_shapes_are_planned_from_config_json_alone(name, tmp_path, cap
         assert "24 GB: " in text and "--lora-rank 64" in text.split("24 GB: ")[-1]
 
 
-LARGE = config_of(*PUBLISHED["3B"][0])
+@pytest.mark.parametrize("script, card", [("medloc_3b_1x24.sh", 24), ("medloc_3b_1x80.sh", 80)])
+def test_the_headers_in_runs_say_what_the_planner_says(script, card, tmp_path):
+    """Both for the command itself and for the one that the header names."""
+    text = (ROOT / "runs" / script).read_text()
+    (tmp_path / "config.json").write_text(json.dumps(LARGE))
+    header, _, command = text.partition("set -euo pipefail")
+    header = header.replace("\\\n#", " ")
+    named = re.search(r"python train_grpo.py (--estimate .*)", header)[1]
+    own = [
+        flag for flag in re.findall(r" (--[a-z-]+(?:=\S+)?)", command) if not re.match("--(model|data|val|out)", flag)
+    ]
+    own += ["--estimate", "--device=cuda", f"--memory={card}GB", "--model=FOLDER"]
+    for flags in (named.split(), own):
+        told = run(train_grpo, *(flag.replace("FOLDER", str(tmp_path)) for flag in flags))
+        always, peak = (re.search(rf"  {name} +([\d.]+) ", told)[1] for name in ("always there", "peak"))
+        assert f"{always} GB are always there, the peak is {peak} GB" in header
+        assert "it fits" in told and "--micro-batch 8 --checkpointing\n" in told
+        assert f"{card} GB: --micro-batch 8 --checkpointing fits" in told
+
+
 MORE = ("micro", "group", "tokens", "prompt", "patches")
 
 
@@ -393,13 +413,13 @@ def test_a_run_plans_by_what_is_free_and_saves_what_it_chose(records, tmp_path, 
 
 
 def test_given_memory_is_held_and_what_is_too_little_is_refused(records, tmp_path):  # noqa: F811
-    text = run(train_grpo, *small(tmp_path / "a", records, "--memory", "0.1GB"))
+    text = run(train_grpo, *small(tmp_path / "a", records, "--memory", "0.08GB"))
     chosen = json.loads((tmp_path / "a" / "config.json").read_text())["arguments"]
-    assert f"plan: --micro-batch {chosen['micro_batch']} " in text and "(60% of 0.100 GB)" in text
-    assert chosen["memory"] == "0.1GB" and (chosen["micro_batch"] < 4 or chosen["checkpointing"])
-    flags = ("--memory", "0.1GB", "--micro-batch", "4", "--no-checkpointing")
+    assert f"plan: --micro-batch {chosen['micro_batch']} " in text and "(60% of 0.080 GB)" in text
+    assert chosen["memory"] == "0.08GB" and (chosen["micro_batch"] < 4 or chosen["checkpointing"])
+    flags = ("--memory", "0.08GB", "--micro-batch", "4", "--no-checkpointing")
     text = run(train_grpo, *small(tmp_path / "b", records, *flags), expect=2)
-    assert text.startswith("error: --memory 0.1GB: estimated peak 0.") and text.count("\n") == 1
+    assert text.startswith("error: --memory 0.08GB: estimated peak 0.") and text.count("\n") == 1
     assert "would fit, peak 0.0" in text and not (tmp_path / "b").exists()
 
 
