@@ -9,7 +9,7 @@ it in model.py's code: a change there is a change in block_kept() and kept(), an
 Another test measures the peaks of whole runs.
 
 1 GB is 2^30 bytes, as on the label of a card. Left out: what driver and libraries take, and what an allocator loses
-(hence FILL); the groups that --dynamic-sampling draws beyond the batch; --shard (without it each rank holds all of this).
+(hence FILL); the groups that --dynamic-sampling draws beyond the batch; --shard (without, each rank holds all of this).
 """
 
 import math
