@@ -362,4 +362,5 @@ def describe(args: argparse.Namespace) -> dict:
         "versions": {"python": platform.python_version(), **packages},
         "git": git.stdout.strip() or None,
         "threads": torch.get_num_threads(),
+        "ranks": ranks.size,
     }

@@ -5,6 +5,7 @@
     values = ranks.everyone(work)    what work() gave on each rank; an error on one is an error on all
     ranks.first(write)               on rank 0, while the others wait
     ranks.sum_gradients(parameters)  once an optimiser step, before the clipping
+    ranks.shard(policy, ...)         instead of that: each rank keeps a size-th of the weights
 
 Every rank runs the same program in the same order; a place of the endless stream of prompts belongs to rank
 place % size. With one process each function is the identity and torch.distributed is never initialised.
@@ -13,6 +14,8 @@ No DistributedDataParallel: it reduces in the backward pass of its own forward()
 round, and would do it once a micro-batch. Nothing is pickled: values travel as JSON.
 
 A rank that ends takes the others with it: torchrun ends them, and who waits for it says so and ends by itself.
+
+Left out: more than one way to split (tensor, pipeline), gradients that travel during the backward pass (replicated).
 """
 
 import json
@@ -34,7 +37,7 @@ from tqdm import tqdm
 from errors import InputError, cause_of
 
 TIMEOUT = timedelta(minutes=30)  # of a collective: a checkpoint on a slow disk, the longest of all rollouts
-BUCKET = 2**26  # gradients added up at a time: the copy is 256 MB in fp32, whatever the model has
+BUCKET = 2**26  # gradients added up at a time: the copy is 256 MB in fp32, or as large as the largest weight
 
 rank, size = 0, 1
 collectives = 0  # that this process took part in
