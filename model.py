@@ -775,7 +775,16 @@ class Policy(nn.Module):
         """Write a Hugging Face folder that transformers, vLLM and from_folder load: weights, config, and the companions
         of the folder this policy came from (tokenizer, preprocessor, generation config). One shard after the other goes
         through host memory. Rank 0 writes; of a sharded policy all ranks must ask for it."""
-        folder = Path(folder)
+        tensors = self.published(dtype)
+        try:
+            if ranks.rank == 0:
+                self._write_folder(Path(folder), dtype, tensors)
+        finally:
+            for _ in tensors:  # of which the other ranks have parts, also if the disk was full
+                pass
+
+    def _write_folder(self, folder: Path, dtype: torch.dtype | None, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         shards: list[list[str]] = [[]]
         size = total = 0
         for name, parameter in self.named_parameters():
@@ -788,18 +797,12 @@ class Policy(nn.Module):
             shards[-1].append(name)
             size += nbytes
             total += nbytes
-        if ranks.rank > 0:
-            for _ in self.published(dtype):  # its parts of each weight
-                pass
-            return
-        folder.mkdir(parents=True, exist_ok=True)
         names = ["model.safetensors"]
         if len(shards) > 1:
             names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
             where = {key: file for shard, file in zip(shards, names, strict=True) for key in shard}
             index = {"metadata": {"total_size": total}, "weight_map": where}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
-        tensors = self.published(dtype)  # in the same order
         for shard, file in zip(shards, names, strict=True):
             save_file(dict(islice(tensors, len(shard))), folder / file, metadata={"format": "pt"})
         dtype_name = str(dtype or next(self.parameters()).dtype).removeprefix("torch.")
