@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -168,21 +167,19 @@ def test_eos_ids_are_those_of_the_generation_config(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_the_32b_loads_on_the_meta_device_without_memory():
+def test_the_32b_loads_on_the_meta_device_without_memory(tmp_path):
     """67 GB in 18 files, each of which is opened: every tensor finds its place, and none is read."""
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a disk would read megabytes ahead of each tensor
-    with tempfile.TemporaryDirectory(dir=memory) as name:
-        folder = Path(name)
-        assert write_holes(folder, PUBLISHED["32B"]) == 18 == len(model.checkpoint_files(folder))
-        before = resident()
-        policy = Policy.from_folder(folder, "meta", torch.bfloat16)
-        assert resident() - before < 200 * MB
-        assert {name: tuple(p.shape) for name, p in policy.named_parameters()} == published_shapes(PUBLISHED["32B"])
-        assert all(p.is_meta and p.dtype == torch.bfloat16 for p in policy.parameters())
-        assert policy.eos_ids == (151645, 151643)
-        (folder / "model-00007-of-00018.safetensors").unlink()
-        with pytest.raises(InputError, match="00007-of-00018.safetensors does not exist; the checkpoint is not whole"):
-            Policy.from_folder(folder, "meta", torch.bfloat16)
+    assert write_holes(tmp_path, PUBLISHED["32B"]) == 18 == len(model.checkpoint_files(tmp_path))
+    before = resident()
+    policy = Policy.from_folder(tmp_path, "meta", torch.bfloat16)
+    assert resident() - before < 200 * MB
+    assert {name: tuple(p.shape) for name, p in policy.named_parameters()} == published_shapes(PUBLISHED["32B"])
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in policy.parameters())
+    assert policy.eos_ids == (151645, 151643)
+    (tmp_path / "model-00007-of-00018.safetensors").unlink()
+    with pytest.raises(InputError, match="00007-of-00018.safetensors does not exist; the checkpoint is not whole"):
+        Policy.from_folder(tmp_path, "meta", torch.bfloat16)
+    shutil.rmtree(tmp_path)  # pytest would keep it, and a copy of /tmp might fill the holes
 
 
 MEASURE = """
