@@ -1,20 +1,19 @@
 """What a step costs and what it grows with: FLOPs counted at Qwen2.5-VL's sizes, time and memory measured at nano's.
 
-    python -m bench.scale                         everything, about nine minutes on one CPU core
-    python -m bench.scale --json scale.json       and every figure in a file
-    python -m bench.scale --save assets/scale.png and the curves (needs matplotlib)
+    python -m bench.scale                                              everything, some eight minutes on one CPU core
+    python -m bench.scale --json scale.json --save assets/scale.png    and every figure in a file, and the curves
 
-Ways to do the same step. FULL ROWS: every prompt is given G times, with one completion each, as in trainers that know
-of no groups; by the same code otherwise. SHARED: the image and the prompt of a group are computed once, in the rollout
-and again in the update. ONE PASS: where the batch is one micro-batch, the update goes on from the rollout's prefix.
-All have a reference policy (beta > 0), one inner step, all weights trained, no checkpointing, and completions of a
-forced length. What is measured are full rows and one pass, as the trainer does it for these sizes.
+Three ways to do the same step. FULL ROWS: every prompt is given G times, with one completion each, as in trainers that
+know of no groups; all else that this code saves is saved there too. SHARED: image and prompt of a group are computed
+once, in the rollout and again in the update. ONE PASS: where the batch is one micro-batch, the update goes on from the
+rollout's prefix. All have a reference policy (beta > 0), one inner step, all weights trained, no checkpointing, and
+completions of a forced length. Measured are full rows and one pass, which is what the trainer does at these sizes.
 
 FLOPs: torch's FlopCounterMode, which counts matrix products, 2 per multiply-add, and nothing else. Attention is counted
 as the plain products it consists of: causal attention in full, as torch does everywhere, and without the product that
-a fused kernel makes a second time in the backward pass. What the head's log-probs cost is said below (linear_logprob).
-The published sizes are counted on the meta device, at depth 1 and 2: every decoder layer costs the same, so that the
-rest is a straight line. A test holds the count equal to that of a real step of the trainer.
+a fused kernel makes a second time in the backward pass. The log-probs of the head make their logits once more in the
+backward pass, and that is in. The published sizes are counted on the meta device with 1 and 2 decoder layers, from
+which the rest follows in a straight line. A test holds this count equal to that of a real step of the trainer.
 
 Time and memory: nano policy, fp32, one thread, each point in a process of its own. Time is that of the processor, so
 that waiting for it on a busy machine does not count: the faster of two steps after a first one, or the first alone if
@@ -59,6 +58,7 @@ SIZES = {  # published config.json: hidden, layers, heads, kv heads, FFN, rows o
 }
 WAYS = ("one pass", "full rows")  # that are measured; "shared" is counted only
 PARTS = ("vision", "prefill", "decode", "reference", "forward", "backward")
+COLUMNS = dict(seconds=2, mib=0)  # of what is measured: digits in the tables
 AT_MOST = dict(seconds=60, mib=4000)  # of a point, as the two before let expect; others are left out, and that is said
 
 
@@ -85,15 +85,15 @@ class Case:
 
     def batch(self, config: ModelConfig, device: str = "cpu") -> list[Prompt]:
         """Its prompts: text, one picture of noise, which on the meta device has no values, and more text."""
-        patch, merge = config.vision, config.vision.spatial_merge_size
+        vision, merge = config.vision, config.vision.spatial_merge_size
         ids = torch.full((self.tokens,), config.image_token_id + 1)  # any other id will do
         start = self.text // 2
         ids[start : start + self.rows * self.columns] = config.image_token_id
         grid = (1, self.rows * merge, self.columns * merge)
         positions, next_position = mrope_positions(ids, [grid], config.image_token_id, merge)
-        width = patch.in_channels * patch.temporal_patch_size * patch.patch_size**2
+        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         patches = torch.rand(grid[1] * grid[2], width, device=device)
-        size = grid[2] * patch.patch_size, grid[1] * patch.patch_size
+        size = grid[2] * vision.patch_size, grid[1] * vision.patch_size
         sample = Sample(None, "", (0, 0, *size), "noise", source="noise")
         prompt = Prompt(ids, patches, grid, positions, next_position, (1.0, 1.0), size, (0, 0, *size), sample, "")
         return [replace(prompt) for _ in range(self.prompts)]  # none knows what the tower saw of another
@@ -302,7 +302,7 @@ def _answer(case: Case, answers) -> None:
 
 
 def in_a_fresh_process(case: Case) -> tuple[float, float]:
-    """measure(), forked off a process that has imported everything and computed nothing."""
+    """measure(), forked off a process that has imported almost everything and computed nothing."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["train_grpo"])  # all that takes long; not this file, which is __main__ there
     ours, theirs = processes.Pipe(duplex=False)
@@ -337,16 +337,13 @@ def exponent(rows: list[dict], of: str) -> float:
     return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
 
 
-def sentences(curves: dict) -> list[str]:
-    """What grows how, one for each factor."""
-    found = []
-    for factor, ways in curves.items():
-        by_way = {}
-        for way, rows in ways.items():
-            ends = f"x = {rows[0]['x']} to {rows[-1]['x']}"
-            by_way[way] = f"time x^{exponent(rows, 'seconds'):.2f}, memory x^{exponent(rows, 'mib'):.2f} ({ends})"
-        found.append(f"{factor}: {by_way['one pass']}; in full rows {by_way['full rows']}. {WHY[factor]}.")
-    return found
+def sentence(factor: str, ways: dict[str, list[dict]]) -> str:
+    """What grows how with the factor."""
+    by_way = {}
+    for way, rows in ways.items():
+        ends = f"x = {rows[0]['x']} to {rows[-1]['x']}"
+        by_way[way] = f"time x^{exponent(rows, 'seconds'):.2f}, memory x^{exponent(rows, 'mib'):.2f} ({ends})"
+    return f"{factor}: {by_way['one pass']}; in full rows {by_way['full rows']}. {WHY[factor]}."
 
 
 def doubling(ways: dict) -> str:
@@ -358,16 +355,13 @@ def doubling(ways: dict) -> str:
     return f"group 8 -> 16: time x {ours:.2f}, FLOPs x {sixteen / eight:.2f}; in full rows time x {full:.2f}"
 
 
-def curves_table(curves: dict) -> str:
-    table = []
-    for factor, ways in curves.items():
-        by_x = {way: {row["x"]: row for row in rows} for way, rows in ways.items()}
-        for x in FACTORS[factor][0]:
-            here = [by_x[way].get(x) for way in WAYS]
-            cells = [f"{row['seconds']:.2f}" if row else "-" for row in here]
-            cells += [f"{row['mib']:.0f}" if row else "-" for row in here]
-            table.append([factor, str(x), *cells])
-    return markdown(["varied", "x", *(f"{way}, s" for way in WAYS), *(f"{way}, MiB" for way in WAYS)], table)
+def curve_table(factor: str, ways: dict[str, list[dict]]) -> str:
+    table, by_x = [], [{row["x"]: row for row in ways[way]} for way in WAYS]
+    for x in FACTORS[factor][0]:
+        rows = [points.get(x) for points in by_x]
+        seconds, mib = ([f"{row[key]:.{digits}f}" if row else "-" for row in rows] for key, digits in COLUMNS.items())
+        table.append([str(x), *seconds, *mib])
+    return markdown([factor, *(f"{way}, s" for way in WAYS), *(f"{way}, MiB" for way in WAYS)], table)
 
 
 def figure(curves: dict):
@@ -409,20 +403,21 @@ def main(arguments: list[str] | None = None) -> None:
 
     print(f"torch {torch.__version__}, one thread\n\nTFLOP of an optimiser step per prompt, G = 8\n", flush=True)
     flops = flops_rows()
-    print(flops_table(flops), flush=True)
-    print(
-        "\nnano policy: processor seconds and MiB of a step. One prompt (two where the group is varied) x 8, 448 pixels"
-    )
-    print(f"= 293 prompt tokens, 32 new ones. -: above {AT_MOST['seconds']} s or {AT_MOST['mib']} MiB\n", flush=True)
-    curves = {f: {way: curve(*points, way) for way in WAYS} for f, points in FACTORS.items()}
-    print(curves_table(curves), *sentences(curves), doubling(curves["group size"]), sep="\n\n")
+    print(flops_table(flops))
+    print("\nnano policy: processor seconds and MiB of a step. 1 prompt (2 where the group is varied) x 8, 448 pixels")
+    print(f"= 293 prompt tokens, 32 new ones. -: above {AT_MOST['seconds']} s or {AT_MOST['mib']} MiB", flush=True)
+    curves = {}
+    for factor, points in FACTORS.items():
+        curves[factor] = {way: curve(*points, way) for way in WAYS}
+        print(f"\n{curve_table(factor, curves[factor])}\n\n{sentence(factor, curves[factor])}", flush=True)
+    print(f"\n{doubling(curves['group size'])}")
     if options.save:
         from experiments.plot import save
 
         save(figure(curves), options.save)
     if options.json:
         fits = {
-            factor: {way: {key: exponent(rows, key) for key in ("seconds", "mib")} for way, rows in ways.items()}
+            factor: {way: {key: exponent(rows, key) for key in COLUMNS} for way, rows in ways.items()}
             for factor, ways in curves.items()
         }
         with open(options.json, "w") as file:

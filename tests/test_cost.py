@@ -365,12 +365,12 @@ def test_tables_sentences_and_curves(tmp_path):
         factor: {"one pass": power(points, 1.2, 0.5), "full rows": power(points[:3], 2, 1)}
         for factor, (points, _) in scale.FACTORS.items()
     }
-    table = scale.curves_table(curves).splitlines()
-    assert len(table) == 2 + 7 + 6 + 7 + 4
-    assert [cell.strip() for cell in table[-1].strip("|").split("|")] == ["prompts", "8", "1.21", "-", "8", "-"]
-    said = scale.sentences(curves)
-    assert said[1].startswith(
-        "group size: time x^1.20, memory x^0.50 (x = 2 to 64); in full rows time x^2.00, memory x^1"
+    table = scale.curve_table("prompts", curves["prompts"]).splitlines()
+    assert len(table) == 2 + 4
+    assert [cell.strip() for cell in table[-1].strip("|").split("|")] == ["8", "1.21", "-", "8", "-"]
+    said = scale.sentence("group size", curves["group size"])
+    assert said.startswith(
+        "group size: time x^1.20, memory x^0.50 (x = 2 to 64); in full rows time x^2.00, memory x^1.00"
     )
     plot.save(scale.figure(curves), tmp_path / "scale.png")
     assert Image.open(tmp_path / "scale.png").size == (1400, 640)
