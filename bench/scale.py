@@ -1,6 +1,6 @@
 """What a step costs and what it grows with: FLOPs counted at Qwen2.5-VL's sizes, time and memory measured at nano's.
 
-    python -m bench.scale                                              everything, some eight minutes on one CPU core
+    python -m bench.scale                                              everything, six minutes on one CPU core
     python -m bench.scale --json scale.json --save assets/scale.png    and every figure in a file, and the curves
 
 Three ways to do the same step. FULL ROWS: every prompt is given G times, with one completion each, as in trainers that
