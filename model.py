@@ -215,13 +215,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def scores(q: Tensor, k: Tensor) -> Tensor:
-    """q (..., S, D), k (..., L, D) -> q k^T (..., S, L) in fp32 at least, as inside flash attention: scores rounded to
+    """q (N, S, D), k (N, L, D) -> q k^T (N, S, L) in fp32 at least, as inside flash attention: scores rounded to
     16 bits would sample from another policy than the one that is trained."""
     if q.dtype not in (torch.bfloat16, torch.float16):
-        return q @ k.mT
+        return torch.bmm(q, k.mT)
     if not q.is_cuda:
-        return q.float() @ k.float().mT
-    return torch.bmm(q.flatten(0, -3), k.flatten(0, -3).mT, out_dtype=torch.float32).unflatten(0, q.shape[:-2])
+        return torch.bmm(q.float(), k.float().mT)
+    return torch.bmm(q, k.mT, out_dtype=torch.float32)
 
 
 # -------------------------------------------------------------------------------------------------------- vision tower
@@ -442,18 +442,23 @@ class Attention(nn.Module):
         at: Tensor,
         bias: Tensor,
     ) -> Tensor:
-        """One token per row, x (B * G, 1, H). pk, pv (B, kv_heads, P, D): what the G rows of a prompt share; k, v
-        (B, kv_heads, G, T, D): their own, written here at place `at` (1,); bias (B, 1, 1, 1, P + T) hides places."""
-        b, _, p, _ = pk.shape
-        q, new_k, new_v = (y.view(b, len(x) // b, self.kv_heads, -1, self.head_dim) for y in self.project(x, cos, sin))
-        k.index_copy_(3, at, new_k.transpose(1, 2))
-        v.index_copy_(3, at, new_v.transpose(1, 2))
-        q = q.transpose(1, 2).contiguous()  # (B, kv_heads, G, r, D): r query heads share a key head
-        shared = scores(q.flatten(2, 3), pk).view(*q.shape[:4], p)
-        seen = torch.cat((shared, scores(q, k)), dim=-1)  # (B, kv_heads, G, r, P + T)
-        weights = torch.add(bias, seen, alpha=self.head_dim**-0.5).softmax(-1).to(x.dtype)
-        out = (weights[..., :p].flatten(2, 3) @ pv).view(q.shape) + weights[..., p:] @ v
-        return self.o_proj(out.transpose(1, 2).reshape(len(x), 1, -1))
+        """One token per row, x (B * G, H). pk, pv (B * kv_heads, P, D): what the G rows of a prompt share; k, v
+        (B * kv_heads * G, T, D): their own, written here at place `at` (1,); bias (B * kv_heads, 1, P + places) hides
+        places of the prompt and of the first ones of T."""
+        p, d = pk.shape[1:]
+        b, places = len(pk) // self.kv_heads, bias.shape[-1] - p
+        grid = (b, len(x) // b, self.kv_heads, -1, d)  # r query heads share a key head
+        q, new_k, new_v = (proj(x).view(grid).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, new_k = rotate(torch.cat((q, new_k), dim=3), cos, sin).split((q.shape[3], 1), dim=3)
+        for cache, new in ((k, new_k), (v, new_v)):  # new (B, kv_heads, G, 1, D)
+            cache.view(*new.shape[:3], -1, d).index_copy_(3, at, new)
+        q = q.reshape(len(pk), -1, d)  # (B * kv_heads, G * r, D)
+        own = scores(q.view(len(k), -1, d), k[:, :places]).view(len(pk), -1, places)
+        seen = torch.cat((scores(q, pk), own), dim=-1)  # (B * kv_heads, G * r, P + places)
+        weights = torch.add(bias, seen, alpha=d**-0.5).softmax(-1).to(x.dtype)
+        out = torch.bmm(weights[..., :p], pv).view(len(k), -1, d)
+        out = torch.baddbmm(out, weights[..., p:].view(len(k), -1, places), v[:, :places])
+        return self.o_proj(out.view(*new_v.shape[:3], -1, d).transpose(1, 2).reshape(len(x), -1))
 
 
 class Block(nn.Module):

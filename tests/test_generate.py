@@ -27,10 +27,8 @@ def luck(count: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("window", [1, 4, 64])
-def test_decode_steps_compute_the_suffix_pass(policy, prompts, window, monkeypatch):  # noqa: F811
+def test_decode_steps_compute_the_suffix_pass(policy, prompts, monkeypatch):  # noqa: F811
     """float64, prompts of unequal length: the log-probs that tokens are drawn from are those that the update gets."""
-    monkeypatch.setattr(generate, "WINDOW", window)
     drawn, draw = [], Decoding.draw
 
     def watched(self, logits):
