@@ -22,7 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -343,7 +343,7 @@ def rollout(
     used = seen.select(seen.spread) if args.dynamic_sampling else seen
     if reference is not None:
         with ranks.unsharded(reference):
-            used = replace(used, logp_ref=reference_logprobs(reference, used, args) if used.prompts else None)
+            used.logp_ref = reference_logprobs(reference, used, args) if used.prompts else None
     return tally, seen, used
 
 
