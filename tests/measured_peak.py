@@ -55,7 +55,12 @@ def measure(folder: Path, flags: list[str]) -> dict:
     before = in_use("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     train(str(folder / "run"), *flags)
-    return {"measured": in_use("VmHWM") - before, "estimated": plan.peak(runs[0]), "always": plan.always(runs[0]), "moments": {k: round(plan.total(v)/1e6) for k, v in plan.moments(runs[0]).items()}}
+    return {
+        "measured": in_use("VmHWM") - before,
+        "estimated": plan.peak(runs[0]),
+        "always": plan.always(runs[0]),
+        "moments": {k: round(plan.total(v) / 1e6) for k, v in plan.moments(runs[0]).items()},
+    }
 
 
 if __name__ == "__main__":
