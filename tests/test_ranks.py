@@ -122,7 +122,7 @@ def assert_same_run(one: Path, several: Path, size: int) -> None:
     assert [row["tau"] for row in found] == [row["tau"] for row in expected]
     assert [row["decision"] for row in found] == [row["decision"] for row in expected]
     for a, b in zip(expected, found, strict=True):
-        assert b == {key: pytest.approx(v, abs=1e-9) if isinstance(v, float) else v for key, v in a.items()}
+        assert b == {key: pytest.approx(v, rel=1e-9, abs=1e-9) if isinstance(v, float) else v for key, v in a.items()}
     (single,), ranks_steps = traces(one), traces(several)
     assert len(ranks_steps) == size
     for step, *shares in zip(single, *ranks_steps, strict=True):
@@ -168,7 +168,10 @@ def test_a_step_is_four_collectives_and_one_of_them_carries_the_groups(alone, tw
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_twenty_steps_on_several_ranks_are_those_of_one(size, data, tmp_path):
-    cases = [(name, flags(CASES[name].replace("--steps 2", "--steps 20"), data)) for name in ("plain", "everything")]
+    cases = [
+        (name, flags(CASES[name].replace("--steps 2", "--steps 20 --lr 1e-4"), data))
+        for name in ("plain", "everything")
+    ]
     both = cases + [(f"sharded {name}", [*words, "--shard"]) for name, words in cases]
     for folder in ("one", "several"):
         (tmp_path / folder).mkdir()
