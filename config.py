@@ -197,9 +197,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", choices=tuple(RECIPES), help=f"defaults of what follows (default: {recipe})")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     parser.add_argument("--estimate", action="store_true", help="print what memory the run would take, and stop")
-    parser.add_argument(
-        "--ranks", type=int, help="with --estimate: GPUs to plan for (default: as many as torchrun has)"
-    )
+    parser.add_argument("--ranks", type=int, help="with --estimate: GPUs to plan for, where torchrun does not say it")
     known = DEFAULTS | RECIPES["nano"] | asdict(ScheduleConfig())
     for title, helps in GROUPS.items():
         group = parser.add_argument_group(title)
@@ -253,8 +251,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     recipe = explicit.get("recipe", saved.get("recipe", "nano" if model == "nano" else "paper"))
     merged = asdict(ScheduleConfig()) | DEFAULTS | RECIPES[recipe] | saved | explicit
     switches = {name: bool(explicit.get(name)) for name in ("resume", "estimate")}
-    ranks_here = int(os.environ.get("WORLD_SIZE", 1))
-    args = argparse.Namespace(**merged | {"recipe": recipe, "ranks": explicit.get("ranks", ranks_here)} | switches)
+    switches["ranks"] = explicit.get("ranks", int(os.environ.get("WORLD_SIZE", 1)))
+    args = argparse.Namespace(**merged | {"recipe": recipe} | switches)
     for sentence in wrong(args, explicit):
         parser.error(sentence)
     return args

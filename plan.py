@@ -258,18 +258,17 @@ def in_hand(run: Run, tokens: int, shape: ModelConfig | VisionConfig) -> int:
     return run.width * tokens * (3 * shape.intermediate_size + 4 * shape.hidden_size)
 
 
-def whole(run: Run) -> Parts:
-    """Sharded weights outside the update (ranks.unsharded): the policy's, and then the reference's."""
-    return {"gathered weights": run.width * Weights.of(run.config).all} if run.shards > 1 else {}
-
-
-def passing(run: Run, block: int) -> Parts:
-    """What FSDP2 gathers of the weights while an update goes through blocks of this size: all that is in no block; the
-    block and the one that comes next. Gradients: as they come, and in fp32 those that are added up and those before."""
+def gathered(run: Run, block: int | None = None) -> Parts:
+    """Of sharded weights: all, outside the update (ranks.unsharded; of policy or reference). While an update goes
+    through blocks of this size, what is in no block, the block and the next one; and its gradients, as they come and
+    in fp32, with those of the block before that are still being added up."""
+    weights = Weights.of(run.config)
     if run.shards == 1:
         return {}
-    gathered = run.width * (Weights.of(run.config).loose + 2 * block)
-    return {"gathered weights": gathered, "gradients to add up": (run.width + 2 * FULL) * block}
+    if block is None:
+        return {"gathered weights": run.width * weights.all}
+    sums = (run.width + 2 * FULL) * block
+    return {"gathered weights": run.width * (weights.loose + 2 * block), "gradients to add up": sums}
 
 
 def answering(run: Run, prompts: int, group: int) -> dict[str, Parts]:
@@ -277,11 +276,11 @@ def answering(run: Run, prompts: int, group: int) -> dict[str, Parts]:
     patches, tokens, rows = prompts * run.patches, prompts * run.prompt, prompts * group
     keys = run.width * run.kv * run.config.num_hidden_layers  # bytes per token
     return {
-        "prompts": whole(run)
+        "prompts": gathered(run)
         | {"keys and values": keys * tokens}
         | {"patches": patches * run.patch * (FULL + run.width % FULL)}  # as read, and cast
         | {"one block": max(in_hand(run, patches, run.config.vision), in_hand(run, tokens, run.config))},
-        "completions": whole(run)
+        "completions": gathered(run)
         | {"keys and values": 2 * keys * tokens}  # and as decoding wants them
         | {"cache": keys * rows * run.tokens}
         | {"logits": rows * run.config.vocab_size * (run.width + 2 * FULL)},  # as they are, tempered, softmax
@@ -294,7 +293,7 @@ def rolling_out(run: Run) -> dict[str, Parts]:
         logits = run.width * min(HEAD_ROWS, run.rows * run.tokens) * run.config.vocab_size  # of one chunk
         block = in_hand(run, run.inputs, run.config) + run.joined
         keys = {"keys and values": parts["prompts"]["keys and values"]}
-        parts["log-probs"] = whole(run) | keys | {"one block": max(block, logits)}
+        parts["log-probs"] = gathered(run) | keys | {"one block": max(block, logits)}
     more = of_batch(run)  # of the step before, let go when this one's rollout is done
     if run.whole:
         held, _ = kept(run)
@@ -309,7 +308,7 @@ def updating(run: Run) -> dict[str, Parts]:
     vision, of_prompts, of_completions = ({f"kept of {name}": size} for name, size in held.items())
     gradients = {"gradients": FULL * trained(run) // run.shards}
     before = {} if run.micro >= run.batch else gradients  # of earlier micro-batches
-    head, cast = (0, 0) if run.lora_rank else (FULL * weights.head, run.width * weights.head)
+    head = 0 if run.lora_rank else FULL * weights.head
     logits = run.width * min(HEAD_ROWS, run.rows * run.tokens) * config.vocab_size
     # A weight that both prompts and completions use gets its gradient when both parts have come: the first one waits.
     # Of a sharded one, all of it, since the ranks add it up then, but in the dtype in which the weight was gathered.
@@ -317,19 +316,19 @@ def updating(run: Run) -> dict[str, Parts]:
     waits = wide * (trained(run) if run.lora_rank else weights.decoder)
     others = waits - waits // config.num_hidden_layers  # than those of the block at hand
     keys = {"gradients of keys and values": run.width * run.kv * config.num_hidden_layers * run.micro * run.prompt}
-    through = passing(run, weights.decoder // config.num_hidden_layers)
+    through = gathered(run, weights.decoder // config.num_hidden_layers)
     completions = through | {"one block": again["completions"] + in_hand(run, run.inputs, config) + run.joined}
     prompts = through | {"one block": again["prompts"] + in_hand(run, run.micro * run.prompt, config)}
     forward = before | vision | of_prompts | {"gradient of the head": head}
     parts = {
-        "head": forward | of_completions | through | {"logits": logits + (cast if run.width != FULL else 0)},
+        "head": forward | of_completions | through | {"logits": logits + casts(run, head // FULL)},
         "completions": forward | of_completions | completions,
         "completions' end": forward | completions | keys | {"gradients that wait": others},
         "prompts": forward | prompts | keys | {"gradients that wait": waits + head},  # the embedding's, of head's size
     }
     if held["vision"]:
         block = {"one block": again["vision"] + in_hand(run, run.micro * run.patches, config.vision)}
-        block |= passing(run, weights.vision_block)
+        block |= gathered(run, weights.vision_block)
         parts["pictures"] = gradients | {"kept of vision": held["vision"] - merger_kept(run)} | block
     return {f"update, {name}": part for name, part in parts.items()}
 
@@ -387,9 +386,7 @@ CHANGES = {  # that make a run smaller; what changes the method least comes firs
     "--max-tokens 256": lambda run: replace(run, tokens=min(run.tokens, 256)),
     "--freeze-vision": lambda run: replace(run, freeze_vision=True),
     "--beta 0": lambda run: replace(run, reference=False),
-    "--lora-rank 64": lambda run: (
-        run if run.shards > 1 else replace(run, lora_rank=run.lora_rank or 64, freeze_vision=False)
-    ),
+    "--lora-rank 64": lambda run: replace(run, lora_rank=run.lora_rank or 64, freeze_vision=False),
 }
 
 
@@ -402,10 +399,11 @@ def remedy(run: Run, memory: int) -> str:
             made = CHANGES[name](made)
         return choose(made, memory)
 
-    flags = [name for name, change in CHANGES.items() if change(run) != run]
+    flags = [name for name in CHANGES if run.shards == 1 or "lora" not in name]  # shards take no adapters
     if not fits(changed(flags), memory):
         least = peak(changed(flags)) / FILL[run.device]
-        return f"no flags make it fit: {' '.join(flags)} would take {gigabytes(least)} GB; take a smaller model"
+        sentence = f"no flags make it fit: {' '.join(flags)} would take {gigabytes(least)} GB"
+        return f"{sentence}; take a smaller model, or more ranks and --shard"
     for name in reversed(CHANGES):
         fewer = [flag for flag in flags if flag != name]
         if fits(changed(fewer), memory):
