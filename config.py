@@ -197,6 +197,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", choices=tuple(RECIPES), help=f"defaults of what follows (default: {recipe})")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     parser.add_argument("--estimate", action="store_true", help="print what memory the run would take, and stop")
+    parser.add_argument("--ranks", type=int, help="with --estimate: GPUs to plan for, where torchrun does not say it")
     known = DEFAULTS | RECIPES["nano"] | asdict(ScheduleConfig())
     for title, helps in GROUPS.items():
         group = parser.add_argument_group(title)
@@ -250,6 +251,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     recipe = explicit.get("recipe", saved.get("recipe", "nano" if model == "nano" else "paper"))
     merged = asdict(ScheduleConfig()) | DEFAULTS | RECIPES[recipe] | saved | explicit
     switches = {name: bool(explicit.get(name)) for name in ("resume", "estimate")}
+    switches["ranks"] = explicit.get("ranks", int(os.environ.get("WORLD_SIZE", 1)))
     args = argparse.Namespace(**merged | {"recipe": recipe} | switches)
     for sentence in wrong(args, explicit):
         parser.error(sentence)
@@ -275,7 +277,7 @@ def read_saved(file: Path) -> dict:
 
 
 LEAST = {
-    1: "steps batch_size micro_batch inner_steps max_tokens save_every eval_limit max_pixels".split(),
+    1: "steps batch_size micro_batch inner_steps max_tokens save_every eval_limit max_pixels ranks".split(),
     0: "warmup beta clip_low clip_high eval_every samples_every seed dynamic_sampling skip_bad lora_rank".split()
     + ["workers"],
 }
@@ -332,11 +334,13 @@ def wrong(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
             yield f"{flag(name)} changes nothing beside {why}; drop it"
     if args.decode == "graph" and not args.device.startswith("cuda"):
         yield f"--decode graph records a CUDA graph, --device {args.device} has none: give --decode eager"
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if several and args.device.startswith("cuda:"):
+    if "ranks" in explicit and not args.estimate:
+        yield "--ranks is for --estimate; a run has as many as torchrun starts: torchrun --nproc-per-node=N"
+    if args.ranks > 1 and args.device.startswith("cuda:"):
         yield f"--device {args.device} is one GPU for all processes: give --device cuda, and each takes its own"
-    if args.shard and not several:
-        yield "--shard spreads the weights over several processes, this is one: start it by torchrun --nproc-per-node=N"
+    if args.shard and args.ranks == 1:
+        how = "give --ranks N" if args.estimate else "start it by torchrun --nproc-per-node=N"
+        yield f"--shard spreads the weights over several processes, this is one: {how}"
     if args.shard and args.lora_rank:
         yield "--shard is for weights that are trained, --lora-rank freezes them: drop one of the two"
     if args.shard and args.decode == "graph":
@@ -358,7 +362,7 @@ def describe(args: argparse.Namespace) -> dict:
     )  # fmt: skip
     packages = {name: version(name) for name in ("torch", "transformers", "safetensors", "numpy", "pillow")}
     return {
-        "arguments": {name: value for name, value in vars(args).items() if name not in ("resume", "estimate")},
+        "arguments": {name: value for name, value in vars(args).items() if name not in ("resume", "estimate", "ranks")},
         "versions": {"python": platform.python_version(), **packages},
         "git": git.stdout.strip() or None,
         "threads": torch.get_num_threads(),

@@ -9,7 +9,8 @@ it in model.py's code: a change there is a change in block_kept() and kept(), an
 Another test measures the peaks of whole runs.
 
 1 GB is 2^30 bytes, as on the label of a card. Left out: what driver and libraries take, and what an allocator loses
-(hence FILL); the groups that --dynamic-sampling draws beyond the batch; --shard (without, each rank holds all of this).
+(hence FILL); the groups that --dynamic-sampling draws beyond the batch; the 256 MB by which several ranks add up their
+gradients, when the backward pass has let go of more. Of several ranks, these are the bytes of each.
 """
 
 import math
@@ -52,6 +53,7 @@ class Run:
     group: int  # G
     tokens: int  # T, of the longest completion
     width: int  # bytes of a number in the arithmetic: 4 for fp32, 2 for bf16
+    shards: int = 1  # ranks that the weights are spread over
     checkpointing: bool = False
     lora_rank: int = 0
     freeze_vision: bool = False
@@ -65,7 +67,7 @@ class Run:
     @property
     def whole(self) -> bool:
         """The rollout makes the prefix with gradient, and the update goes on from it."""
-        return self.micro >= self.batch and self.inner_steps == 1 and not self.dynamic
+        return self.micro >= self.batch and self.inner_steps == 1 and not self.dynamic and self.shards == 1
 
     @property
     def rows(self) -> int:
@@ -107,6 +109,7 @@ class Weights:
     merger: int
     decoder: int  # its blocks, without embedding and head
     head: int  # V * H
+    loose: int  # all that is in no block
     adapters: int  # of rank 1
 
     @staticmethod
@@ -114,6 +117,7 @@ class Weights:
     def of(config: ModelConfig) -> "Weights":
         with torch.device("meta"):
             policy = Policy(config)
+        blocks = torch.nn.ModuleList((*policy.visual.blocks, *policy.model.layers))
 
         def count(module: torch.nn.Module) -> int:
             return sum(p.numel() for p in module.parameters())
@@ -125,6 +129,7 @@ class Weights:
             merger=count(policy.visual.merger),
             decoder=count(policy.model.layers),
             head=policy.head_weight.numel(),
+            loose=count(policy) - count(blocks),
             adapters=sum(sum(linear.weight.shape) for linear in lora.decoder_linears(policy)),
         )
 
@@ -144,12 +149,12 @@ def always(run: Run) -> Parts:
         parts = {"frozen weights": run.width * weights, "adapters": FULL * moved}
     else:
         parts = {"weights": FULL * weights}
-        if run.width != FULL:
+        if run.width != FULL and run.shards == 1:
             parts["copy for the rollout"] = run.width * weights
         if run.reference:
             parts["reference"] = run.width * weights
     parts["AdamW's moments"] = 2 * FULL * moved
-    return parts | of_batch(run, run.ahead)
+    return {name: size // run.shards for name, size in parts.items()} | of_batch(run, run.ahead)
 
 
 def waiting(run: Run, prompts: int) -> Parts:
@@ -190,8 +195,8 @@ def block_kept(
 
 
 def casts(run: Run, weights: int) -> int:
-    """Bytes: fp32 weights are cast at each call, and autograd keeps the cast."""
-    return run.width * weights if run.width != FULL else 0
+    """Bytes: fp32 weights are cast at each call, and autograd keeps the cast. Shards are gathered as casts."""
+    return run.width * weights if run.width != FULL and run.shards == 1 else 0
 
 
 def merger_kept(run: Run) -> int:
@@ -253,17 +258,29 @@ def in_hand(run: Run, tokens: int, shape: ModelConfig | VisionConfig) -> int:
     return run.width * tokens * (3 * shape.intermediate_size + 4 * shape.hidden_size)
 
 
+def gathered(run: Run, block: int | None = None) -> Parts:
+    """Of sharded weights: all, outside the update (ranks.unsharded; of policy or reference). While an update goes
+    through blocks of this size, what is in no block, the block and the next one; and its gradients, as they come and
+    in fp32, with those of the block before that are still being added up."""
+    weights = Weights.of(run.config)
+    if run.shards == 1:
+        return {}
+    if block is None:
+        return {"gathered weights": run.width * weights.all}
+    sums = (run.width + 2 * FULL) * block
+    return {"gathered weights": run.width * (weights.loose + 2 * block), "gradients to add up": sums}
+
+
 def answering(run: Run, prompts: int, group: int) -> dict[str, Parts]:
     """prefix() and generate() without gradient, every completion at its full length."""
     patches, tokens, rows = prompts * run.patches, prompts * run.prompt, prompts * group
     keys = run.width * run.kv * run.config.num_hidden_layers  # bytes per token
-    last = {"gradients": FULL * trained(run)}  # of the step before
     return {
-        "prompts": last
+        "prompts": gathered(run)
         | {"keys and values": keys * tokens}
-        | {"patches": patches * run.patch * FULL + casts(run, patches * run.patch)}
+        | {"patches": patches * run.patch * (FULL + run.width % FULL)}  # as read, and cast
         | {"one block": max(in_hand(run, patches, run.config.vision), in_hand(run, tokens, run.config))},
-        "completions": last
+        "completions": gathered(run)
         | {"keys and values": 2 * keys * tokens}  # and as decoding wants them
         | {"cache": keys * rows * run.tokens}
         | {"logits": rows * run.config.vocab_size * (run.width + 2 * FULL)},  # as they are, tempered, softmax
@@ -275,8 +292,8 @@ def rolling_out(run: Run) -> dict[str, Parts]:
     if run.reference or run.inner_steps > 1:
         logits = run.width * min(HEAD_ROWS, run.rows * run.tokens) * run.config.vocab_size  # of one chunk
         block = in_hand(run, run.inputs, run.config) + run.joined
-        known = {name: parts["prompts"][name] for name in ("gradients", "keys and values")}
-        parts["log-probs"] = known | {"one block": max(block, logits)}
+        keys = {"keys and values": parts["prompts"]["keys and values"]}
+        parts["log-probs"] = gathered(run) | keys | {"one block": max(block, logits)}
     more = of_batch(run)  # of the step before, let go when this one's rollout is done
     if run.whole:
         held, _ = kept(run)
@@ -289,25 +306,29 @@ def updating(run: Run) -> dict[str, Parts]:
     config, weights = run.config, Weights.of(run.config)
     held, again = kept(run)
     vision, of_prompts, of_completions = ({f"kept of {name}": size} for name, size in held.items())
-    gradients = {"gradients": FULL * trained(run)}
+    gradients = {"gradients": FULL * trained(run) // run.shards}
     before = {} if run.micro >= run.batch else gradients  # of earlier micro-batches
-    head, cast = (0, 0) if run.lora_rank else (FULL * weights.head, run.width * weights.head)
+    head = 0 if run.lora_rank else FULL * weights.head
     logits = run.width * min(HEAD_ROWS, run.rows * run.tokens) * config.vocab_size
     # A weight that both prompts and completions use gets its gradient when both parts have come: the first one waits.
-    waits = FULL * (trained(run) if run.lora_rank else weights.decoder)
+    # Of a sharded one, all of it, since the ranks add it up then, but in the dtype in which the weight was gathered.
+    wide = FULL if run.shards == 1 else run.width
+    waits = wide * (trained(run) if run.lora_rank else weights.decoder)
     others = waits - waits // config.num_hidden_layers  # than those of the block at hand
     keys = {"gradients of keys and values": run.width * run.kv * config.num_hidden_layers * run.micro * run.prompt}
-    completions = {"one block": again["completions"] + in_hand(run, run.inputs, config) + run.joined}
-    prompts = {"one block": again["prompts"] + in_hand(run, run.micro * run.prompt, config)}
+    through = gathered(run, weights.decoder // config.num_hidden_layers)
+    completions = through | {"one block": again["completions"] + in_hand(run, run.inputs, config) + run.joined}
+    prompts = through | {"one block": again["prompts"] + in_hand(run, run.micro * run.prompt, config)}
     forward = before | vision | of_prompts | {"gradient of the head": head}
     parts = {
-        "head": forward | of_completions | {"logits": logits + (cast if run.width != FULL else 0)},
+        "head": forward | of_completions | through | {"logits": logits + casts(run, head // FULL)},
         "completions": forward | of_completions | completions,
         "completions' end": forward | completions | keys | {"gradients that wait": others},
         "prompts": forward | prompts | keys | {"gradients that wait": waits + head},  # the embedding's, of head's size
     }
     if held["vision"]:
         block = {"one block": again["vision"] + in_hand(run, run.micro * run.patches, config.vision)}
+        block |= gathered(run, weights.vision_block)
         parts["pictures"] = gradients | {"kept of vision": held["vision"] - merger_kept(run)} | block
     return {f"update, {name}": part for name, part in parts.items()}
 
@@ -378,10 +399,11 @@ def remedy(run: Run, memory: int) -> str:
             made = CHANGES[name](made)
         return choose(made, memory)
 
-    flags = list(CHANGES)
+    flags = [name for name in CHANGES if run.shards == 1 or "lora" not in name]  # shards take no adapters
     if not fits(changed(flags), memory):
         least = peak(changed(flags)) / FILL[run.device]
-        return f"no flags make it fit: {' '.join(flags)} would take {gigabytes(least)} GB; take a smaller model"
+        sentence = f"no flags make it fit: {' '.join(flags)} would take {gigabytes(least)} GB"
+        return f"{sentence}; take a smaller model, or more ranks and --shard"
     for name in reversed(CHANGES):
         fewer = [flag for flag in flags if flag != name]
         if fits(changed(fewer), memory):
@@ -412,6 +434,13 @@ def free_memory(device: str, root: Path = Path("/")) -> int:
     if most.exists() and (limit := most.read_text().strip()) != "max":
         sizes.append(int(limit) - int(taken.read_text()))
     return max(min(sizes), 0)
+
+
+def share_of_memory(args) -> int:
+    """Bytes for this rank: of a GPU, each has its own; the memory of a CPU is shared by all ranks of the machine."""
+    memory = free_memory(args.device) if args.memory is None else read_memory(args.memory)
+    on_cpu = torch.device(args.device).type == "cpu"
+    return memory // int(os.environ.get("LOCAL_WORLD_SIZE", args.ranks)) if on_cpu else memory
 
 
 def longest_prompt(args, base: Path, samples: list[Sample]) -> tuple[int, int, str]:
@@ -451,23 +480,27 @@ def read_run(args, base: Path, samples: list[Sample]) -> tuple[Run, str]:
         samples = []  # no data named yet: nobody means phantoms
     config = ModelConfig.from_dict(read_json(base / "config.json"), str(base / "config.json"))
     prompt, patches, words = longest_prompt(args, base, samples)
+    share = math.ceil(args.batch_size / args.ranks)  # prompts of a step on one rank
+    if args.ranks > 1:
+        words = f"{'a shard' if args.shard else 'a copy'} of the weights on each of {args.ranks} ranks; {words}"
     evaluated = EVALUATION if args.val or held_out_phantoms(args.data) else 0
     run = Run(
         config=config,
         prompt=prompt,
         patches=patches,
-        batch=math.ceil(args.batch_size / ranks.size),
-        micro=math.ceil(args.batch_size / ranks.size),
+        batch=share,
+        micro=share,
         group=args.group_size,
         tokens=args.max_tokens,
         width=getattr(torch, args.dtype).itemsize,
+        shards=args.ranks if args.shard else 1,
         lora_rank=args.lora_rank,
         freeze_vision=args.freeze_vision,
         reference=args.beta > 0,
         inner_steps=args.inner_steps,
         dynamic=args.dynamic_sampling > 0,
         device=torch.device(args.device).type,
-        ahead=args.batch_size if args.workers else 0,
+        ahead=share if args.workers else 0,
         evaluation=min(evaluated, args.eval_limit or EVALUATION),
     )
     return run, words
@@ -477,12 +510,9 @@ def settle(args, base: Path, samples: list[Sample]) -> tuple[Run, str]:
     """Set --micro-batch and --checkpointing where they were left open -> (the run, what to print: a line, or with
     --estimate a page). InputError if --memory was given and is too little; if it was not, that is a warning only."""
     asked, words = read_run(args, base, samples)
-    if args.shard:
-        args.micro_batch, args.checkpointing = args.micro_batch or 1, bool(args.checkpointing)
-        return asked, f"plan: none, it does not know --shard; {choices(replace(asked, micro=args.micro_batch))}"
     if args.memory is None and args.estimate and asked.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--estimate: there is no GPU here to ask; say what it has, such as --memory 24GB")
-    memory = free_memory(args.device) if args.memory is None else read_memory(args.memory)
+    memory = min(ranks.everyone(lambda: share_of_memory(args)))  # where one rank has less, all make do with less
     given = None if args.micro_batch is None else min(args.micro_batch, asked.batch)
     run = choose(asked, memory, given, args.checkpointing)
     args.micro_batch = run.micro if args.micro_batch is None else args.micro_batch

@@ -18,8 +18,10 @@ A rank that ends takes the others with it: torchrun ends them, and who waits for
 Left out: more than one way to split (tensor, pipeline), gradients that travel during the backward pass (replicated).
 """
 
+import atexit
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -37,6 +39,10 @@ from tqdm import tqdm
 from errors import InputError, cause_of
 
 TIMEOUT = timedelta(minutes=30)  # of a collective: a checkpoint on a slow disk, the longest of all rollouts
+# Seconds between the end of a program and that of its interpreter. The thread of gloo that did a collective still holds
+# its tensors, and needs the interpreter to let them go; where it comes too late, it aborts the process (before Python
+# 3.14). Nobody can wait for that thread: DTensor's caches keep a mesh, and the mesh keeps its process group.
+LAST_BREATH = 0.5
 BUCKET = 2**26  # gradients added up at a time: the copy is 256 MB in fp32, or as large as the largest weight
 
 rank, size = 0, 1
@@ -54,9 +60,11 @@ def start(device: str) -> None:
     with _company():  # what lies on the CPU travels by gloo, gradients on a GPU by NCCL
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     rank, size = dist.get_rank(), dist.get_world_size()
+    atexit.register(time.sleep, LAST_BREATH)
 
 
 def end() -> None:
+    """Leave the others, once all is done together."""
     global rank, size
     if size > 1:
         dist.destroy_process_group()

@@ -574,7 +574,6 @@ def train(args, readers: Readers) -> None:
     held_out = args.val or held_out_phantoms(args.data)
     val = load_samples(held_out, args.seed, "test", bad, args.queries) if held_out else []
     planned, words = plan.settle(args, base, samples + val)
-    args.micro_batch, args.checkpointing = ranks.everyone(lambda: [args.micro_batch, args.checkpointing])[0]
     ranks.say(words)
     if args.estimate:
         return
@@ -691,6 +690,7 @@ def train(args, readers: Readers) -> None:
         decision = schedule.observe(tally.iou.tolist())
         rolled = time.perf_counter()
         losses = update(policy, optimizer, used, args)
+        optimizer.zero_grad()  # the memory is the next rollout's
         if actor is not policy:
             with torch.no_grad():
                 torch._foreach_copy_(list(actor.parameters()), list(policy.parameters()))

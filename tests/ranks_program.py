@@ -2,12 +2,14 @@
 
     torchrun --nproc-per-node=2 tests/ranks_program.py CASES.json
 
-CASES: [[out, flags], ...]. Beside what a run writes, out/trace.json has for every step what was rolled out, the
+CASES: [[out, flags, begun], ...]; begun is null, or [folder, step] of a run of which out is to be a copy, stopped after
+that step. Beside what a run writes, out/trace.json has for every step what was rolled out, the
 collectives and the sizes of what was gathered; out/wide.safetensors the weights in float64, where a checkpoint has
 float32.
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -34,7 +36,17 @@ def wide_policies(args, base, start, make=train_grpo.make_policies):
     return policy, policy, reference
 
 
-def run(out: Path, flags: list[str]) -> None:
+def stopped(folder: Path, step: int, out: Path) -> None:
+    """As if the run in `folder` had been killed on its way from `step` to its end."""
+    shutil.copytree(folder, out)
+    for later in out.glob("step-*"):
+        if int(later.name.removeprefix("step-")) > step:
+            shutil.rmtree(later)
+
+
+def run(out: Path, flags: list[str], begun: tuple[Path, int] | None = None) -> None:
+    if begun:
+        ranks.first(lambda: stopped(Path(begun[0]), begun[1], out))
     steps, sizes = [], []
     rollout, update, gather, save = train_grpo.rollout, train_grpo.update, ranks.gather, checkpoint.save
 
@@ -79,8 +91,8 @@ def run(out: Path, flags: list[str]) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     ranks.start("cpu")
-    for out, flags in json.loads(Path(sys.argv[1]).read_text()):
-        run(Path(out), flags)
+    for out, *rest in json.loads(Path(sys.argv[1]).read_text()):
+        run(Path(out), *rest)
     ranks.end()
 
 

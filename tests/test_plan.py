@@ -240,22 +240,25 @@ WHOLE = {  # three sizes in three situations: (config, side of the pictures, fla
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("name", WHOLE)
-def test_the_estimate_is_within_a_fifth_of_the_measured_peak(name, tmp_path):
+@pytest.mark.parametrize("size, name", [*((1, name) for name in WHOLE), (2, list(WHOLE)[0])])
+def test_the_estimate_is_within_a_fifth_of_the_measured_peak(size, name, tmp_path):
+    """On one rank, and of the first of two that share the weights."""
     config, side, flags = WHOLE[name]
     for part in ("model", "data"):
         (tmp_path / part).mkdir()
     data = pictures(tmp_path / "data", side)
-    command = [sys.executable, str(ROOT / "tests" / "measured_peak.py"), str(tmp_path), "--recipe", "nano"]
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={size}", "--standalone"]
+    command = [sys.executable, *(torchrun if size > 1 else [])]
+    command += [str(ROOT / "tests" / "measured_peak.py"), str(tmp_path), "--recipe", "nano"]
     command += ["--model", str(folder_with(tmp_path / "model", config)), "--data", str(data), "--val", str(data)]
-    command += ["--max-pixels", "200704", *flags.split()]
+    command += ["--max-pixels", "200704", *flags.split(), *["--shard"][: size - 1]]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     always = sum(seen["always"].values())
     measured, estimated = seen["measured"], seen["estimated"]
-    print(f"\n{name}: estimated {estimated / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB", end=" ")
+    print(f"\n{name}, {size} ranks: estimated {estimated / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB", end=" ")
     print(f"({estimated / measured:.2f}), of them {always / 1e6:.0f} always there")
     assert measured > 1.2 * always  # there is something to estimate
     assert abs(estimated / measured - 1) < 0.2
@@ -309,7 +312,7 @@ MORE = ("micro", "group", "tokens", "prompt", "patches")
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"checkpointing": True}, {"lora_rank": 8, "width": 2}, {"freeze_vision": True}]
+    "changes", [{}, {"checkpointing": True}, {"lora_rank": 8, "width": 2}, {"freeze_vision": True}, {"shards": 4}]
 )
 @pytest.mark.parametrize("name", MORE)
 def test_more_of_anything_takes_more(name, changes):
@@ -430,6 +433,62 @@ def test_the_quickstart_is_the_same_on_every_machine_that_has_a_gigabyte():
         chosen, words = plan.settle(args, NANO, load_samples("phantoms", 0, "train"))
         assert (args.micro_batch, args.checkpointing, chosen.evaluation) == (16, False, 50)
     assert "38 tokens a prompt: 25 of its picture (the largest of --data), 13 of text" in words
+
+
+# --------------------------------------------------------------------------------------------------------------- ranks
+
+
+def test_shards_are_a_part_of_everything_and_all_weights_for_a_rollout(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LARGE))
+    parameters, found, asked = PUBLISHED["3B"][1], [], ("--memory=80GB", "--max-pixels=401408", "--checkpointing")
+    for size in (2, 4, 8):
+        text = estimate(tmp_path, *asked, "--shard", f"--ranks={size}")
+        assert f"a shard of the weights on each of {size} ranks" in text and "copy for the rollout" not in text
+        always = re.search(r"always there +([\d.]+)", text)[1]  # fp32 weights and two moments, bf16 reference
+        assert always == plan.gigabytes(14 * parameters / size)
+        assert f"gathered weights {plan.gigabytes(2 * parameters)}" in re.search("rollout, completions.*", text)[0]
+        found.append(float(re.search(r"  peak +([\d.]+)", text)[1]))
+    assert found == sorted(found, reverse=True)
+    copies = estimate(tmp_path, *asked, "--ranks=8")
+    assert "a copy of the weights on each of 8 ranks" in copies
+    assert float(re.search(r"  peak +([\d.]+)", copies)[1]) > found[0]
+
+
+def test_no_shard_is_told_to_take_adapters(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LARGE))
+    text = estimate(tmp_path, "--memory=24GB", "--shard", "--ranks=2")
+    assert "no flags make it fit" in text and "more ranks" in text and "lora" not in text
+
+
+def test_ranks_make_do_with_the_least_memory_of_all(monkeypatch):
+    """And on a CPU, all of one machine share what it has."""
+    samples = load_samples("phantoms", 0, "train")
+
+    def settled(here: int, elsewhere: int) -> tuple:
+        monkeypatch.setattr(plan, "free_memory", lambda device: here)
+        monkeypatch.setattr(plan.ranks, "everyone", lambda work: [work(), elsewhere])
+        args = parse_arguments([])
+        args.prompt, args.dtype = "answer", "float32"
+        _, words = plan.settle(args, NANO, samples)
+        return args.micro_batch, args.checkpointing, words.split(";")[0]
+
+    least = settled(GB // 8, GB // 8)
+    assert settled(GB, GB)[:2] == (16, False) != least[:2]
+    assert settled(GB, GB // 8) == settled(GB // 8, GB) == least
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert settled(GB // 2, GB) == least
+
+
+def test_no_gradient_is_left_when_a_rollout_begins(records, tmp_path, monkeypatch):  # noqa: F811
+    rollout, seen = train_grpo.rollout, []
+
+    def noting(policy, *rest):
+        seen.append(any(p.grad is not None for p in policy.parameters()))
+        return rollout(policy, *rest)
+
+    monkeypatch.setattr(train_grpo, "rollout", noting)
+    run(train_grpo, *small(tmp_path / "a", records, "--steps", "2", "--schedule", "raw"))
+    assert seen == [False, False]
 
 
 # ------------------------------------------------------------------------------------------------------ what it reads

@@ -15,15 +15,12 @@ from test_train import ROOT, lines, records, without_times  # noqa: F401  a fixt
 
 import train_grpo
 
-# With the long ones: now and then a rank ends by SIGABRT, and the reason is not known yet.
-pytestmark = pytest.mark.slow
-
-SMALL = "--group-size 4 --max-tokens 18 --eval-limit 3 --samples-every 2 --workers 1 --lr 1e-3"
+SMALL = "--group-size 4 --max-tokens 18 --eval-limit 2 --samples-every 2 --workers 1 --lr 1e-3"
 CASES = {  # twelve pictures
-    "plain": "--steps 3 --batch-size 5 --micro-batch 2 --schedule medloc --window 4 --tau-start .05"
+    "plain": "--steps 2 --batch-size 5 --micro-batch 2 --schedule medloc --window 4 --tau-start .05"
     " --no-check-stability --no-check-margin --min-hit-rate .3 .3 .3",
-    "one pass": "--steps 3 --batch-size 5 --micro-batch 9 --schedule raw --eval-every 2",
-    "everything": "--steps 3 --batch-size 5 --micro-batch 2 --schedule medloc --window 8 --tau-start .2 --skip-bad 1"
+    "one pass": "--steps 2 --batch-size 5 --micro-batch 9 --schedule raw --eval-every 2",
+    "everything": "--steps 2 --batch-size 5 --micro-batch 2 --schedule medloc --window 8 --tau-start .2 --skip-bad 1"
     " --dynamic-sampling 2 --inner-steps 2 --beta .05 --loss dapo --overlong mask --freeze-vision",
     "an idle rank": "--steps 2 --batch-size 1 --micro-batch 1 --schedule raw --group-size 3 --beta .1",
     "adapters": "--steps 2 --batch-size 3 --micro-batch 2 --schedule raw --lora-rank 3 --beta .1 --checkpointing",
@@ -31,8 +28,10 @@ CASES = {  # twelve pictures
 
 SHARDED = ("plain", "everything", "an idle rank")
 SHARDED = {f"sharded {name}": f"{CASES[name]} --shard --checkpointing" for name in SHARDED}
-STOPPED = "--steps 2 --batch-size 3 --micro-batch 1 --schedule raw --shard --dtype float32 --save-every 1"
-STOPPED += " --freeze-vision"  # so that the first thing a resumed run does is to look
+EXACT = "--steps 3 --batch-size 3 --micro-batch 1 --schedule medloc --window 6 --tau-start .05 --min-hit-rate .3 .3 .3"
+EXACT += " --no-check-stability --no-check-margin --dynamic-sampling 1 --inner-steps 2 --beta .05 --dtype float32"
+EXACT += " --save-every 1 --eval-limit 1"
+MIDDLE, RAISED = 1, 2  # steps after which EXACT is stopped: in the middle of a window, and right after a raise
 
 
 @pytest.fixture(scope="module")
@@ -66,31 +65,51 @@ def torchrun(size: int, *command, expect: int = 0, timeout: float = 240) -> str:
     return output
 
 
-def run_cases(size: int, cases: list[tuple[str, list[str]]], folder: Path, timeout: float = 400) -> dict[str, Path]:
-    """Each (name, flags) as a run on `size` ranks, one after the other in the same processes -> name -> its folder."""
-    outs = {name: folder / name.replace(" ", "-") for name, _ in cases}
+Case = tuple[str, list[str]] | tuple[str, list[str], tuple[str, int]]  # name, flags, begun (ranks_program.py)
+
+
+def run_cases(size: int, cases: list[Case], folder: Path, timeout: float = 400) -> dict[str, Path]:
+    """Each case as a run on `size` ranks, one after the other in the same processes -> name -> its folder."""
+    outs = {name: folder / name.replace(" ", "-") for name, *_ in cases}
     if size == 1:
-        for name, words in cases:
-            ranks_program.run(outs[name], words)
+        for name, *rest in cases:
+            ranks_program.run(outs[name], *rest)
     else:
-        (folder / "cases.json").write_text(json.dumps([(str(outs[name]), words) for name, words in cases]))
+        (folder / "cases.json").write_text(json.dumps([(str(outs[name]), *rest) for name, *rest in cases]))
         torchrun(size, ROOT / "tests" / "ranks_program.py", folder / "cases.json", timeout=timeout)
     return outs
 
 
+def resumed(begun: Path, *flags: str, steps: tuple[int, ...] = (MIDDLE, RAISED)) -> list[Case]:
+    """The run in this folder, stopped and gone on with: cases named by the folder and the step."""
+    words = ["--resume", "--dtype", "float32", *flags]
+    return [(f"{begun.parent.name} {begun.name} {step}{' '.join(flags)}", words, (str(begun), step)) for step in steps]
+
+
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory) -> dict[str, Path]:
-    cases = [(name, flags(case, data)) for name, case in CASES.items()]
-    return run_cases(1, cases, tmp_path_factory.mktemp("one"))
+    """CASES, and EXACT: straight, and stopped and resumed."""
+    folder = tmp_path_factory.mktemp("one")
+    cases = [(name, flags(case, data)) for name, case in (CASES | {"exact": EXACT}).items()]
+    return run_cases(1, cases + resumed(folder / "exact"), folder)
 
 
 @pytest.fixture(scope="module")
-def two(data, tmp_path_factory) -> dict[str, Path]:
-    """CASES and SHARDED on two ranks, and STOPPED: straight, and resumed after its first step."""
-    cases = [(name, flags(case, data)) for name, case in (CASES | SHARDED).items()]
-    cases += [("straight", flags(STOPPED, data)), ("resumed", flags(STOPPED.replace("--steps 2", "--steps 1"), data))]
-    cases += [("resumed", ["--resume", "--steps", "2", "--shard", "--dtype", "float32"])]
-    return run_cases(2, cases, tmp_path_factory.mktemp("two"))
+def two(data, alone, tmp_path_factory) -> dict[str, Path]:
+    """CASES and SHARDED on two ranks; EXACT, replicated and sharded; and EXACT begun by one rank."""
+    folder = tmp_path_factory.mktemp("two")
+    cases = CASES | SHARDED | {"exact": EXACT, "shards": EXACT + " --shard"}
+    cases = [(name, flags(case, data)) for name, case in cases.items()]
+    cases += resumed(folder / "exact") + resumed(folder / "shards", "--shard", steps=(RAISED,))
+    cases += resumed(alone["exact"], steps=(RAISED,)) + resumed(alone["exact"], "--shard", steps=(RAISED,))
+    return run_cases(2, cases, folder)
+
+
+@pytest.fixture(scope="module")
+def one_after_two(two, tmp_path_factory) -> dict[str, Path]:
+    """EXACT begun by two ranks, replicated and sharded, that one goes on with."""
+    cases = resumed(two["exact"], steps=(RAISED,)) + resumed(two["shards"], "--no-shard", steps=(RAISED,))
+    return run_cases(1, cases, tmp_path_factory.mktemp("later"))
 
 
 def traces(out: Path) -> list[list[dict]]:
@@ -103,7 +122,7 @@ def assert_same_run(one: Path, several: Path, size: int) -> None:
     assert [row["tau"] for row in found] == [row["tau"] for row in expected]
     assert [row["decision"] for row in found] == [row["decision"] for row in expected]
     for a, b in zip(expected, found, strict=True):
-        assert b == {key: pytest.approx(v, abs=1e-9) if isinstance(v, float) else v for key, v in a.items()}
+        assert b == {key: pytest.approx(v, rel=1e-9, abs=1e-9) if isinstance(v, float) else v for key, v in a.items()}
     (single,), ranks_steps = traces(one), traces(several)
     assert len(ranks_steps) == size
     for step, *shares in zip(single, *ranks_steps, strict=True):
@@ -126,14 +145,14 @@ def test_the_cases_are_what_they_are_meant_to_be(alone, two):
     rows = {name: lines(out / "metrics.jsonl") for name, out in alone.items()}
     assert len({row["tau"] for row in rows["plain"]}) > 1
     everything = rows["everything"]
-    assert everything[-1]["drawn"] > sum(row["groups"] for row in everything) > 15
+    assert everything[-1]["drawn"] > sum(row["groups"] for row in everything) > 10
     assert any(row["dropped"] for row in everything) and all(row["kl"] is not None for row in everything)
     assert [[len(step["rolled"]) for step in rank] for rank in traces(two["an idle rank"])] == [[1, 0], [0, 1]]
     for name, outs in (("one", alone), ("two", two)):
         for rank in traces(outs["one pass"]):
             assert all(step["shared"] for step in rank), name
     shares = [(len(step["rolled"]), step["shared"]) for rank in traces(two["plain"]) for step in rank]
-    assert shares == [(3, False), (2, True), (3, False), (2, True), (3, False), (2, True)]  # two at a time
+    assert shares == [(3, False), (2, True), (2, True), (3, False)]  # two at a time
 
 
 def test_a_step_is_four_collectives_and_one_of_them_carries_the_groups(alone, two):
@@ -141,15 +160,18 @@ def test_a_step_is_four_collectives_and_one_of_them_carries_the_groups(alone, tw
     for out in (alone["plain"], alone["everything"]):
         assert all(step["collectives"] == 0 for step in traces(out)[0])
     for rank in traces(two["plain"]):
-        counts = [step["collectives"] for step in rank]
-        assert [b - a for a, b in zip(counts, counts[1:], strict=False)] == [4, 4]
+        first, second = (step["collectives"] for step in rank)
+        assert second - first == 4
         assert rank[1]["gathered"] == [3 * 4 * 7, 4, 5]  # three places a rank, four answers, seven columns
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_twenty_steps_on_several_ranks_are_those_of_one(size, data, tmp_path):
-    cases = [(name, flags(CASES[name].replace("--steps 3", "--steps 20"), data)) for name in ("plain", "everything")]
+    cases = [
+        (name, flags(CASES[name].replace("--steps 2", "--steps 20 --lr 1e-4"), data))
+        for name in ("plain", "everything")
+    ]
     both = cases + [(f"sharded {name}", [*words, "--shard"]) for name, words in cases]
     for folder in ("one", "several"):
         (tmp_path / folder).mkdir()
@@ -168,19 +190,69 @@ def test_sharded_weights_are_trained_as_whole_ones(name, alone, two):
     assert_same_run(alone[name.removeprefix("sharded ")], two[name], 2)
 
 
-def test_a_sharded_checkpoint_is_whole_and_resumes_exactly(two):
-    straight, resumed = two["straight"], two["resumed"]
-    rows, again = (without_times(lines(out / "metrics.jsonl")) for out in (straight, resumed))
-    assert rows == again and len(rows) == 2
+# ------------------------------------------------------------------------------------------------------------- resume
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    a, b = load_file(a), load_file(b)
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+@pytest.mark.parametrize("name", ["one exact 1", "one exact 2", "two exact 1", "two exact 2", "two shards 2--shard"])
+def test_a_resumed_run_is_the_run_that_was_not_stopped(name, alone, two):
+    """On one rank and on two, in the middle of a window and right after a raise, with inner steps and dynamic sampling:
+    metrics line by line (times aside), weights and moments bit by bit."""
+    outs = alone if name.startswith("one") else two
+    straight, again = outs[name.split()[1]], outs[name.replace(" ", "0 ", 1)]
+    rows, found = (without_times(lines(out / "metrics.jsonl")) for out in (straight, again))
+    assert rows == found and len(rows) == 3
     for file in ("model.safetensors", "trainer.safetensors"):
-        a, b = (load_file(out / "step-000002" / file) for out in (straight, resumed))
-        assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+        assert same_tensors(straight / "step-000003" / file, again / "step-000003" / file)
+        assert not same_tensors(straight / "step-000002" / file, again / "step-000003" / file)
+
+
+def test_the_run_that_is_resumed_is_what_it_is_meant_to_be(alone):
+    rows = lines(alone["exact"] / "metrics.jsonl")
+    assert "window 4/6 groups" in rows[MIDDLE - 1]["decision"] and rows[RAISED]["tau"] > rows[RAISED - 1]["tau"]
+    assert all(row["groups"] > 3 and row["dropped"] and row["grad_norm"] and row["kl"] is not None for row in rows)
+
+
+@pytest.mark.parametrize("name", ["one0 exact 2", "one0 exact 2--shard", "two0 exact 2", "two0 shards 2--no-shard"])
+def test_another_number_of_ranks_goes_on_with_the_same_trace(name, alone, two, one_after_two):
+    """1 -> 2 and 2 -> 1, replicated and sharded: the same rollouts, so tau and all decisions are equal. Weights are so
+    to rounding: a checkpoint is float32, as is the arithmetic here."""
+    begun, again = (alone, two) if name.startswith("one") else (two, one_after_two)
+    straight, again = begun[name.split()[1]], again[name]
+    rows, found = (without_times(lines(out / "metrics.jsonl")) for out in (straight, again))
+    assert rows[:RAISED] == found[:RAISED] and rows != found
+    for key, value in rows[RAISED].items():
+        assert found[RAISED][key] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value), key
+    a, b = (load_file(out / "step-000003" / "model.safetensors") for out in (straight, again))
+    assert max((a[key] - b[key]).abs().max() for key in a) < 1e-4
+
+
+def test_a_sharded_checkpoint_is_whole(two):
     nano = load_file(ROOT / "assets" / "nano" / "model.safetensors")
-    model = load_file(straight / "step-000002" / "model.safetensors")
+    model = load_file(two["shards"] / "step-000003" / "model.safetensors")
     assert {name: t.shape for name, t in model.items()} == {name: t.shape for name, t in nano.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- faults
+
+LATE = """
+import atexit, sys, torch, ranks
+sys.setswitchinterval(100)  # a thread waits so long for an interpreter that is busy
+ranks.start("cpu")
+atexit.register(torch.distributed.all_reduce_coalesced, [torch.ones(1) for _ in range(1000)])
+"""
+
+
+def test_no_rank_aborts_when_its_last_act_was_a_collective(tmp_path):
+    """gloo's thread still holds a thousand tensors when the interpreter ends: without ranks.LAST_BREATH it is aborted,
+    on two of three tries."""
+    (tmp_path / "late.py").write_text(LATE)
+    torchrun(2, tmp_path / "late.py", timeout=90)
+
 
 MISHAP = """
 import os, sys
@@ -202,7 +274,10 @@ MISHAPS = {  # what happens to rank 1 alone -> what is to be read then
 }
 
 
-@pytest.mark.parametrize("name", MISHAPS)
+SLOWLY = [pytest.param("it is killed", marks=pytest.mark.slow)]  # another eleven seconds of starting processes
+
+
+@pytest.mark.parametrize("name", ["its input cannot be used", *SLOWLY])
 def test_a_rank_that_ends_ends_the_job(name, data, tmp_path):
     what, words = MISHAPS[name]
     (tmp_path / "mishap.py").write_text(MISHAP.format(what=what, tests=str(ROOT / "tests")))
