@@ -237,7 +237,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     explicit = vars(parser.parse_args(argv))
     saved, file = {}, Path(explicit.get("out", DEFAULTS["out"])) / "config.json"
-    if restarted() and file.is_file():
+    asked = explicit  # what must be as in the run
+    if restarted() and "resume" not in explicit and file.is_file():
+        asked = resolve(explicit, {})  # all of it: the first start may have failed because another run is in --out
         explicit["resume"] = True
     if explicit.get("resume"):
         if not file.is_file():
@@ -247,21 +249,25 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         saved = read_saved(file)
         if hub.is_name(explicit.get("model", "")) and explicit["model"] == saved.get("model", "").partition("@")[0]:
             explicit["model"] = saved["model"]  # the commit that the run began with
-        for name in sorted(explicit.keys() & saved.keys() - FREE_ON_RESUME):
-            given = list(explicit[name]) if isinstance(explicit[name], tuple) else explicit[name]
-            if given != saved[name]:
+        for name in sorted(asked.keys() & saved.keys() - FREE_ON_RESUME):
+            given = list(asked[name]) if isinstance(asked[name], tuple) else asked[name]
+            if given not in (None, saved[name]):
                 parser.error(
                     f"--resume goes on with {flag(name)} {saved[name]}, not {given}: "
                     f"drop {flag(name)} or start a new run"
                 )
-    model = explicit.get("model", saved.get("model", DEFAULTS["model"]))
-    recipe = explicit.get("recipe", saved.get("recipe", "nano" if model == "nano" else "paper"))
-    merged = asdict(ScheduleConfig()) | DEFAULTS | RECIPES[recipe] | saved | explicit
     switches = {name: bool(explicit.get(name)) for name in ("resume", "estimate")}
-    args = argparse.Namespace(**merged | {"recipe": recipe} | switches)
+    args = argparse.Namespace(**resolve(explicit, saved) | switches)
     for sentence in wrong(args, explicit):
         parser.error(sentence)
     return args
+
+
+def resolve(explicit: dict, saved: dict) -> dict:
+    """All flags, from those that were given, the resumed run's, the recipe's and the defaults."""
+    model = explicit.get("model", saved.get("model", DEFAULTS["model"]))
+    recipe = explicit.get("recipe", saved.get("recipe", "nano" if model == "nano" else "paper"))
+    return asdict(ScheduleConfig()) | DEFAULTS | RECIPES[recipe] | saved | explicit | {"recipe": recipe}
 
 
 def restarted() -> bool:

@@ -533,6 +533,9 @@ def test_a_restart_by_torchrun_resumes_by_itself(records, straight, tmp_path, mo
     assert not args.resume and train_grpo.check_out(args) == config.parent
     error = run(train_grpo, *flags(records, out, FOUR), "--seed", "9", expect=2)
     assert "--resume goes on with --seed 0, not 9" in error
+    another = flags(records, out, FOUR.replace(" --beta .05", ""))  # a run that was refused, as another's is in --out
+    assert "--resume goes on with --beta 0.05, not 0.0" in run(train_grpo, *another, expect=2)
+    run(train_grpo, "--resume", "--out", str(out))  # a run that was resumed, and then started again
 
 
 def test_ranks_that_are_started_again_do_not_meet_the_addresses_of_those_before(monkeypatch):
