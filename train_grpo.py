@@ -378,11 +378,9 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, roll: Rollout, args
     mask = completion_mask(roll.lengths, roll.ids.shape[2])  # (B, G, T)
     kept = mask_overlong(mask, roll.truncated) if args.overlong == "mask" else mask
     passes = math.ceil(len(roll.prompts) / args.micro_batch)
-    own = roll.lengths.numel(), mask.sum(), kept.sum(), passes, stop.asked
+    own = roll.lengths.numel(), mask.sum(), kept.sum(), passes
     counts = ranks.gather(torch.tensor([int(n) for n in own]))
-    sequences, tokens, masked, _, left = counts.sum(0).tolist()
-    if left:
-        raise stop.Stopped
+    sequences, tokens, masked, _ = counts.sum(0).tolist()
     if not sequences:  # dynamic sampling found no group with spread
         return dict.fromkeys(("loss", "grad_norm", "kl", "clip_low", "clip_high", "entropy")) | {"skipped": 0}
     totals = BatchTotals(sequences, masked, args.max_tokens)
