@@ -259,7 +259,7 @@ def killable(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(records, tmp_path_factory, killable) -> Path:  # noqa: F811
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    killable.start(*flags(records, out, "16"))
+    killable.start(*flags(records, out, "16"), "--save-every", "1")
     killable.end(0)
     return out
 
@@ -346,9 +346,7 @@ def test_a_signal_to_the_whole_group_is_quiet_and_the_run_goes_on_exactly(
     done = len(lines(out / "metrics.jsonl"))
     assert f"stopped as asked: {out}/step-{done:06d} has all that was learned" in output
     assert f"python train_grpo.py --resume --out {out} goes on" in output
-    killable.start("--resume", "--out", str(out))
-    killable.end(0)
-    assert_same_run(undisturbed, out)
+    assert_same_checkpoint(undisturbed, out, done, evaluated=False)
 
 
 # ------------------------------------------------------------------------------------------------------------- signals
