@@ -24,6 +24,7 @@ import rewards
 import scheduler
 from data import check_style, held_out_phantoms, prompt_style
 from errors import InputError, named
+from images import PIXEL_LIMIT
 from logs import LOGS
 from model import check_device, read_json
 from plan import read_memory
@@ -36,6 +37,8 @@ DEFAULTS = dict(
     val=None,  # held-out phantoms for phantoms; for files it must be named
     queries=None,  # records are asked for in their own words
     out="out",
+    pixel_limit=PIXEL_LIMIT,
+    allow_outside=False,  # a file of records is data of others, mostly
     max_pixels=None,  # what the checkpoint says; the published ones allow 16,384 tokens an image
     schedule="medloc",
     group_size=8,  # G, as in the paper
@@ -59,6 +62,7 @@ DEFAULTS = dict(
     eval_limit=None,
     samples_every=20,
     save_every=100,
+    keep=None,  # all, since nothing is deleted unasked; 3B with its moments is 45 GB a checkpoint, so think of it there
     log=None,  # metrics.jsonl alone
     workers=min(4, max(CORES - 1, 0)),  # one core stays with the step; four read 100 large pictures a second
     seed=0,
@@ -100,12 +104,12 @@ CHOICES = scheduler.CHOICES | {
     "decode": ("eager", "graph"),
 }
 TYPES = dict.fromkeys(("val", "queries", "prompt", "dtype", "log", "decode"), str)  # of flags whose default is None
-TYPES |= dict.fromkeys(("eval_limit", "max_pixels"), int)
+TYPES |= dict.fromkeys(("eval_limit", "max_pixels", "keep"), int)
 TYPES |= {"micro_batch": int, "checkpointing": bool, "memory": str}  # None: plan.py decides
 # What a resumed run may change: nothing here decides what is learned. More --steps is a longer run (the learning rate
 # is constant after the warm-up); schedules that go by the share of the steps refuse it themselves.
 FREE_ON_RESUME = {"resume", "out", "steps", "device", "eval_every", "eval_limit", "samples_every", "save_every", "log"}
-FREE_ON_RESUME |= {"workers", "skip_bad", "memory", "checkpointing", "shard"}
+FREE_ON_RESUME |= {"keep", "workers", "skip_bad", "pixel_limit", "allow_outside", "memory", "checkpointing", "shard"}
 FREE_ON_RESUME |= {"decode", "micro_batch"}  # round a little differently, no more
 
 GROUPS = {  # title -> flag -> help
@@ -117,6 +121,8 @@ GROUPS = {  # title -> flag -> help
         prompt="wording of the question: answer, think, qwen, or a text file with {query} in it",
         queries="JSON file: what the records call it -> the phrase to ask with, or a list to choose from",
         max_pixels="largest picture that the policy sees, 784 pixels a token; larger ones are scaled down",
+        pixel_limit="pixels of the largest picture file that is opened: a guard against decompression bombs",
+        allow_outside="records may name pictures outside the folder of their file: absolute paths, and with ..",
         skip_bad="records that may be unusable; they are left out and listed",
         seed="of data order, phantoms and sampling",
     ),
@@ -167,6 +173,7 @@ GROUPS = {  # title -> flag -> help
         eval_limit="samples per evaluation",
         samples_every="steps between samples.jsonl lines and overlays; 0: never",
         save_every="steps between checkpoints; the last step is always saved",
+        keep="checkpoints that stay, the newest; the others are removed once a new one is whole; None: all",
         log="also to this package, which must be installed",
     ),
     "machine": dict(
@@ -230,9 +237,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The resolved flags. Unknown, impossible and contradictory ones end the program with one sentence, exit code 2."""
     parser = make_parser()
     explicit = vars(parser.parse_args(argv))
-    saved = {}
+    saved, file = {}, Path(explicit.get("out", DEFAULTS["out"])) / "config.json"
+    asked = explicit  # what must be as in the run
+    if restarted() and "resume" not in explicit and file.is_file():
+        asked = resolve(explicit, {})  # all of it: the first start may have failed because another run is in --out
+        explicit["resume"] = True
     if explicit.get("resume"):
-        file = Path(explicit.get("out", DEFAULTS["out"])) / "config.json"
         if not file.is_file():
             parser.error(
                 f"--resume: {file} does not exist, so there is no run to go on with; start it without --resume"
@@ -240,22 +250,31 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         saved = read_saved(file)
         if hub.is_name(explicit.get("model", "")) and explicit["model"] == saved.get("model", "").partition("@")[0]:
             explicit["model"] = saved["model"]  # the commit that the run began with
-        for name in sorted(explicit.keys() & saved.keys() - FREE_ON_RESUME):
-            given = list(explicit[name]) if isinstance(explicit[name], tuple) else explicit[name]
-            if given != saved[name]:
+        for name in sorted(asked.keys() & saved.keys() - FREE_ON_RESUME):
+            given = list(asked[name]) if isinstance(asked[name], tuple) else asked[name]
+            if given not in (None, saved[name]):
                 parser.error(
                     f"--resume goes on with {flag(name)} {saved[name]}, not {given}: "
                     f"drop {flag(name)} or start a new run"
                 )
-    model = explicit.get("model", saved.get("model", DEFAULTS["model"]))
-    recipe = explicit.get("recipe", saved.get("recipe", "nano" if model == "nano" else "paper"))
-    merged = asdict(ScheduleConfig()) | DEFAULTS | RECIPES[recipe] | saved | explicit
     switches = {name: bool(explicit.get(name)) for name in ("resume", "estimate")}
     switches["ranks"] = explicit.get("ranks", int(os.environ.get("WORLD_SIZE", 1)))
-    args = argparse.Namespace(**merged | {"recipe": recipe} | switches)
+    args = argparse.Namespace(**resolve(explicit, saved) | switches)
     for sentence in wrong(args, explicit):
         parser.error(sentence)
     return args
+
+
+def resolve(explicit: dict, saved: dict) -> dict:
+    """All flags, from those that were given, the resumed run's, the recipe's and the defaults."""
+    model = explicit.get("model", saved.get("model", DEFAULTS["model"]))
+    recipe = explicit.get("recipe", saved.get("recipe", "nano" if model == "nano" else "paper"))
+    return asdict(ScheduleConfig()) | DEFAULTS | RECIPES[recipe] | saved | explicit | {"recipe": recipe}
+
+
+def restarted() -> bool:
+    """Has torchrun started this process in place of one that failed? Then the command line is that of the beginning."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def read_saved(file: Path) -> dict:
@@ -277,7 +296,8 @@ def read_saved(file: Path) -> dict:
 
 
 LEAST = {
-    1: "steps batch_size micro_batch inner_steps max_tokens save_every eval_limit max_pixels ranks".split(),
+    1: "steps batch_size micro_batch inner_steps max_tokens save_every keep eval_limit max_pixels pixel_limit".split()
+    + ["ranks"],
     0: "warmup beta clip_low clip_high eval_every samples_every seed dynamic_sampling skip_bad lora_rank".split()
     + ["workers"],
 }

@@ -84,13 +84,19 @@ class BadRecords:
 
 
 def load_samples(
-    spec: str, seed: int, split: str, bad: BadRecords | None = None, queries: str | None = None
+    spec: str,
+    seed: int,
+    split: str,
+    bad: BadRecords | None = None,
+    queries: str | None = None,
+    outside: bool = False,
 ) -> list[Sample]:
     """Read --data: "phantoms", "phantoms:<kind>" or a JSONL/JSON file; several of them separated by commas.
 
     seed picks the training phantoms. split is "train" or "test" and matters to phantoms only (a file is its own split):
     the test phantoms are the same for every seed and disjoint from all training ones. bad takes the records that cannot
     be used; without it the first one is an InputError. queries: a file of other words to ask in (read_queries).
+    outside: --allow-outside, see picture_path.
     """
     bad = bad or BadRecords()
     if split not in ("train", "test"):
@@ -102,7 +108,7 @@ def load_samples(
         if name == "phantoms":
             samples += phantom_samples(kind if colon else None, *series)
         else:
-            samples += load_jsonl(part.strip(), bad)
+            samples += load_jsonl(part.strip(), bad, outside=outside)
     return ask_in_words_of(queries, samples, seed if split == "train" else None, bad) if queries else samples
 
 
@@ -159,7 +165,9 @@ def phantom_samples(kind: str | None, seed: int, start: int, count: int, size: i
     return samples
 
 
-def load_jsonl(path: str | Path, bad: BadRecords | None = None, images: Path | None = None) -> list[Sample]:
+def load_jsonl(
+    path: str | Path, bad: BadRecords | None = None, images: Path | None = None, outside: bool = False
+) -> list[Sample]:
     """Read a file of records; image paths are relative to its folder or to images, boxes are in the original frame.
 
     Ours, one per line:   {"image", "query", "bbox": [x1, y1, x2, y2], "width"?, "height"?, "dataset"?, "task"?}
@@ -173,7 +181,7 @@ def load_jsonl(path: str | Path, bad: BadRecords | None = None, images: Path | N
     for source, record in _records(path, name):
         try:
             with named(source):
-                samples.append(_sample(record, images or path.parent, path.stem, source))
+                samples.append(_sample(record, images or path.parent, path.stem, source, outside))
         except InputError as error:
             bad.add(source, error)
     if not samples:
@@ -219,7 +227,7 @@ def _short(value: Any) -> str:
     return _REPR.repr(value)[:80]
 
 
-def _sample(record: Any, folder: Path, name: str, source: str) -> Sample:
+def _sample(record: Any, folder: Path, name: str, source: str, outside: bool) -> Sample:
     """The record of a file called name, whose image path is relative to folder."""
     if isinstance(record, bytes):
         if len(record) > MAX_LINE:
@@ -247,16 +255,27 @@ def _sample(record: Any, folder: Path, name: str, source: str) -> Sample:
             with named(f"field {box_field!r} {_short(box)}"):
                 box = _parse(re.sub(r"</?answer>", "", box), "write [x1, y1, x2, y2]")
 
-    image, size = _image(record, folder)
+    image, size = _image(record, folder, outside)
     box = _box(box, box_field, size)
     dataset = _text(record.get("dataset") or name, "dataset")
     return Sample(image, query, box, dataset, _text(record.get("task", "ground"), "task"), source, size, query_field)
 
 
-def _image(record: dict, folder: Path) -> tuple[Path, tuple[int, int]]:
+def picture_path(folder: Path, name: str, field: str, outside: bool) -> Path:
+    """Where a record says that its picture is. Records may come from anywhere, and pictures are shown to whoever looks
+    at overlays: the path must not lead out of the folder, unless `outside`. Links in it are its owner's: followed."""
+    if not outside and (os.path.isabs(name) or ".." in Path(name).parts):
+        raise InputError(
+            f"field {field!r} {_short(name)} leads out of {one_line(folder)}; put the file of records above its "
+            "pictures, or allow it by --allow-outside"
+        )
+    return folder / name
+
+
+def _image(record: dict, folder: Path, outside: bool) -> tuple[Path, tuple[int, int]]:
     """The path of a record's picture and its size as displayed, held against the size that the record states."""
     name = _text(_required(record, "image"), "image")
-    image, shown = folder / name, _short(name)
+    image, shown = picture_path(folder, name, "image", outside), _short(name)
     if not os.path.isfile(image):  # unlike Path.is_file, False also for names that no file can have
         raise InputError(f"field 'image' names {shown}, which is not a file; paths are relative to {one_line(folder)}")
     with named("field 'image'"):
@@ -514,6 +533,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; a model is a Hugging Face checkpoint folder on this machine")
+    if not (folder / "tokenizer.json").is_file():  # transformers would look for other kinds of files
+        raise InputError(f"{folder}: holds no tokenizer.json; restore it from its checkpoint")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of a broken tokenizer.json: whatever the first thing that it misses raises

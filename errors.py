@@ -43,9 +43,13 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Callable[[], None], when_memory_ends: str = "ask for less at a time") -> None:
     """Run a script's main(). An InputError, a file that cannot be read or written (a full disk), or the end of the
-    memory ends it with one sentence on stderr, exit code 2; `when_memory_ends` names the flags that help."""
+    memory ends it with one sentence on stderr, exit code 2; `when_memory_ends` names the flags that help. Ctrl-C ends
+    it with code 130, where the script does not listen for it itself (stop.py)."""
     try:
         main()
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
     except InputError as error:
         sentence = str(error)
     except OSError as error:

@@ -25,6 +25,7 @@ import errors
 import hub
 import ranks
 import rewards
+import stop
 from data import (
     BadRecords,
     Box,
@@ -41,6 +42,7 @@ from data import (
     prompt_style,
 )
 from errors import InputError, named
+from images import PIXEL_LIMIT
 from model import Policy, check_device, collate, read_json
 from scheduler import hit
 
@@ -133,20 +135,24 @@ def evaluate(
 ) -> tuple[dict, list[dict]]:
     """Greedy answers to all samples -> (metrics, one row per sample: source, text, box, target, iou, reason).
 
-    Of several ranks each answers its share of the samples, and all get all rows.
+    Of several ranks each answers its share of the samples, and all get all rows. stop.Stopped if one was asked to.
     """
 
-    def share() -> list[dict]:
+    def share() -> list[dict] | None:
         mine, rows = samples[ranks.rank :: ranks.size], []
         silent = progress is None or ranks.rank > 0
         for start in tqdm(range(0, len(mine), batch_size), desc=progress, disable=silent, leave=False):
+            if stop.asked:
+                break
             batch = mine[start : start + batch_size]
             prompts = [task.prompt(sample) for sample in batch]
             texts = task.answer(prompts, max_tokens)
             rows += score_rows(batch, texts, [p.box for p in prompts], [p.scale for p in prompts])
-        return rows
+        return None if stop.asked else rows
 
     shares = ranks.everyone(share)
+    if None in shares:
+        raise stop.Stopped
     rows = [shares[i % ranks.size][i // ranks.size] for i in range(len(samples))]
     return metrics(rows), rows
 
@@ -304,6 +310,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--queries", help="JSON file: what the records call it -> the phrase to ask with, or several")
     parser.add_argument("--max-tokens", type=int, help="of an answer; default 24 for the prompt 'answer', else 512")
+    outside = "records may name pictures outside the folder of their file"
+    parser.add_argument("--allow-outside", action="store_true", help=outside)
+    limit = "pixels of the largest picture file that is opened"
+    parser.add_argument("--pixel-limit", type=int, default=PIXEL_LIMIT, help=limit)
     parser.add_argument("--limit", type=int, help="evaluate the first N samples")
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -312,7 +322,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--image and --query go together")
     if args.image and args.queries:
         parser.error("--queries changes nothing beside --query; drop it")
-    for name in ("limit", "batch_size", "max_tokens"):
+    for name in ("limit", "batch_size", "max_tokens", "pixel_limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     check_device(args.device)
@@ -334,6 +344,7 @@ def main() -> None:
     args = parse_arguments()
     out = Path(args.out)
     os.makedirs(out, exist_ok=True)
+    Image.MAX_IMAGE_PIXELS = args.pixel_limit
     if args.image:
         task = make_task(args)
         # The box is unknown; a sample needs one, and the whole picture is the only honest stand-in.
@@ -345,7 +356,8 @@ def main() -> None:
         print(f"box in original pixels: {row['box'] or 'none: ' + row['reason']}")
         overlay(sample, [row["box"]], args.query, truth=False).save(out / "overlay.png")
         return
-    samples = load_samples(args.data, seed=0, split="test", queries=args.queries)[: args.limit]
+    given = {"queries": args.queries, "outside": args.allow_outside}
+    samples = load_samples(args.data, seed=0, split="test", **given)[: args.limit]
     if args.predictions:
         boxes = [load(sample)[1] for sample in samples]
         rows = score_rows(samples, read_predictions(args.predictions, samples), boxes, [(1.0, 1.0)] * len(samples))
@@ -358,7 +370,9 @@ def main() -> None:
     if reasons := Counter(row["reason"] for row in rows if row["reason"]):
         print("answers without a box: " + ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common()))
     if args.train:
-        result["constant_box"] = constant_box(load_samples(args.train, seed=0, split="train"), samples)
+        result["constant_box"] = constant_box(
+            load_samples(args.train, seed=0, split="train", outside=args.allow_outside), samples
+        )
         print(summary("constant box", result["constant_box"]))
     (out / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
     with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:

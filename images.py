@@ -5,6 +5,7 @@ normalises them and cuts them into patches. The two frames of a box are explaine
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from phantoms import phantom
 
 Box = tuple[float, float, float, float]
 
+PIXEL_LIMIT = 89_478_485  # of --pixel-limit: Pillow's own, 256 MB as RGB
 MAX_ASPECT = 200  # Qwen's limit: beyond it one side would be a single token
 
 
@@ -79,10 +81,19 @@ def load(sample: Sample) -> tuple[Image.Image, Box]:
 
 @contextmanager
 def picture(path: Path) -> Iterator[Image.Image]:
-    """The opened file; whatever PIL says about it inside becomes one sentence."""
+    """The opened file; whatever PIL says about it inside becomes one sentence.
+
+    Image.MAX_IMAGE_PIXELS is --pixel-limit, a guard against small files that unfold to more than the memory. PIL only
+    warns up to twice that.
+    """
     try:
-        with Image.open(path) as file:
-            yield file
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                yield file
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        limit = f"has more than {Image.MAX_IMAGE_PIXELS} pixels"
+        raise InputError(f"image {one_line(path)} {limit}; scale it down, or let it in by --pixel-limit") from error
     except Exception as error:  # PIL's plugins raise all kinds on damaged files, down to NotImplementedError
         why = "no picture format that PIL knows" if isinstance(error, UnidentifiedImageError) else cause_of(error)
         raise InputError(f"image {one_line(path)} cannot be read ({why}); replace it") from error

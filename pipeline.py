@@ -27,8 +27,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
-from signal import SIG_DFL, SIG_IGN, SIGINT, SIGPIPE, signal
+from signal import SIG_DFL, SIG_IGN, SIGINT, SIGPIPE, SIGTERM, signal
 from typing import TYPE_CHECKING
+
+from PIL import Image
 
 from errors import InputError
 from images import Picture, Sample, read_picture
@@ -84,7 +86,7 @@ class Readers:
             self.mine.connection, theirs = Pipe()
             environment = os.environ | {"OMP_NUM_THREADS": "1"}  # else numpy makes a thread per core, for nothing
             with theirs:
-                command = [sys.executable, __file__]
+                command = [sys.executable, __file__, str(Image.MAX_IMAGE_PIXELS)]
                 self.mine.process = subprocess.Popen(command, stdin=theirs.fileno(), env=environment)
             self.processes.append(self.mine.process)
         try:
@@ -114,8 +116,10 @@ def finished(answer: Picture | InputError, config: "ImageConfig") -> "View | Inp
 
 def serve() -> None:
     """A worker's life: samples in, pictures out, until the other side is gone."""
-    signal(SIGINT, SIG_IGN)  # Ctrl-C is for the main process
+    signal(SIGINT, SIG_IGN)  # Ctrl-C is for the main process, as is what torchrun sends to all of them
+    signal(SIGTERM, SIG_IGN)
     signal(SIGPIPE, SIG_DFL)  # whose end, while a picture is on its way, is this one's too, without a traceback
+    Image.MAX_IMAGE_PIXELS = int(sys.argv[1])
     connection = Connection(sys.stdin.fileno())
     while True:
         try:

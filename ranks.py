@@ -33,6 +33,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
@@ -58,7 +59,11 @@ def start(device: str) -> None:
     if on_gpu:
         torch.cuda.set_device(own_device(device))  # "cuda" means this one from here on
     with _company():  # what lies on the CPU travels by gloo, gradients on a GPU by NCCL
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+        # torchrun's store outlives a restart: without a prefix, ranks may find addresses there of those before them.
+        store, mine, count = next(rendezvous("env://", timeout=TIMEOUT))
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=mine, world_size=count, timeout=TIMEOUT)
     rank, size = dist.get_rank(), dist.get_world_size()
     atexit.register(time.sleep, LAST_BREATH)
 

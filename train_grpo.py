@@ -22,11 +22,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,7 +40,8 @@ import lora
 import plan
 import ranks
 import rewards
-from config import describe, parse_arguments
+import stop
+from config import describe, parse_arguments, restarted
 from data import BadRecords, Prompt, Sample, Sampler, View, held_out_phantoms, load_samples
 from diagnose import Watch
 from errors import InputError
@@ -50,6 +53,7 @@ from pipeline import Readers
 from scheduler import WATCHING, ByShareOfSteps, Schedule, ScheduleConfig, make_schedule
 
 STATE = ("schedule", "bad_in_a_row", "drawn", "bad", "evaluation")  # what a resumed run needs beside the weights
+LEFT = -1.0  # in the table of a step that is to be dropped
 PATIENCE = 5  # steps with a non-finite loss or gradient in a row before the run stops
 MEMORY = (
     "lower --micro-batch, then --max-pixels, --max-tokens or --group-size; --checkpointing trades time for memory, "
@@ -279,29 +283,36 @@ def roll_places(
     mine, names = stream.mine(places), list(rewards.read_weights(args.rewards))
     single = places.start == first and len(mine) <= args.micro_batch
     whole = single and args.inner_steps == 1 and not args.dynamic_sampling and not args.shard
-    # Of one size on all ranks; in front of a place's numbers stands 1 once it is rolled out.
+    # Of one size on all ranks; in front of a place's numbers stands 1 once it is rolled out, LEFT on a rank that left.
     table = torch.zeros(math.ceil(count / ranks.size), args.group_size, 6 + len(names), dtype=torch.float64)
-    rolls, failures, stop = [], [], None
+    rolls, failures, fault = [], [], None
     try:
         for i in range(0, len(mine), args.micro_batch):
+            if stop.asked:
+                break
             prompts, luck, failed = stream.draw(step, first, mine[i : i + args.micro_batch])
             failures += failed
             if prompts:
                 rolls.append(roll_groups(policy, actor, task, prompts, luck, schedule, args, whole))
         broken = {place for place, *_ in failures}
         good = [i for i, place in enumerate(mine) if place not in broken]
-        if good:
+        if good and not stop.asked:
             table[good, :, 0], table[good, :, 1:] = 1.0, torch.cat([Tally.columns(roll) for roll in rolls])
     except InputError as error:  # it must end all ranks, and all of them here
-        stop = error
+        fault = error
+    if stop.asked:
+        table[:, 0, 0] = LEFT
 
     def report() -> list[tuple[int, str, str]]:
-        if stop:
-            raise stop
+        if fault:
+            raise fault
         return failures
 
     # Rank after rank, beginning with the one that the first place belongs to; then row after row: as the places are.
-    table = ranks.gather(table).roll(-(places.start % ranks.size), 0).transpose(0, 1).flatten(0, 1)[:count]
+    table = ranks.gather(table)
+    if (table[:, 0, 0, 0] == LEFT).any():
+        raise stop.Stopped
+    table = table.roll(-(places.start % ranks.size), 0).transpose(0, 1).flatten(0, 1)[:count]
     rolled = table[:, 0, 0] == 1
     if not rolled.all():
         failures = [failure for part in ranks.everyone(report) for failure in part]
@@ -353,6 +364,8 @@ def reference_logprobs(reference: Policy, roll: Rollout, args) -> Tensor:
     logps, device = [], next(reference.parameters()).device
     with lora.disabled(reference):
         for i in range(0, len(roll.prompts), args.micro_batch):
+            if stop.asked and logps:  # update() will drop the step
+                break
             rows = slice(i, i + args.micro_batch)
             prefix = reference.prefix(collate(roll.prompts[rows], device))
             logps.append(reference.logprobs(prefix, roll.ids[rows], roll.lengths[rows], args.temperature))
@@ -361,25 +374,28 @@ def reference_logprobs(reference: Policy, roll: Rollout, args) -> Tensor:
 
 def update(policy: Policy, optimizer: torch.optim.Optimizer, roll: Rollout, args) -> dict:
     """Inner steps of GRPO on one rollout, all ranks' shares of it -> metrics. A step whose loss or gradient is not
-    finite changes nothing, on any rank."""
+    finite changes nothing, on any rank; nor does one that stop.Stopped ends, before the first inner step is taken."""
     mask = completion_mask(roll.lengths, roll.ids.shape[2])  # (B, G, T)
     kept = mask_overlong(mask, roll.truncated) if args.overlong == "mask" else mask
-    own = roll.lengths.numel(), mask.sum(), kept.sum(), math.ceil(len(roll.prompts) / args.micro_batch)
+    passes = math.ceil(len(roll.prompts) / args.micro_batch)
+    own = roll.lengths.numel(), mask.sum(), kept.sum(), passes
     counts = ranks.gather(torch.tensor([int(n) for n in own]))
     sequences, tokens, masked, _ = counts.sum(0).tolist()
     if not sequences:  # dynamic sampling found no group with spread
         return dict.fromkeys(("loss", "grad_norm", "kl", "clip_low", "clip_high", "entropy")) | {"skipped": 0}
-    totals, passes = BatchTotals(sequences, masked, args.max_tokens), int(counts.amax(0)[3])
+    totals = BatchTotals(sequences, masked, args.max_tokens)
+    if args.shard:  # all ranks make as many passes as the one that has most to do
+        passes = int(counts.amax(0)[3])
     trained = [p for p in policy.parameters() if p.requires_grad]
     prefix, roll.prefix = roll.prefix, None  # its graph serves one backward pass
     rows, norms, skipped = [], [], 0
-    for _ in range(args.inner_steps):
+    for inner in range(args.inner_steps):
         optimizer.zero_grad(set_to_none=True)
-        sums = backward(policy, roll, prefix, kept, totals, args)
-        if args.shard:  # all ranks make as many passes as the one that has most to do
-            for _ in range(passes - own[-1]):
-                policy.idle().backward()
-        rows.append(ranks.total(sums))
+        sums = backward(policy, roll, prefix, kept, totals, passes, args, may_leave=inner == 0)
+        *sums, left = ranks.total([*sums, float(stop.asked)])
+        if left and inner == 0:  # later on the weights are not those of the step's beginning any more
+            raise stop.Stopped
+        rows.append(sums)
         ranks.sum_gradients(trained)
         norms.append(float(ranks.whole(torch.nn.utils.clip_grad_norm_(trained, args.grad_clip))))
         if math.isfinite(rows[-1][0]) and math.isfinite(norms[-1]):
@@ -400,13 +416,28 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, roll: Rollout, args
 
 
 def backward(
-    policy: Policy, roll: Rollout, prefix: Prefix | None, mask: Tensor, totals: BatchTotals, args
+    policy: Policy,
+    roll: Rollout,
+    prefix: Prefix | None,
+    mask: Tensor,
+    totals: BatchTotals,
+    passes: int,
+    args,
+    may_leave: bool,
 ) -> list[float]:
     """Add the gradients of this rank's share of the loss, micro-batch by micro-batch -> its sums of loss, KL, clipped
-    tokens (low, high) and entropy. mask (B, G, T): the tokens that count; prefix: of all prompts, if it is there."""
+    tokens (low, high) and entropy. mask (B, G, T): the tokens that count; prefix: of all prompts, if it is there.
+
+    Sharded, a pass is one of all ranks: who has no more to do makes an idle one, and none leaves without the others.
+    """
     device = next(policy.parameters()).device
     sums = torch.zeros(5, dtype=torch.float64, device=device)
-    for i in range(0, len(roll.prompts), args.micro_batch):
+    for i in range(0, passes * args.micro_batch, args.micro_batch):
+        if may_leave and (any(ranks.total([stop.asked])) if args.shard else stop.asked):
+            break
+        if i >= len(roll.prompts):
+            policy.idle().backward()
+            continue
         rows = slice(i, i + args.micro_batch)
         logp, entropy = policy.logprobs(
             prefix or policy.prefix(collate(roll.prompts[rows], device)),
@@ -461,6 +492,15 @@ def peak_megabytes(device: str) -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, kilobytes on Linux
 
 
+def resident_megabytes() -> float | None:
+    """What the process holds of the host's memory now; known on Linux. Where it grows from step to step, it leaks."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except FileNotFoundError:
+        return None
+    return pages * resource.getpagesize() / 2**20
+
+
 def write_samples(out: Path, step: int, roll: Rollout, tau: float | None) -> None:
     """One group in full to samples.jsonl, four groups as a picture overlay-<step>.png."""
     prompt = roll.prompts[0]
@@ -494,7 +534,9 @@ def write_samples(out: Path, step: int, roll: Rollout, tau: float | None) -> Non
 def check_out(args) -> Path:
     """--out as a path that a run may write to; nothing is created yet, so that a refused run leaves nothing behind."""
     out = Path(args.out)
-    if not (args.resume or args.estimate) and os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+    if args.resume or args.estimate or not os.path.lexists(out):
+        return out
+    if not out.is_dir() or not all(path.name.startswith(checkpoint.PARTIAL) for path in out.iterdir()):
         raise InputError(f"--out {out} is not empty: name a new folder, or go on with the run in it by --resume")
     return out
 
@@ -509,7 +551,7 @@ def keep_until(file: Path, step: int) -> None:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 raise InputError(f"{file}:{number}: is no line of this run's; delete it") from None
-        file.write_text("".join(kept), encoding="utf-8")
+        checkpoint.write_whole(file, "".join(kept))
 
 
 def json_line(row: dict) -> str:
@@ -529,6 +571,7 @@ def make_policies(args, base: Path, start: Path) -> tuple[Policy, Policy, Policy
     dtype = getattr(torch, args.dtype)
     device = "cpu" if args.shard else args.device  # whence it is dealt out to the devices, block by block
     policy = Policy.from_folder(base if args.lora_rank else start, device, dtype if args.lora_rank else torch.float32)
+    policy.source = base  # whose tokenizer goes with every checkpoint; the one that is gone on from may be pruned
     policy.compute_dtype, policy.checkpointing = dtype, args.checkpointing
     policy.graph = args.decode == "graph"
     if args.lora_rank:
@@ -546,13 +589,18 @@ def make_policies(args, base: Path, start: Path) -> tuple[Policy, Policy, Policy
 def main() -> None:
     args = parse_arguments()
     ranks.start(args.device)
-    with Readers(args.workers) as readers:
-        train(args, readers)
+    with ExitStack() as ending:
+        try:
+            train(args, ending)
+        except stop.Stopped:
+            saved = checkpoint.checkpoints(Path(args.out))
+            what = f"{saved[-1]} has all that was learned" if saved else "nothing was learned yet"
+            ranks.say(f"stopped as asked: {what}; python train_grpo.py --resume --out {args.out} goes on")
     ranks.end()
 
 
-def train(args, readers: Readers) -> None:
-    """A run, from the flags to the last checkpoint."""
+def train(args, ending: ExitStack) -> None:
+    """A run, from the flags to the last checkpoint. What is to be closed, also after an error, goes to `ending`."""
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -567,16 +615,24 @@ def train(args, readers: Readers) -> None:
     schedule_config = ScheduleConfig(**{f.name: getattr(args, f.name) for f in fields(ScheduleConfig)})
     schedule = make_schedule(args.schedule, schedule_config, args.steps)
     out = check_out(args)
-    start = checkpoint.newest(out) if args.resume else base
+    if args.resume and not args.estimate:
+        ranks.first(lambda: checkpoint.tidy(out))
+    saved = checkpoint.checkpoints(out) if args.resume else []
+    start = saved[-1] if saved else base
 
     bad = BadRecords(args.skip_bad)
-    samples = load_samples(args.data, args.seed, "train", bad, args.queries)
+    Image.MAX_IMAGE_PIXELS = args.pixel_limit
+    samples = load_samples(args.data, args.seed, "train", bad, args.queries, args.allow_outside)
     held_out = args.val or held_out_phantoms(args.data)
-    val = load_samples(held_out, args.seed, "test", bad, args.queries) if held_out else []
+    val = load_samples(held_out, args.seed, "test", bad, args.queries, args.allow_outside) if held_out else []
     planned, words = plan.settle(args, base, samples + val)
     ranks.say(words)
     if args.estimate:
         return
+    if args.resume:
+        ranks.first(lambda: checkpoint.verify(start) if saved else None)
+        why = "started again by torchrun" if restarted() else "--resume"
+        ranks.say(f"{why}: " + (f"going on from {start}" if saved else f"{out} has no checkpoint yet, so from step 0"))
     policy, actor, reference = make_policies(args, base, start)
     if args.shard:
         for sharded in filter(None, (policy, reference)):
@@ -592,16 +648,18 @@ def train(args, readers: Readers) -> None:
     judge.policy = actor
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0, fused=True)
-    stream = Stream(samples, task, bad, args, readers=readers)
+    stream = Stream(samples, task, bad, args, readers=ending.enter_context(Readers(args.workers)))
     first, bad_in_a_row, evaluation = 0, 0, {"start": None, "final": None, "history": []}
-    if args.resume:
-        state = checkpoint.load(start, policy, optimizer, STATE)
+    latest = None  # what the newest checkpoint holds: steps, evaluations
+    if saved:
+        state = checkpoint.load(start, policy, optimizer)
         first, bad_in_a_row, evaluation = state["step"], state["bad_in_a_row"], state["evaluation"]
         if first > args.steps:
             raise InputError(f"--steps {args.steps}: {start} has {first} already; give more, or a new --out")
         stream.drawn = state["drawn"]
         bad.sentences |= state["bad"]
         schedule.load_state_dict(state["schedule"])
+        latest = first, len(evaluation["history"])
     elif base == NANO and args.data == "phantoms" and not args.val:
         # The nano policy was made coarse on purpose; what plain supervision on exact boxes reaches stands beside.
         evaluation["exact_sft"] = read_json(NANO / "eval.json")["exact"]
@@ -612,11 +670,12 @@ def train(args, readers: Readers) -> None:
         nonlocal log
         try:
             out.mkdir(parents=True, exist_ok=True)
-            if args.resume:
-                for name in ("metrics.jsonl", "samples.jsonl"):
-                    keep_until(out / name, first)
-            log = open_log(args.log, out, config, first) if args.log else None
-            (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                keep_until(out / name, first)
+            checkpoint.write_whole(out / "config.json", json.dumps(config, indent=2) + "\n")
+            if args.log:
+                log = open_log(args.log, out, config, first)
+                ending.callback(log.close)
         except OSError as error:
             raise InputError(f"--out {out}: cannot be written ({error}); name another folder") from None
 
@@ -642,13 +701,37 @@ def train(args, readers: Readers) -> None:
         return result
 
     def write_evaluation() -> None:
-        ranks.first(lambda: (out / "eval.json").write_text(json.dumps(evaluation, indent=2) + "\n"))
+        ranks.first(lambda: checkpoint.write_whole(out / "eval.json", json.dumps(evaluation, indent=2) + "\n"))
 
     def save(step: int, drawn: int) -> None:
+        nonlocal latest
+        if latest == (step, len(evaluation["history"])):
+            return
         values = schedule.state_dict(), bad_in_a_row, drawn, bad.sentences, evaluation
         state = dict(zip(STATE, values, strict=True))
-        together = ranks.everyone if args.shard else ranks.first
-        together(lambda: str(checkpoint.save(out, step, task, optimizer, state)))
+
+        def write() -> str:
+            if leads:
+                checkpoint.sync(metrics)  # a checkpoint must find its lines there, after a power cut too
+            return str(checkpoint.save(out, step, task, optimizer, state, args.keep))
+
+        (ranks.everyone if args.shard else ranks.first)(write)
+        latest = step, len(evaluation["history"])
+
+    def evaluate_if_due(step: int) -> None:
+        """After `step` steps. A resumed run makes up for what a stop, or a failure, has kept from being done."""
+        last, history = step == args.steps, evaluation["history"]
+        if not val or not (last or args.eval_every and step % args.eval_every == 0):
+            return
+        if not history or history[-1]["step"] != step:
+            try:
+                history.append({"step": step, **measure(step)})
+            except Exception:  # a picture that vanished, no memory: the steps are done all the same
+                save(step, stream.drawn)
+                raise
+        if last:
+            evaluation["final"] = {k: v for k, v in history[-1].items() if k != "step"}
+        write_evaluation()
 
     idle = {f.name for f in fields(ScheduleConfig)} - {*WATCHING, *schedule.own}
     asked = {name: value for name, value in vars(args).items() if value is not None and name not in idle}
@@ -660,20 +743,25 @@ def train(args, readers: Readers) -> None:
         f"{parameters:.1f} M parameters ({of_them:.1f} M trained), {len(samples)} training samples, "
         f"{len(val)} to evaluate on"
     )
+    leads = ranks.rank == 0  # numbers are global, but times, memory, samples and overlays are those of rank 0
+    metrics = out / "metrics.jsonl" if leads else os.devnull
+    metrics_file = ending.enter_context(open(metrics, "a", encoding="utf-8"))
+    ending.enter_context(stop.listening())
     if not val:
         ranks.say("no evaluation: name records with --val")
-    elif first == 0:
+    elif not evaluation["start"]:
         evaluation["start"] = measure(0)
         write_evaluation()
     if "exact_sft" in evaluation:
         ranks.say(summary("exact SFT, for comparison (the start was made coarse on purpose)", evaluation["exact_sft"]))
 
+    if first:
+        evaluate_if_due(first)
+        save(first, stream.drawn)
+
     watch = Watch()
-    leads = ranks.rank == 0  # numbers are global, but times, memory, samples and overlays are those of rank 0
-    metrics_file = open(out / "metrics.jsonl" if leads else os.devnull, "a", encoding="utf-8")
-    bar = tqdm(
-        range(first, args.steps), initial=first, total=args.steps, desc=args.schedule, unit="step", disable=not leads
-    )
+    todo = range(first, args.steps)
+    bar = tqdm(todo, initial=first, total=args.steps, desc=args.schedule, unit="step", disable=not leads)
     for step in bar:
         started, drawn, stream.seconds = time.perf_counter(), stream.drawn, 0.0
         lr = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))
@@ -682,14 +770,17 @@ def train(args, readers: Readers) -> None:
         tau = schedule.tau
         try:
             tally, seen, used = rollout(policy, actor, reference, task, stream, step, schedule, args)
+            rolled = time.perf_counter()
+            losses = update(policy, optimizer, used, args)
+        except stop.Stopped:
+            save(step, drawn)
+            raise
         except ranks.Lost:
             raise
         except InputError as error:  # a picture that cannot be decoded, found on the way: keep what was learned
             save(step, drawn)
             raise InputError(f"{error}. All up to step {step} is saved: repair it and go on by --resume") from error
-        decision = schedule.observe(tally.iou.tolist())
-        rolled = time.perf_counter()
-        losses = update(policy, optimizer, used, args)
+        decision = schedule.observe(tally.iou.tolist())  # from here on the step is a whole one
         optimizer.zero_grad()  # the memory is the next rollout's
         if actor is not policy:
             with torch.no_grad():
@@ -703,7 +794,7 @@ def train(args, readers: Readers) -> None:
         row |= rollout_metrics(tally, args) | losses
         row |= {"seconds": ended - started, "seconds_rollout": rolled - started, "seconds_update": ended - rolled}
         row |= {"seconds_input": stream.seconds}  # of seconds_rollout
-        row |= {"peak_mb": peak_megabytes(args.device)}
+        row |= {"peak_mb": peak_megabytes(args.device), "resident_mb": resident_megabytes()}
         print(json_line(row), file=metrics_file, flush=True)
         if log:
             log.write(row)
@@ -728,20 +819,9 @@ def train(args, readers: Readers) -> None:
             )
         if leads and seen.prompts and args.samples_every and (done % args.samples_every == 0 or done == 1):
             write_samples(out, done, seen, tau)
-        if val and (last or args.eval_every and done % args.eval_every == 0):
-            try:
-                evaluation["history"].append({"step": done, **measure(done)})
-            except Exception:  # a picture that vanished, no memory: the steps are done all the same
-                save(done, stream.drawn)
-                raise
-            if last:
-                evaluation["final"] = {k: v for k, v in evaluation["history"][-1].items() if k != "step"}
-            write_evaluation()
+        evaluate_if_due(done)
         if last or done % args.save_every == 0:
             save(done, stream.drawn)
-    metrics_file.close()
-    if log:
-        log.close()
     names = list(rewards.REASONS)
     failures = Counter(names[i] for i in tally.reasons.flatten().tolist() if i) if first < args.steps else {}
     if failures:

@@ -22,9 +22,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
+import checkpoint
 import errors
 import hub
 from config import DEFAULTS
@@ -43,6 +45,7 @@ from data import (
 )
 from errors import InputError
 from eval import NANO, Task, default_prompt, evaluate, model_folder, summary
+from images import PIXEL_LIMIT
 from model import ModelConfig, Policy, check_device, collate
 from phantoms import QUERIES
 from pipeline import Readers
@@ -253,6 +256,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--skip-bad", type=int, default=0, help="records that may be unusable; they are left out, listed"
     )
+    outside = "records may name pictures outside the folder of their file"
+    parser.add_argument("--allow-outside", action="store_true", help=outside)
+    limit = "pixels of the largest picture file that is opened"
+    parser.add_argument("--pixel-limit", type=int, default=PIXEL_LIMIT, help=limit)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=32, help="answers per optimiser step")
     parser.add_argument("--micro-batch", type=int, default=32, help="answers per forward pass")
@@ -267,7 +274,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    for name in ("steps", "batch_size", "micro_batch", "warmup"):
+    for name in ("steps", "batch_size", "micro_batch", "warmup", "pixel_limit"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.workers < 0:
@@ -298,9 +305,10 @@ def train(args: argparse.Namespace, readers: Readers) -> None:
     policy = Policy.from_folder(folder, args.device)
     policy.compute_dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     bad = BadRecords(args.skip_bad)
-    samples = load_samples(args.data, args.seed, "train", bad, args.queries)
+    Image.MAX_IMAGE_PIXELS = args.pixel_limit
+    samples = load_samples(args.data, args.seed, "train", bad, args.queries, args.allow_outside)
     held_out = args.val or held_out_phantoms(args.data)
-    val = load_samples(held_out, args.seed, "test", bad, args.queries) if held_out else []
+    val = load_samples(held_out, args.seed, "test", bad, args.queries, args.allow_outside) if held_out else []
     task = Task(policy, folder, prompt, policy.config.max_position_embeddings - max_tokens, args.max_pixels)
     samples, val = task.usable(samples, bad), task.usable(val, bad, decode=True)
     for sentence in bad.sentences.values():
@@ -325,10 +333,12 @@ def train(args: argparse.Namespace, readers: Readers) -> None:
     if val:
         results["final"], _ = evaluate(task, val, 50, max_tokens, progress="final")
         tqdm.write(summary("final", results["final"]))
-    (out / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
-    checkpoint = out / f"step-{args.steps:06d}"
-    task.save(checkpoint)
-    tqdm.write(f"saved {checkpoint}")
+    checkpoint.write_whole(out / "eval.json", json.dumps(results, indent=2) + "\n")
+    trained = out / f"step-{args.steps:06d}"
+    partial = out / f"{checkpoint.PARTIAL}{trained.name}"
+    task.save(partial)
+    checkpoint.seal(partial, trained)
+    tqdm.write(f"saved {trained}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import errors
+from data import picture_path
 from errors import InputError, named
 from prepare import common
 from prepare.common import Entry
@@ -29,12 +30,15 @@ def annotation_files(source: Path) -> list[Path]:
     return named or files
 
 
-def objects(image: dict, folder: Path, annotations: list[tuple[str, dict]], classes: dict, split: str) -> list[Entry]:
+def objects(
+    image: dict, folder: Path, annotations: list[tuple[str, dict]], classes: dict, split: str, outside: bool
+) -> list[Entry]:
     """The entries of one picture; annotations with the place where each stands."""
     size = (image.get("width"), image.get("height"))
     size = size if all(size) else None
     if not isinstance(image.get("file_name"), str):
         raise InputError("field 'file_name' must be a text")
+    path = picture_path(folder, image["file_name"], "file_name", outside)
     entries = []
     for where, annotation in annotations:
         box, label = annotation.get("bbox"), classes.get(str(annotation.get("category_id")))
@@ -47,7 +51,7 @@ def objects(image: dict, folder: Path, annotations: list[tuple[str, dict]], clas
         x, y, width, height = map(float, box)
         box = (x, y, x + width, y + height)
         crowd = bool(annotation.get("iscrowd"))
-        entries.append(Entry(folder / image["file_name"], where, label, box, size=size, crowd=crowd, split=split))
+        entries.append(Entry(path, where, label, box, size=size, crowd=crowd, split=split))
     return entries
 
 
@@ -71,7 +75,7 @@ def read_file(file: Path, args, report) -> list[Entry]:
             report.note("left out, nothing is marked in the picture", where)
         try:
             with named(where):
-                entries += objects(image, folder, some, classes, split)
+                entries += objects(image, folder, some, classes, split, args.allow_outside)
         except InputError as error:
             report.bad.add(where, error)
     for orphans in of_image.values():
@@ -86,6 +90,7 @@ def read(args, report) -> list[Entry]:
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser("coco", __doc__)
     parser.add_argument("--images", help="folder that file_name is relative to; default: that of the JSON")
+    parser.add_argument("--allow-outside", action="store_true", help="file_name may lead out of that folder")
     common.convert(parser.parse_args(argv), read)
 
 

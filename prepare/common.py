@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 import errors
 from data import BadRecords, load_jsonl
 from errors import InputError, cause_of, named
 from eval import overlay, sheet
-from images import Box, Sample, size_and_orientation
+from images import PIXEL_LIMIT, Box, Sample, size_and_orientation
 from prepare.boxes import as_displayed, drawn_as_stored, mask_box
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -282,6 +283,7 @@ def records_of(image: Path, entries: list[Entry], phrase: Callable, args, report
 def convert(args, read: Callable[[argparse.Namespace, Report], list[Entry]]) -> None:
     """Read the source, look at every picture, write --out, say what came out and what did not."""
     args.source = Path(os.path.realpath(args.source))  # pictures may be links, the folder that paths start from may not
+    Image.MAX_IMAGE_PIXELS = args.pixel_limit
     if not args.source.exists():
         raise InputError(f"--source {args.source}: is not there")
     home = args.source if args.source.is_dir() else args.source.parent
@@ -310,7 +312,7 @@ def convert(args, read: Callable[[argparse.Namespace, Report], list[Entry]]) -> 
         count = f"{len(records)} records of {len({r['image'] for r in records})} pictures" if records else "no record"
         tqdm.write(f"{args.out / split}.jsonl: {count}")
     if any(record["image"].startswith("../") for records in splits.values() for record in records):
-        tqdm.write(f"image paths lead out of {args.out}: move it and the pictures together, or write --out {home}")
+        tqdm.write(f"image paths lead out of {args.out}: train with --allow-outside, or write --out {home}")
 
 
 def look(entries: list[Entry], phrase: Callable, splits: dict[str, list[dict]], args, report: Report) -> None:
@@ -339,7 +341,7 @@ def write(out: Path, splits: dict[str, list[dict]]) -> list[Sample]:
         for path, records in targets.items():
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             partial[path].write_text(text, encoding="utf-8")
-            samples += load_jsonl(partial[path])
+            samples += load_jsonl(partial[path], outside=True)  # where --out is not above the pictures
         for path in targets:
             os.replace(partial[path], path)
     finally:
@@ -399,6 +401,7 @@ def parser(script: str, doc: str, query: str | None = "the {class}", masks: bool
     leaks = ["refuse", "drop", "keep"]
     flag("--leaks", choices=leaks, default="refuse", help="when a picture, or copies of it, are in two splits")
     flag("--skip-bad", type=int, default=0, help="pictures that may be unusable; they are left out and listed")
+    flag("--pixel-limit", type=int, default=PIXEL_LIMIT, help="pixels of the largest picture that is opened")
     flag("--overlay", type=png, help="a PNG of some pictures with their boxes: look at it")
     flag("--overwrite", action="store_true", help="replace train.jsonl ... if they are there")
     made.set_defaults(query=None, frame="displayed")

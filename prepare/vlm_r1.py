@@ -16,13 +16,15 @@ from prepare.common import Entry
 
 
 def read(args, report) -> list[Entry]:
-    samples = load_jsonl(args.source, report.bad, Path(args.images) if args.images else None)
+    images = Path(args.images) if args.images else None
+    samples = load_jsonl(args.source, report.bad, images, args.allow_outside)
     return [Entry(Path(s.image).absolute(), s.source, s.query, s.box, size=s.size) for s in samples]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser("vlm_r1", __doc__, query=None)
     parser.add_argument("--images", help="folder that image paths are relative to; default: the file's")
+    parser.add_argument("--allow-outside", action="store_true", help="paths may lead out of that folder")
     common.convert(parser.parse_args(argv), read)
 
 

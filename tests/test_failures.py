@@ -229,7 +229,7 @@ MODELS = {
     "a tensor is missing": "1 tensors are missing, the first is visual.merger.ln_q.weight",
     "a tensor is foreign": "tensor transformer.h.0.attn.weight is not one of Qwen2.5-VL's",
     "another shape": "tensor model.norm.weight has shape (3,), config.json asks for (128,)",
-    "no tokenizer": "holds no tokenizer that transformers can load",
+    "no tokenizer": "holds no tokenizer.json; restore it from its checkpoint",
     "broken tokenizer": "holds no tokenizer that transformers can load",
     "no preprocessor": "cannot be read; is its folder a whole checkpoint?",
     "unknown prompt": "medloc.json: field 'prompt': the question 'sing' does not hold {query}",
@@ -274,30 +274,32 @@ def stopped(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def trainer(out: Path, **changes) -> None:
-    file = out / "step-000001" / "trainer.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+def manifest(out: Path, **changes) -> None:
+    edit(out / "step-000001" / "manifest.json", **changes)
+
+
+def damage(name: str, content: bytes | None):
+    """A file of the checkpoint with this in it, or a flipped bit."""
+
+    def strike(out: Path) -> None:
+        file = out / "step-000001" / name
+        whole = bytearray(file.read_bytes())
+        whole[len(whole) // 2] ^= 4
+        file.write_bytes(whole if content is None else content)
+
+    return strike
 
 
 BREAKS = {
-    "no checkpoint": (lambda out: shutil.rmtree(out / "step-000001"), "holds no checkpoint step-..."),
-    "cut-off state": (
-        lambda out: (out / "step-000001" / "trainer.json").write_text('{"format": 1, "st'),
-        "step-000001: the trainer's state cannot be read",
-    ),
-    "cut-off moments": (
-        lambda out: (out / "step-000001" / "trainer.safetensors").write_bytes(b"12345678"),
-        "step-000001: the trainer's state cannot be read",
-    ),
-    "another format": (lambda out: trainer(out, format=99), "trainer.json: format 99 is not"),
-    "no object": (
-        lambda out: (out / "step-000001" / "trainer.json").write_text("[]"),
-        "trainer.json: format None is not",
-    ),
-    "no counters": (
-        lambda out: (out / "step-000001" / "trainer.json").write_text('{"format": 2}'),
-        "trainer.json: field 'bad' is missing",
-    ),
+    "cut-off state": (damage("trainer.json", b'{"step": 1, "op'), "step-000001/trainer.json: is damaged, {'bytes': 15"),
+    "cut-off moments": (damage("trainer.safetensors", b"12345678"), "trainer.safetensors: is damaged, {'bytes': 8"),
+    "a bit of a weight": (damage("model.safetensors", None), "step-000001/model.safetensors: is damaged, {'bytes': 9"),
+    "lost file": (lambda out: (out / "step-000001" / "tokenizer.json").unlink(), "tokenizer.json: cannot be read (No"),
+    "another format": (lambda out: manifest(out, format=99), "step-000001/manifest.json: format 99 is not 3"),
+    "no object": (damage("manifest.json", b"[]"), "step-000001/manifest.json: cannot be read"),
+    "cut-off manifest": (damage("manifest.json", b'{"format": 3, "fi'), "step-000001/manifest.json: cannot be read"),
+    "odd manifest": (lambda out: manifest(out, files=[1]), "step-000001/manifest.json: cannot be read"),
+    "no manifest": (lambda out: (out / "step-000001" / "manifest.json").unlink(), "step-000001: no manifest.json; an"),
     "foreign line": (lambda out: (out / "metrics.jsonl").write_text("{}\n"), "metrics.jsonl:1: is no line of this run"),
     "no config": (lambda out: (out / "config.json").unlink(), "config.json does not exist"),
     "broken config": (lambda out: (out / "config.json").write_text("{"), "config.json: not readable as JSON"),
@@ -309,7 +311,8 @@ def test_a_broken_checkpoint_is_named_on_resume(name, stopped, tmp_path):
     damage, words = BREAKS[name]
     out = shutil.copytree(stopped, tmp_path / "run")
     damage(out)
-    assert words in sentence(run(train_grpo, "--resume", "--out", str(out), "--steps", "2", expect=2))
+    error = sentence(run(train_grpo, "--resume", "--out", str(out), "--steps", "2", expect=2))
+    assert words in error and ("step-000001" in words) <= (f"remove {out}/step-000001 and --resume goes on" in error)
     assert name == "foreign line" or len(lines(out / "metrics.jsonl")) == 1
 
 

@@ -156,12 +156,13 @@ def test_the_processes_end_with_the_block_also_after_an_error():
     assert readers.processes and all(process.returncode is not None for process in readers.processes)
 
 
-def test_the_end_waits_for_no_worker_and_ctrl_c_is_not_for_them():
+def test_the_end_waits_for_no_worker_and_signals_are_not_for_them():
     samples = phantom_samples(None, 0, 0, 99)
     with Readers(1) as readers:
         views = readers.read(range(99), samples, IMAGES, ahead=9)
         next(views)
-        readers.processes[0].send_signal(signal.SIGINT)
+        for number in (signal.SIGINT, signal.SIGTERM):  # as a terminal, torchrun and a scheduler send them to all
+            readers.processes[0].send_signal(number)
         for _ in range(20):
             next(views)
         readers.processes[0].send_signal(signal.SIGSTOP)  # as one that hangs in a read

@@ -30,9 +30,9 @@ ROOT = Path(__file__).parent.parent
 METRICS = (
     "step tau hit_rate sigma margin iou_mean iou_q25 iou_q50 iou_q75 reward_mean reward_box zero_spread parse_failures "
     "truncated kl clip_low clip_high entropy grad_norm loss lr seconds seconds_rollout seconds_update tokens peak_mb "
-    "groups dropped drawn skipped seconds_input"
+    "groups dropped drawn skipped seconds_input resident_mb"
 ).split()
-TIMES = {"seconds", "seconds_input", "seconds_rollout", "seconds_update", "peak_mb"}
+TIMES = {"seconds", "seconds_input", "seconds_rollout", "seconds_update", "peak_mb", "resident_mb"}
 
 
 def run(script, *flags: str, expect: int = 0) -> str:
