@@ -10,7 +10,7 @@
 #   python train_grpo.py --estimate --device=cuda --memory=24GB --recipe=paper --model=FOLDER \
 #     --lora-rank=64 --batch-size=8 --max-tokens=256 --max-pixels=401408
 #
-# A checkpoint is about 16 GB and none is removed: five of them in 500 steps.
+# A checkpoint is about 16 GB: five of them in 500 steps, or fewer with --keep.
 #
 #   MODEL   a folder with Qwen2.5-VL-3B-Instruct         TRAIN, VAL   records (README: "Your own images")
 set -euo pipefail

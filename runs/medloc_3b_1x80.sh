@@ -7,7 +7,7 @@
 #     --freeze-vision --batch-size=8 --max-tokens=512 --max-pixels=401408
 # Too tight? --beta=0 frees 7 GB, runs/medloc_3b_1x24.sh needs far less.
 #
-# A checkpoint is about 40 GB and none is removed: five of them in 500 steps.
+# A checkpoint is about 40 GB: five of them in 500 steps, or fewer with --keep.
 #
 #   MODEL   a folder with Qwen2.5-VL-3B-Instruct         TRAIN, VAL   records (README: "Your own images")
 set -euo pipefail

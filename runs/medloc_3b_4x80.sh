@@ -3,7 +3,7 @@
 #
 # 32 prompts x 8 answers a step, dealt out over the ranks; each rank holds what runs/medloc_3b_1x80.sh does.
 #
-# A checkpoint is about 40 GB and none is removed: five of them in 500 steps.
+# A checkpoint is about 40 GB: five of them in 500 steps, or fewer with --keep.
 #
 #   MODEL   a folder with Qwen2.5-VL-3B-Instruct         TRAIN, VAL   records (README: "Your own images")
 set -euo pipefail
