@@ -769,17 +769,18 @@ def train(args, ending: ExitStack) -> None:
             group["lr"] = lr
         tau = schedule.tau
         try:
-            tally, seen, used = rollout(policy, actor, reference, task, stream, step, schedule, args)
+            try:
+                tally, seen, used = rollout(policy, actor, reference, task, stream, step, schedule, args)
+            except ranks.Lost:
+                raise
+            except InputError as error:  # a picture that cannot be decoded, found on the way: keep what was learned
+                save(step, drawn)
+                raise InputError(f"{error}. All up to step {step} is saved: repair it and go on by --resume") from error
             rolled = time.perf_counter()
             losses = update(policy, optimizer, used, args)
         except stop.Stopped:
             save(step, drawn)
             raise
-        except ranks.Lost:
-            raise
-        except InputError as error:  # a picture that cannot be decoded, found on the way: keep what was learned
-            save(step, drawn)
-            raise InputError(f"{error}. All up to step {step} is saved: repair it and go on by --resume") from error
         decision = schedule.observe(tally.iou.tolist())  # from here on the step is a whole one
         optimizer.zero_grad()  # the memory is the next rollout's
         if actor is not policy:

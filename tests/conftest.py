@@ -5,8 +5,11 @@
 
 import importlib.util
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell does that to what it starts behind its back (&)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch  # noqa: E402
 
