@@ -525,6 +525,22 @@ def test_dynamic_sampling_gives_up_after_k_rounds_and_drops_what_is_flat(monkeyp
     assert used is seen and len(seen.prompts) == 4  # off: flat groups stay in the batch and in its normalisation
 
 
+def test_a_step_leaves_the_next_rollout_the_memory_that_it_took(records, tmp_path, monkeypatch):
+    """With a reference, in one forward pass: neither the prompts' keys and values nor any gradient is held on to."""
+    seen, held, rollout = [], [], train_grpo.rollout
+
+    def watched(policy, *rest):
+        held.append([p.grad is not None for p in policy.parameters()] + [roll.prefix is not None for roll in seen])
+        tally, roll, used = rollout(policy, *rest)
+        assert roll.prefix is not None  # else this would say nothing
+        seen.append(roll)
+        return tally, roll, used
+
+    monkeypatch.setattr(train_grpo, "rollout", watched)
+    grpo(tmp_path / "run", records, "--steps", "3", "--micro-batch", "4", "--beta", "0.05", "--schedule", "raw")
+    assert len(held) == 3 and not any(any(kept) for kept in held)
+
+
 def test_the_schedule_sees_every_group_that_was_rolled_out(records, tmp_path, monkeypatch):
     """A whole run with dynamic sampling: tau's trace is that of a schedule without it that is shown the same rollouts.
     Shown the update's groups alone, as in a naive implementation, the hit rate never gets there."""
