@@ -180,7 +180,8 @@ def test_real_rotated_xray_is_in_the_displayed_frame(tmp_path):
         pytest.skip(f"real images are not here: {folder}")
     coco = json.loads((folder / "coco.json").read_text())
     entry, (x, y, w, h) = coco["images"][0], coco["annotations"][0]["bbox"]
-    record = {"image": str(folder / entry["file_name"]), "query": "the fracture", "bbox": [x, y, x + w, y + h]}
+    (tmp_path / entry["file_name"]).write_bytes((folder / entry["file_name"]).read_bytes())
+    record = {"image": entry["file_name"], "query": "the fracture", "bbox": [x, y, x + w, y + h]}
     (tmp_path / "x.jsonl").write_text(json.dumps(record | {"width": entry["width"], "height": entry["height"]}))
     image, box = load(load_jsonl(tmp_path / "x.jsonl")[0])
     assert image.size == (454, 373) and box == (x, y, x + w, y + h)
