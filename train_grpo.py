@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ from logs import open_log
 from loss import BatchTotals, completion_mask, grpo_loss, mask_overlong
 from model import Policy, Prefix, collate, read_json
 from pipeline import Readers
-from scheduler import WATCHING, ByShareOfSteps, Schedule, ScheduleConfig, make_schedule
+from scheduler import WATCHING, ByShareOfSteps, Schedule, ScheduleConfig, hit, make_schedule
 
 STATE = ("schedule", "bad_in_a_row", "drawn", "bad", "evaluation")  # what a resumed run needs beside the weights
 LEFT = -1.0  # in the table of a step that is to be dropped
@@ -465,8 +466,9 @@ def backward(
     return sums.tolist()
 
 
-def rollout_metrics(tally: Tally, args) -> dict:
-    """Of all that was rolled out, on all ranks; `dropped` groups did not get into the update."""
+def rollout_metrics(tally: Tally, tau: float | None, args) -> dict:
+    """Of all that was rolled out, on all ranks. A group without spread has no hit (too hard), or hits only (too easy);
+    `dropped` groups did not get into the update."""
     quartiles = tally.iou.flatten().quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
     parts = {f"reward_{name}": part.mean().item() for name, part in tally.parts.items()}
     return parts | {
@@ -476,6 +478,7 @@ def rollout_metrics(tally: Tally, args) -> dict:
         "iou_q75": quartiles[2],
         "reward_mean": tally.reward.mean().item(),
         "zero_spread": 1 - tally.spread.float().mean().item(),
+        "no_hit": None if tau is None else fmean(not hit(best, tau) for best in tally.iou.amax(1).tolist()),
         "parse_failures": 1 - (tally.reasons == 0).float().mean().item(),
         "truncated": tally.truncated.float().mean().item(),
         "tokens": int(tally.lengths.sum()),
@@ -792,7 +795,7 @@ def train(args, ending: ExitStack) -> None:
         last = done == args.steps
         row = {"step": done, "tau": tau, "hit_rate": decision.hit_rate, "sigma": decision.sigma}
         row |= {"margin": decision.margin, "decision": str(decision), "lr": lr, "drawn": stream.drawn}
-        row |= rollout_metrics(tally, args) | losses
+        row |= rollout_metrics(tally, tau, args) | losses
         row |= {"seconds": ended - started, "seconds_rollout": rolled - started, "seconds_update": ended - rolled}
         row |= {"seconds_input": stream.seconds}  # of seconds_rollout
         row |= {"peak_mb": peak_megabytes(args.device), "resident_mb": resident_megabytes()}

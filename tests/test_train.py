@@ -499,7 +499,7 @@ def test_groups_without_spread_are_replaced_by_fresh_prompts(monkeypatch):
     assert seen.prompts == [f"prompt {i}" for i in range(7)] and stream.drawn == 7
     assert used.prompts == ["prompt 0", "prompt 3", "prompt 5", "prompt 6"] and used.spread.all()
     assert used.ids.shape == (4, 2, 3) and seen.iou.shape == (7, 2)
-    metrics = train_grpo.rollout_metrics(tally, args)
+    metrics = train_grpo.rollout_metrics(tally, 0.5, args)
     assert (metrics["groups"], metrics["dropped"]) == (7, 3) and metrics["zero_spread"] == pytest.approx(3 / 7)
 
 

@@ -1,0 +1,410 @@
+"""A grid of runs: every row on every set with every seed, each `python train_grpo.py` (or train_sft.py), one thread.
+
+    python experiments/sweep.py experiments/main.toml --jobs 2               what is missing is run, what is done is not
+    python experiments/sweep.py experiments/main.toml --only xray medloc     of the runs those that have all these words
+    python experiments/sweep.py experiments/main.toml --jobs 0               table and plots anew, from results.jsonl
+    python experiments/sweep.py experiments/main.toml --out out-main         all of it again, in a folder of your own
+
+A grid is a TOML file; main.toml shows what may stand in it. --out (default: the folder named like the grid) gets
+results.jsonl, a line per finished run, and made from that alone table.md and plots (figures.py); the runs themselves
+are under runs/ there. Stop it when you like (Ctrl-C): runs save, and the next call goes on with them. A run is done
+while results.jsonl has a line with its very flags. All rows of a set begin from one policy; that is checked.
+
+Left out: several machines (give each a part by --only), early stopping, a search over values.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from statistics import fmean, stdev
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a script finds modules beside it; errors.py is above
+
+import checkpoint  # noqa: E402
+import errors  # noqa: E402
+from errors import InputError  # noqa: E402
+from experiments import figures  # noqa: E402
+
+PARTS = ("about", "seeds", "starts", "flags", "sets", "rows", "compare")
+SHOWN = {  # column of table.md -> field of results.jsonl, digits
+    "A@.5": ("acc@0.5", 3),
+    "A@.8": ("acc@0.8", 3),
+    "pmAP": ("pmap", 3),
+    "mIoU": ("miou", 3),
+    "flat groups": ("zero_spread", 2),
+    "stability": ("stability", 3),
+    "last tau": ("tau", 2),
+    "images": ("images", 0),
+    "rollouts": ("rollouts", 0),
+}
+LEGEND = (
+    "Mean +- standard deviation over seeds. Flat groups: share of groups without spread in reward, over all steps. "
+    "Stability: standard deviation of the mean IoU of a step's answers, over the second half of the steps. "
+    "Images: drawn for training. Rollouts: answers sampled."
+)
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)  # Student's t, df 1 to 11
+
+
+@dataclass(frozen=True)
+class Run:
+    """A program and its flags as the grid has them: $NAME stands for the environment variable, @name for the policy
+    that the start of that name leaves."""
+
+    name: str  # set/row/seed-0, or starts/name
+    program: str
+    flags: dict
+    start: "Run | None" = None  # what it begins from, if the grid makes that too
+
+    def words(self) -> list[str]:
+        """The program and its flags."""
+        words = [self.program]
+        for flag, value in self.flags.items():
+            option = "--" + flag.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(option if value else option.replace("--", "--no-", 1))
+            else:
+                words += [option, *map(str, value if isinstance(value, list) else [value])]
+        return words
+
+    def expanded(self, runs: Path) -> list[str]:
+        """words() with files for $NAME and @name. InputError for a variable that is not set."""
+        words = []
+        for word in self.words():
+            if word.startswith("@"):
+                word = str(runs / self.start.name / f"step-{self.start.flags['steps']:06d}")
+            for name in re.findall(r"\$(\w+)", word):
+                if name not in os.environ:
+                    raise InputError(f"{self.name} wants {word}: export {name}=..., where your files are")
+            words.append(os.path.expandvars(word))
+        return words
+
+
+class Grid:
+    """A grid file, read. `runs` are its cells by (set, row, seed), row after row of each set."""
+
+    def __init__(self, file: Path):
+        self.file, raw = file, read_toml(file)
+        if unknown := raw.keys() - set(PARTS):
+            raise InputError(f"{file}: {min(unknown)!r} is none of {', '.join(PARTS)}")
+        self.about, self.seeds, self.compare = raw.get("about", ""), raw.get("seeds", [0]), raw.get("compare", [])
+        self.sets, self.rows = list(raw.get("sets", {})), list(raw.get("rows", {}))
+        self.starts: dict[str, Run] = {}
+        for name, flags in raw.get("starts", {}).items():
+            self.starts[name] = self._run(f"starts/{name}", {"program": "train_sft.py"} | flags)
+        self.runs: dict[tuple[str, str, int], Run] = {}
+        for one, of_set in raw.get("sets", {}).items():
+            for row, of_row in raw.get("rows", {}).items():
+                alone = of_set.get(row, {})  # [sets.ONE.ROW]: flags of this row on this set
+                flags = raw.get("flags", {}) | {flag: v for flag, v in of_set.items() if not isinstance(v, dict)}
+                if "program" in of_row:  # it has other flags, and gets what names the work
+                    flags = {flag: flags[flag] for flag in ("data", "val", "model", "workers") if flag in flags}
+                for seed in self.seeds:
+                    flags = flags | of_row | alone | {"seed": seed}
+                    self.runs[one, row, seed] = self._run(f"{one}/{row}/seed-{seed}", flags)
+        if not self.runs:
+            raise InputError(f"{file}: [sets] and [rows] must each name at least one")
+        if unknown := {row for pair in self.compare for row in pair} - set(self.rows):
+            raise InputError(f"{file}: compare names {min(unknown)!r}, which is no row")
+
+    def _run(self, name: str, flags: dict) -> Run:
+        flags = dict(flags)
+        program, model = flags.pop("program", "train_grpo.py"), flags.get("model", "")
+        if model.startswith("@") and model[1:] not in self.starts:
+            raise InputError(f"{self.file}: model of {name} is {model}, and no [starts.{model[1:]}] stands above it")
+        return Run(name, program, flags, self.starts.get(model[1:]) if model.startswith("@") else None)
+
+
+def read_toml(file: Path) -> dict:
+    try:
+        import tomllib
+    except ModuleNotFoundError:
+        raise InputError("grids are TOML, which Python reads from 3.11 on") from None
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+class Runner:
+    """Runs what a grid asks for, in `folder`/runs. What a run prints goes to <its folder>.log."""
+
+    def __init__(self, folder: Path):
+        self.runs = folder / "runs"
+
+    def out(self, run: Run) -> Path:
+        return self.runs / run.name
+
+    def ended(self, run: Run) -> bool:
+        """Whether the run's folder holds this very run, to its end."""
+        try:
+            asked = json.loads(self.out(run).with_suffix(".json").read_text())
+            evaluation = json.loads((self.out(run) / "eval.json").read_text())
+        except (OSError, ValueError):
+            return False
+        trained = self.out(run) / f"step-{run.flags['steps']:06d}"
+        return asked == run.words() and bool(evaluation.get("final", True)) and trained.is_dir()
+
+    def begin(self, run: Run) -> subprocess.Popen:
+        """The run's process: anew, or on with what there is of it."""
+        out, words, more = self.out(run), run.expanded(self.runs), []
+        asked = out.with_suffix(".json")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out.with_suffix(".log"), "a") as log:
+            try:  # held as long as a process writes here, so also by a run that outlived the sweep that began it
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"{log.name} is being written: end the process that does, or wait for it") from None
+            if run.program == "train_grpo.py" and asked.exists() and json.loads(asked.read_text()) == run.words():
+                more = ["--resume"] if list(out.glob("step-*")) else []
+            if not more:
+                shutil.rmtree(out, ignore_errors=True)  # of other flags, or without a checkpoint
+                checkpoint.write_whole(asked, json.dumps(run.words()) + "\n")
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            command = [sys.executable, *words, "--out", str(out), *more]
+            # Out of the terminal's reach: of a Ctrl-C it hears by work(), once.
+            quiet = {"stdout": log, "stderr": log, "start_new_session": True}
+            return subprocess.Popen(command, cwd=ROOT, env=environment, **quiet)
+
+    def work(self, runs: list[Run], jobs: int, after_each) -> list[str]:
+        """These runs and what they begin from, `jobs` at a time -> a sentence for each that failed."""
+        pending = [run for run in with_starts(runs) if not self.ended(run)]
+        alive: dict[subprocess.Popen, Run] = {}
+        sentences = []
+        with tqdm(total=len(pending), unit="run", smoothing=0) as bar:
+            try:
+                while pending or alive:
+                    ready = [run for run in pending if run.start is None or self.ended(run.start)]
+                    for run in ready[: jobs - len(alive)]:
+                        pending.remove(run)
+                        alive[self.begin(run)] = run
+                    if not alive:
+                        return sentences + [f"{run.name} waits for {run.start.name}, which failed" for run in pending]
+                    time.sleep(0.2)
+                    for process in [process for process in alive if process.poll() is not None]:
+                        run = alive.pop(process)
+                        bar.update()
+                        if self.ended(run):
+                            after_each()
+                        else:
+                            log = self.out(run).with_suffix(".log")
+                            sentences.append(f"{run.name} ended with code {process.returncode}; its last words: {log}")
+                            tqdm.write(sentences[-1])
+            finally:  # after Ctrl-C runs save themselves
+                for process in alive:
+                    process.terminate()
+                for process in alive:
+                    process.wait()
+        return sentences
+
+
+def with_starts(runs: list[Run]) -> list[Run]:
+    """The runs, behind all that they begin from; each once."""
+    found: dict[str, Run] = {}
+    for run in runs:
+        chain = [run]
+        while chain[0].start:
+            chain.insert(0, chain[0].start)
+        found |= {link.name: link for link in chain}
+    starts = [run for run in found.values() if run.name.startswith("starts/")]
+    return starts + [run for run in found.values() if run not in starts]
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def result(key: tuple[str, str, int], run: Run, out: Path) -> dict:
+    """A line of results.jsonl, from what a finished run wrote."""
+    one, row, seed = key
+    evaluation, config = (json.loads((out / name).read_text()) for name in ("eval.json", "config.json"))
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    start, final = evaluation["start"], evaluation["final"]
+    found = {"set": one, "row": row, "seed": seed}
+    found |= {name: final[name] for name in ("n", "miou", "acc@0.5", "acc@0.8", "pmap", "parse_failures")}
+    found |= {"start_miou": start["miou"], "start_pmap": start["pmap"]}
+    if run.program == "train_grpo.py":
+        half = [step["iou_mean"] for step in steps[len(steps) // 2 :]]
+        found |= {"zero_spread": fmean(step["zero_spread"] for step in steps), "stability": stdev(half)}
+        found |= {"tau": steps[-1]["tau"], "images": steps[-1]["drawn"]}
+        found |= {"rollouts": sum(step["groups"] for step in steps) * config["arguments"]["group_size"]}
+        found |= {"history": [[e["step"], e["miou"], e["pmap"]] for e in evaluation["history"]]}
+        for name in ("iou_mean", "zero_spread", "no_hit", "tau"):
+            found["step_" + name] = [step[name] and round(step[name], 4) for step in steps]
+    else:
+        found |= {"images": len(steps) * config["batch_size"], "rollouts": 0}
+    found |= {"seconds": round(sum(step["seconds"] for step in steps), 1), "date": str(date.today())}
+    found |= {"machine": machine(), "command": shlex.join(run.words())}
+    return found
+
+
+def machine() -> str:
+    """The processor, and the libraries that decide on the last digits."""
+    from importlib.metadata import version
+
+    name = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        name = (re.findall(r"model name\s*: (.*)", info.read_text()) or [name])[0]
+    return f"{name}, torch {version('torch')}, Python {platform.python_version()}"
+
+
+def read_results(grid: Grid, file: Path) -> dict[tuple[str, str, int], dict]:
+    """The lines of results.jsonl that belong to runs of the grid as it is now."""
+    found, old = {}, 0
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            key = row["set"], row["row"], row["seed"]
+            if key in grid.runs and row["command"] == shlex.join(grid.runs[key].words()):
+                found[key] = row
+            else:
+                old += 1
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{file}:{number}: is no line of a sweep's; delete it") from None
+    if old:
+        print(f"{file}: {old} lines are of runs that {grid.file.name} no longer asks for", file=sys.stderr)
+    return found
+
+
+def check_footing(results: list[dict]) -> None:
+    """InputError unless all runs of a set began from one policy and were judged on as many pictures."""
+    seen = {}
+    for row in results:
+        footing = row["n"], round(row["start_miou"], 6)
+        first = seen.setdefault(row["set"], (row["row"], footing))
+        if first[1] != footing:
+            raise InputError(
+                f"set {row['set']!r}: {row['row']} began with mIoU {footing[1]} on {footing[0]} pictures, but "
+                f"{first[0]} with {first[1][1]} on {first[1][0]}: rows of a set must share start and evaluation"
+            )
+
+
+def mean_std(values: list[float], digits: int) -> str:
+    """ "0.746 +- 0.012"; a single value and a count alone."""
+    mean = f"{fmean(values):,.{digits}f}"
+    return mean if len(values) < 2 or digits == 0 else f"{mean} +- {stdev(values):.{digits}f}"
+
+
+def paired(results: list[dict], row: str, other: str, one: str) -> list[float]:
+    """pmAP of row minus other, of each seed of the set that both have."""
+    of = {(r["row"], r["seed"]): r["pmap"] for r in results if r["set"] == one}
+    return [of[row, seed] - of[other, seed] for name, seed in of if name == row and (other, seed) in of]
+
+
+def interval(values: list[float]) -> str:
+    """Mean and Student's 95 % interval of it."""
+    if not 2 <= len(values) <= 12:
+        return f"{fmean(values):+.3f}"
+    half = T975[len(values) - 2] * stdev(values) / len(values) ** 0.5
+    return f"{fmean(values):+.3f} [{fmean(values) - half:+.3f}, {fmean(values) + half:+.3f}]"
+
+
+def table(grid: Grid, results: list[dict]) -> str:
+    """Markdown: for each set a table with a line per row, then the grid's comparisons."""
+    dates, machines = sorted({row["date"] for row in results}), sorted({row["machine"] for row in results})
+    lines = [f"# {grid.file.stem}", "", grid.about.strip(), "", f"`python experiments/sweep.py {shown(grid.file)}`"]
+    lines += ["", f"{len(results)} of {len(grid.runs)} runs, {dates[0]} to {dates[-1]}; {'; '.join(machines)}."]
+    lines += ["", LEGEND]
+    for one in grid.sets:
+        of_set = [row for row in results if row["set"] == one]
+        if not of_set:
+            continue
+        start = of_set[0]
+        lines += ["", f"## {one}", "", f"Start: mIoU {start['start_miou']:.3f}, pmAP {start['start_pmap']:.3f}; "]
+        lines[-1] += f"{start['n']} pictures to evaluate on."
+        lines += ["", f"| | seeds | {' | '.join(SHOWN)} |", "|---" * (2 + len(SHOWN)) + "|"]
+        for row in grid.rows:
+            of_row = [found for found in of_set if found["row"] == row]
+            cells = []
+            for field, digits in SHOWN.values():
+                values = [found[field] for found in of_row if found.get(field) is not None]
+                cells.append(mean_std(values, digits) if values else "-")
+            if of_row:
+                lines.append(f"| {row} | {len(of_row)} | {' | '.join(cells)} |")
+    if grid.compare:
+        lines += ["", "## pmAP, seed by seed", "", "Mean difference [its 95 % interval, Student's t]; seeds ahead."]
+        lines += ["", f"| | {' | '.join(grid.sets)} |", "|---" * (1 + len(grid.sets)) + "|"]
+        for row, other in grid.compare:
+            cells = []
+            for one in grid.sets:
+                values = paired(results, row, other, one)
+                ahead = sum(value > 0 for value in values)
+                cells.append(f"{interval(values)}; {ahead} of {len(values)}" if values else "-")
+            lines.append(f"| {row} - {other} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def shown(file: Path) -> Path:
+    """A path as a reader of the repository would write it."""
+    return file.relative_to(ROOT) if file.is_relative_to(ROOT) else Path(file.name)
+
+
+def collect(grid: Grid, folder: Path, runner: Runner) -> list[dict]:
+    """results.jsonl and table.md, with the runs that have ended since -> the lines."""
+    found = read_results(grid, folder / "results.jsonl")
+    for key, run in grid.runs.items():
+        if key not in found and runner.ended(run):
+            found[key] = result(key, run, runner.out(run))
+    results = [found[key] for key in grid.runs if key in found]
+    check_footing(results)
+    if results:
+        checkpoint.write_whole(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in results))
+        checkpoint.write_whole(folder / "table.md", table(grid, results))
+    return results
+
+
+def main() -> None:
+    parser = errors.Parser(
+        prog="experiments/sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("grid", type=Path, help="a TOML file")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each; 0: table and plots only")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORD", help="runs whose set/row/seed-N has all of these"
+    )
+    parser.add_argument("--out", type=Path, help="folder of results and runs; default: beside the grid, of its name")
+    options = parser.parse_args()
+    if options.jobs < 0:
+        parser.error("--jobs must be at least 0")
+    grid = Grid(options.grid.resolve())
+    folder = (options.out or grid.file.with_suffix("")).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {key: run for key, run in grid.runs.items() if set(options.only) <= set(run.name.split("/"))}
+    if not wanted:
+        parser.error(f"--only {' '.join(options.only)}: no run of the grid has all of these")
+    runner = Runner(folder)
+    done = read_results(grid, folder / "results.jsonl")
+    todo = [run for key, run in wanted.items() if key not in done]
+    failed = []
+    if options.jobs and todo:
+        for run in with_starts(todo):
+            run.expanded(runner.runs)  # a variable that is missing is said now, not in an hour
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        failed = runner.work(todo, options.jobs, lambda: collect(grid, folder, runner))
+    results = collect(grid, folder, runner)
+    if results:
+        figures.draw(grid, results, folder)
+    print(f"{len(results)} of {len(grid.runs)} runs are in {folder}")
+    if failed:
+        raise InputError(f"{len(failed)} of {len(todo)} runs failed, the first: {failed[0]}")
+
+
+if __name__ == "__main__":
+    errors.run(main)
