@@ -40,7 +40,8 @@ import errors  # noqa: E402
 from errors import InputError  # noqa: E402
 from experiments import figures  # noqa: E402
 
-PARTS = ("about", "seeds", "starts", "flags", "sets", "rows", "compare")
+SFT = "train_sft.py"  # has flags of its own, and no rollouts; any other program is taken for train_grpo.py
+PARTS = ("about", "seeds", "starts", "flags", "sets", "rows", "compare", "reuse")
 SHOWN = {  # column of table.md -> field of results.jsonl, digits
     "A@.5": ("acc@0.5", 3),
     "A@.8": ("acc@0.8", 3),
@@ -102,16 +103,17 @@ class Grid:
         if unknown := raw.keys() - set(PARTS):
             raise InputError(f"{file}: {min(unknown)!r} is none of {', '.join(PARTS)}")
         self.about, self.seeds, self.compare = raw.get("about", ""), raw.get("seeds", [0]), raw.get("compare", [])
+        self.reuse = [file.parent / name for name in raw.get("reuse", [])]  # other grids' results.jsonl
         self.sets, self.rows = list(raw.get("sets", {})), list(raw.get("rows", {}))
         self.starts: dict[str, Run] = {}
         for name, flags in raw.get("starts", {}).items():
-            self.starts[name] = self._run(f"starts/{name}", {"program": "train_sft.py"} | flags)
+            self.starts[name] = self._run(f"starts/{name}", {"program": SFT} | flags)
         self.runs: dict[tuple[str, str, int], Run] = {}
         for one, of_set in raw.get("sets", {}).items():
             for row, of_row in raw.get("rows", {}).items():
                 alone = of_set.get(row, {})  # [sets.ONE.ROW]: flags of this row on this set
                 flags = raw.get("flags", {}) | {flag: v for flag, v in of_set.items() if not isinstance(v, dict)}
-                if "program" in of_row:  # it has other flags, and gets what names the work
+                if of_row.get("program") == SFT:  # of the shared ones it gets what names the work
                     flags = {flag: flags[flag] for flag in ("data", "val", "model", "workers") if flag in flags}
                 for seed in self.seeds:
                     flags = flags | of_row | alone | {"seed": seed}
@@ -172,7 +174,7 @@ class Runner:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise InputError(f"{log.name} is being written: end the process that does, or wait for it") from None
-            if run.program == "train_grpo.py" and asked.exists() and json.loads(asked.read_text()) == run.words():
+            if run.program != SFT and asked.exists() and json.loads(asked.read_text()) == run.words():
                 more = ["--resume"] if list(out.glob("step-*")) else []
             if not more:
                 shutil.rmtree(out, ignore_errors=True)  # of other flags, or without a checkpoint
@@ -239,7 +241,7 @@ def result(key: tuple[str, str, int], run: Run, out: Path) -> dict:
     found = {"set": one, "row": row, "seed": seed}
     found |= {name: final[name] for name in ("n", "miou", "acc@0.5", "acc@0.8", "pmap", "parse_failures")}
     found |= {"start_miou": start["miou"], "start_pmap": start["pmap"]}
-    if run.program == "train_grpo.py":
+    if run.program != SFT:
         half = [step["iou_mean"] for step in steps[len(steps) // 2 :]]
         found |= {"zero_spread": fmean(step["zero_spread"] for step in steps), "stability": stdev(half)}
         found |= {"tau": steps[-1]["tau"], "images": steps[-1]["drawn"]}
@@ -264,22 +266,23 @@ def machine() -> str:
     return f"{name}, torch {version('torch')}, Python {platform.python_version()}"
 
 
-def read_results(grid: Grid, file: Path) -> dict[tuple[str, str, int], dict]:
-    """The lines of results.jsonl that belong to runs of the grid as it is now."""
-    found, old = {}, 0
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            key = row["set"], row["row"], row["seed"]
-            if key in grid.runs and row["command"] == shlex.join(grid.runs[key].words()):
-                found[key] = row
-            else:
-                old += 1
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{file}:{number}: is no line of a sweep's; delete it") from None
-    if old:
-        print(f"{file}: {old} lines are of runs that {grid.file.name} no longer asks for", file=sys.stderr)
+def read_results(grid: Grid, folder: Path) -> dict[tuple[str, str, int], dict]:
+    """The lines of results.jsonl, and of those that the grid reuses, that belong to its runs as they are now."""
+    found = {}
+    for file in (*grid.reuse, folder / "results.jsonl"):
+        lines, old = file.read_text(encoding="utf-8").splitlines() if file.exists() else [], 0
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                key = row["set"], row["row"], row["seed"]
+                if key in grid.runs and row["command"] == shlex.join(grid.runs[key].words()):
+                    found[key] = row
+                else:
+                    old += 1
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{file}:{number}: is no line of a sweep's; delete it") from None
+        if old and file not in grid.reuse:
+            print(f"{file}: {old} lines are of runs that {grid.file.name} no longer asks for", file=sys.stderr)
     return found
 
 
@@ -358,7 +361,7 @@ def shown(file: Path) -> Path:
 
 def collect(grid: Grid, folder: Path, runner: Runner) -> list[dict]:
     """results.jsonl and table.md, with the runs that have ended since -> the lines."""
-    found = read_results(grid, folder / "results.jsonl")
+    found = read_results(grid, folder)
     for key, run in grid.runs.items():
         if key not in found and runner.ended(run):
             found[key] = result(key, run, runner.out(run))
@@ -390,7 +393,7 @@ def main() -> None:
     if not wanted:
         parser.error(f"--only {' '.join(options.only)}: no run of the grid has all of these")
     runner = Runner(folder)
-    done = read_results(grid, folder / "results.jsonl")
+    done = read_results(grid, folder)
     todo = [run for key, run in wanted.items() if key not in done]
     failed = []
     if options.jobs and todo:

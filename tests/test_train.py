@@ -28,9 +28,9 @@ from scheduler import ScheduleConfig, make_schedule
 
 ROOT = Path(__file__).parent.parent
 METRICS = (
-    "step tau hit_rate sigma margin iou_mean iou_q25 iou_q50 iou_q75 reward_mean reward_box zero_spread parse_failures "
-    "truncated kl clip_low clip_high entropy grad_norm loss lr seconds seconds_rollout seconds_update tokens peak_mb "
-    "groups dropped drawn skipped seconds_input resident_mb"
+    "step tau hit_rate sigma margin iou_mean iou_q25 iou_q50 iou_q75 reward_mean reward_box zero_spread no_hit "
+    "parse_failures truncated kl clip_low clip_high entropy grad_norm loss lr seconds seconds_rollout seconds_update "
+    "tokens peak_mb groups dropped drawn skipped seconds_input resident_mb"
 ).split()
 TIMES = {"seconds", "seconds_input", "seconds_rollout", "seconds_update", "peak_mb", "resident_mb"}
 
@@ -501,6 +501,8 @@ def test_groups_without_spread_are_replaced_by_fresh_prompts(monkeypatch):
     assert used.ids.shape == (4, 2, 3) and seen.iou.shape == (7, 2)
     metrics = train_grpo.rollout_metrics(tally, 0.5, args)
     assert (metrics["groups"], metrics["dropped"]) == (7, 3) and metrics["zero_spread"] == pytest.approx(3 / 7)
+    assert metrics["no_hit"] == pytest.approx(2 / 7)  # the third without spread has hits only
+    assert train_grpo.rollout_metrics(tally, None, args)["no_hit"] is None
 
 
 def test_dynamic_sampling_gives_up_after_k_rounds_and_drops_what_is_flat(monkeypatch):

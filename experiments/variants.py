@@ -1,0 +1,119 @@
+"""Schedules that were tried, each a subclass of scheduler.Schedule: how to add one of your own without touching a file.
+
+    python experiments/variants.py --schedule=quantile-50 --data phantoms:xray --out out      all else as train_grpo.py
+
+What came of them: search/table.md and RESULTS.md.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules beside it
+
+import errors  # noqa: E402
+import scheduler  # noqa: E402
+import train_grpo  # noqa: E402
+from scheduler import REFRESH, Decision, MedLoc, MedLocSoft, Schedule, hit, medloc_decision, next_tau  # noqa: E402
+
+
+def sigmoid(x: float) -> float:
+    return (1 + math.tanh(x / 2)) / 2
+
+
+class Quantile(Schedule):
+    """tau is the q-quantile of the window's IoUs, from the first step on, up or down; reward sigmoid((u - tau)/s)."""
+
+    own = ("tau_start", "soft_scale")
+    q = 0.5
+
+    def tau_at(self, step: int) -> float:
+        return self.config.tau_start
+
+    def box_reward(self, iou: float, giou: float) -> float:
+        return sigmoid((iou - self.tau) / self.config.soft_scale)
+
+    def decide(self) -> Decision:
+        statistics = self.window.hit_rate(self.tau), self.window.sigma(self.tau), self.window.margin(self.tau)
+        ious = sorted(iou for _, group in self.window.entries for iou in group)
+        tau = round(ious[min(int(self.q * len(ious)), len(ious) - 1)], 6)
+        return Decision(self.tau, tau, (f"quantile {self.q} of the window",), *statistics)
+
+
+class Quantile75(Quantile):
+    q = 0.75
+
+
+class Quantile90(Quantile):
+    q = 0.9
+
+
+class QuantileHard(Quantile):
+    """1[u >= tau], tau as Quantile's."""
+
+    own = ("tau_start",)
+
+    def box_reward(self, iou: float, giou: float) -> float:
+        return float(hit(iou, self.tau))
+
+
+class Sharpening(MedLocSoft):
+    """medloc-soft whose s falls as tau rises: in proportion to 1 - tau, from twice soft_scale at tau = 0."""
+
+    def box_reward(self, iou: float, giou: float) -> float:
+        return sigmoid((iou - self.tau) / (2 * self.config.soft_scale * (1 - self.tau)))
+
+
+class Floor(MedLoc):
+    """MedLoc's rule, and a raise also where half of the window's groups are all hits: these teach nothing more."""
+
+    def decide(self) -> Decision:
+        decision = medloc_decision(self.window, self.tau, self.config)
+        if not decision.tighten and self.window.full and self.tau < self.config.tau_target:
+            groups = [all(hit(iou, self.tau) for iou in group) for _, group in self.window.entries]
+            if sum(groups) >= len(groups) / 2:
+                decision = Decision(
+                    self.tau, next_tau(self.tau, self.config), ("too many all hits",), decision.hit_rate,
+                    decision.sigma, decision.margin,
+                )  # fmt: skip
+        if decision.tighten:
+            self.window.drop_oldest(REFRESH[self.config.refresh])
+        return decision
+
+
+class FloorSoft(Floor):
+    """Floor with medloc-soft's reward."""
+
+    own = MedLocSoft.own
+    box_reward = MedLocSoft.box_reward
+
+
+class Ramp(Schedule):
+    """pmAP itself, nearly: 0 to IoU .45, 1 from .95, a line between."""
+
+    def box_reward(self, iou: float, giou: float) -> float:
+        return min(max((iou - 0.45) / 0.5, 0.0), 1.0)
+
+
+class Excess(MedLoc):
+    """MedLoc's tau; a hit earns how far it is above: (u - tau)/(1 - tau)."""
+
+    def box_reward(self, iou: float, giou: float) -> float:
+        return max(0.0, (iou - self.tau) / (1 - self.tau))
+
+
+VARIANTS = {
+    "quantile-50": Quantile,
+    "quantile-75": Quantile75,
+    "quantile-90": Quantile90,
+    "quantile-hard": QuantileHard,
+    "sharpening": Sharpening,
+    "floor": Floor,
+    "floor-soft": FloorSoft,
+    "ramp": Ramp,
+    "excess": Excess,
+}
+scheduler.SCHEDULES |= VARIANTS
+
+if __name__ == "__main__":
+    errors.run(train_grpo.main, train_grpo.MEMORY)
