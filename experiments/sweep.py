@@ -299,8 +299,11 @@ def check_footing(results: list[dict]) -> None:
             )
 
 
-def mean_std(values: list[float], digits: int) -> str:
-    """ "0.746 +- 0.012"; a single value and a count alone."""
+def mean_std(rows: list[dict], field: str, digits: int) -> str:
+    """Of a field over rows: "0.746 +- 0.012"; of a single one and of counts the mean alone; "-" where none has it."""
+    values = [row[field] for row in rows if row.get(field) is not None]
+    if not values:
+        return "-"
     mean = f"{fmean(values):,.{digits}f}"
     return mean if len(values) < 2 or digits == 0 else f"{mean} +- {stdev(values):.{digits}f}"
 
@@ -324,34 +327,40 @@ def table(grid: Grid, results: list[dict]) -> str:
     dates, machines = sorted({row["date"] for row in results}), sorted({row["machine"] for row in results})
     lines = [f"# {grid.file.stem}", "", grid.about.strip(), "", f"`python experiments/sweep.py {shown(grid.file)}`"]
     lines += ["", f"{len(results)} of {len(grid.runs)} runs, {dates[0]} to {dates[-1]}; {'; '.join(machines)}."]
-    lines += ["", LEGEND]
+    lines += ["", LEGEND, "", "## Final pmAP", "", *markdown_table(["", *grid.sets], overview(grid, results))]
     for one in grid.sets:
         of_set = [row for row in results if row["set"] == one]
         if not of_set:
             continue
-        start = of_set[0]
-        lines += ["", f"## {one}", "", f"Start: mIoU {start['start_miou']:.3f}, pmAP {start['start_pmap']:.3f}; "]
-        lines[-1] += f"{start['n']} pictures to evaluate on."
-        lines += ["", f"| | seeds | {' | '.join(SHOWN)} |", "|---" * (2 + len(SHOWN)) + "|"]
-        for row in grid.rows:
-            of_row = [found for found in of_set if found["row"] == row]
-            cells = []
-            for field, digits in SHOWN.values():
-                values = [found[field] for found in of_row if found.get(field) is not None]
-                cells.append(mean_std(values, digits) if values else "-")
-            if of_row:
-                lines.append(f"| {row} | {len(of_row)} | {' | '.join(cells)} |")
+        start = f"mIoU {of_set[0]['start_miou']:.3f}, pmAP {of_set[0]['start_pmap']:.3f}"
+        lines += ["", f"## {one}", "", f"Start: {start}; {of_set[0]['n']} pictures to evaluate on."]
+        cells = []
+        for name in grid.rows:
+            of_row = [row for row in of_set if row["row"] == name]
+            cells.append([name, str(len(of_row)), *(mean_std(of_row, *field) for field in SHOWN.values())])
+        lines += ["", *markdown_table(["", "seeds", *SHOWN], [row for row in cells if row[1] != "0"])]
     if grid.compare:
-        lines += ["", "## pmAP, seed by seed", "", "Mean difference [its 95 % interval, Student's t]; seeds ahead."]
-        lines += ["", f"| | {' | '.join(grid.sets)} |", "|---" * (1 + len(grid.sets)) + "|"]
+        lines += ["", "## pmAP, seed by seed", "", "Mean difference [its 95 % interval, Student's t]; seeds ahead.", ""]
+        cells = []
         for row, other in grid.compare:
-            cells = []
-            for one in grid.sets:
-                values = paired(results, row, other, one)
-                ahead = sum(value > 0 for value in values)
-                cells.append(f"{interval(values)}; {ahead} of {len(values)}" if values else "-")
-            lines.append(f"| {row} - {other} | {' | '.join(cells)} |")
+            values = [paired(results, row, other, one) for one in grid.sets]
+            ahead = [f"{interval(v)}; {sum(x > 0 for x in v)} of {len(v)}" if v else "-" for v in values]
+            cells.append([f"{row} - {other}", *ahead])
+        lines += markdown_table(["", *grid.sets], cells)
     return "\n".join(lines) + "\n"
+
+
+def overview(grid: Grid, results: list[dict]) -> list[list[str]]:
+    """Each row's final pmAP on each set."""
+
+    def cell(row: str, one: str) -> str:
+        return mean_std([found for found in results if (found["row"], found["set"]) == (row, one)], "pmap", 3)
+
+    return [[row, *(cell(row, one) for one in grid.sets)] for row in grid.rows]
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def shown(file: Path) -> Path:
