@@ -102,7 +102,23 @@ class Excess(MedLoc):
         return max(0.0, (iou - self.tau) / (1 - self.tau))
 
 
+class Excess25(Quantile):
+    """How far above tau, a quantile of the window, an answer is: max(u - tau, 0). Below it all are equally bad."""
+
+    own = ("tau_start",)
+    q = 0.25
+
+    def box_reward(self, iou: float, giou: float) -> float:
+        return max(iou - self.tau, 0.0)
+
+
+class Excess50(Excess25):
+    q = 0.5
+
+
 VARIANTS = {
+    "excess-25": Excess25,
+    "excess-50": Excess50,
     "quantile-50": Quantile,
     "quantile-75": Quantile75,
     "quantile-90": Quantile90,
