@@ -48,13 +48,15 @@ SHOWN = {  # column of table.md -> field of results.jsonl, digits
     "pmAP": ("pmap", 3),
     "mIoU": ("miou", 3),
     "flat groups": ("zero_spread", 2),
+    "no hit": ("no_hit", 2),
     "stability": ("stability", 3),
     "last tau": ("tau", 2),
     "images": ("images", 0),
     "rollouts": ("rollouts", 0),
 }
 LEGEND = (
-    "Mean +- standard deviation over seeds. Flat groups: share of groups without spread in reward, over all steps. "
+    "Mean +- standard deviation over seeds. Flat groups: share of groups without spread in reward, over all steps; "
+    "no hit: of groups in which no answer reaches tau; what is flat beyond these has hits only. "
     "Stability: standard deviation of the mean IoU of a step's answers, over the second half of the steps. "
     "Images: drawn for training. Rollouts: answers sampled."
 )
@@ -244,6 +246,8 @@ def result(key: tuple[str, str, int], run: Run, out: Path) -> dict:
     if run.program != SFT:
         half = [step["iou_mean"] for step in steps[len(steps) // 2 :]]
         found |= {"zero_spread": fmean(step["zero_spread"] for step in steps), "stability": stdev(half)}
+        if steps[-1]["tau"] is not None:
+            found["no_hit"] = fmean(step["no_hit"] for step in steps)
         found |= {"tau": steps[-1]["tau"], "images": steps[-1]["drawn"]}
         found |= {"rollouts": sum(step["groups"] for step in steps) * config["arguments"]["group_size"]}
         found |= {"history": [[e["step"], e["miou"], e["pmap"]] for e in evaluation["history"]]}

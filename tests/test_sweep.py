@@ -321,6 +321,7 @@ def test_a_line_holds_what_the_run_wrote(folder, monkeypatch):
     assert scores == pytest.approx([0.41, 0.41, 0.205, 0.1025])
     assert (row["start_miou"], row["start_pmap"], row["tau"]) == (0.2, 0.0, None)
     assert row["zero_spread"] == pytest.approx(0.625)  # of .25 .5 .75 1.
+    assert "no_hit" not in row  # raw has no tau
     assert row["stability"] == pytest.approx(0.01 / math.sqrt(2))  # of the last two of four, ddof 1
     assert (row["images"], row["rollouts"], row["seconds"]) == (64, 4 * 16 * 8, 4.0)
     assert row["step_iou_mean"] == pytest.approx([0.42, 0.43, 0.44, 0.45])
