@@ -8,7 +8,8 @@
 A grid is a TOML file; main.toml shows what may stand in it. --out (default: the folder named like the grid) gets
 results.jsonl, a line per finished run, and made from that alone table.md and plots (figures.py); the runs themselves
 are under runs/ there. Stop it when you like (Ctrl-C): runs save, and the next call goes on with them. A run is done
-while results.jsonl has a line with its very flags. All rows of a set begin from one policy; that is checked.
+while results.jsonl has a line with its very flags, and its start's. All rows of a set begin from one policy; that is
+checked.
 
 Left out: several machines (give each a part by --only), early stopping, a search over values.
 """
@@ -83,6 +84,11 @@ class Run:
             else:
                 words += [option, *map(str, value if isinstance(value, list) else [value])]
         return words
+
+    def recipe(self) -> str:
+        """What makes its numbers, from the first start on: two runs with the same are the same run."""
+        before = f"{self.start.recipe()}; " if self.start else ""
+        return f"{before}{shlex.join(self.words())}"
 
     def expanded(self, runs: Path) -> list[str]:
         """words() with files for $NAME and @name. InputError for a variable that is not set."""
@@ -164,7 +170,7 @@ class Runner:
         except (OSError, ValueError):
             return False
         trained = self.out(run) / f"step-{run.flags['steps']:06d}"
-        return asked == run.words() and bool(evaluation.get("final", True)) and trained.is_dir()
+        return asked == run.recipe() and bool(evaluation.get("final", True)) and trained.is_dir()
 
     def begin(self, run: Run) -> subprocess.Popen:
         """The run's process: anew, or on with what there is of it."""
@@ -176,11 +182,11 @@ class Runner:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise InputError(f"{log.name} is being written: end the process that does, or wait for it") from None
-            if run.program != SFT and asked.exists() and json.loads(asked.read_text()) == run.words():
+            if run.program != SFT and asked.exists() and json.loads(asked.read_text()) == run.recipe():
                 more = ["--resume"] if list(out.glob("step-*")) else []
             if not more:
                 shutil.rmtree(out, ignore_errors=True)  # of other flags, or without a checkpoint
-                checkpoint.write_whole(asked, json.dumps(run.words()) + "\n")
+                checkpoint.write_whole(asked, json.dumps(run.recipe()) + "\n")
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             command = [sys.executable, *words, "--out", str(out), *more]
             # Out of the terminal's reach: of a Ctrl-C it hears by work(), once.
@@ -256,7 +262,7 @@ def result(key: tuple[str, str, int], run: Run, out: Path) -> dict:
     else:
         found |= {"images": len(steps) * config["batch_size"], "rollouts": 0}
     found |= {"seconds": round(sum(step["seconds"] for step in steps), 1), "date": str(date.today())}
-    found |= {"machine": machine(), "command": shlex.join(run.words())}
+    found |= {"machine": machine(), "recipe": run.recipe()}
     return found
 
 
@@ -279,7 +285,7 @@ def read_results(grid: Grid, folder: Path) -> dict[tuple[str, str, int], dict]:
             try:
                 row = json.loads(line)
                 key = row["set"], row["row"], row["seed"]
-                if key in grid.runs and row["command"] == shlex.join(grid.runs[key].words()):
+                if key in grid.runs and row["recipe"] == grid.runs[key].recipe():
                     found[key] = row
                 else:
                     old += 1

@@ -250,7 +250,22 @@ def test_results_alone_say_what_is_done_and_changed_flags_are_run_anew(folder, m
     file.write_text(file.read_text().replace('schedule = "medloc"', 'schedule = "medloc"\nslow = true'))
     call(monkeypatch, file, "--only", "xray", "medloc")
     assert len(events(folder)) == 2 * count and "3 lines are of runs that two.toml no longer" in capsys.readouterr().err
-    assert all("--slow" in row["command"] for row in lines(folder / "two" / "results.jsonl"))
+    assert all("--slow" in row["recipe"] for row in lines(folder / "two" / "results.jsonl"))
+
+
+def test_another_start_is_another_run(folder, monkeypatch):
+    words = "--only", "own", "medloc", "seed-0"
+    call(monkeypatch, folder / "two.toml", *words)
+    (row,) = lines(folder / "two" / "results.jsonl")
+    first, second = (shlex.split(part) for part in row["recipe"].split(";"))  # as a shell would run it
+    assert (
+        first[1:] == "--schedule sft --steps 2 --seed 9".split() and second[-4:] == "--schedule medloc --seed 0".split()
+    )
+    file = folder / "two.toml"
+    file.write_text(file.read_text().replace("steps = 2\n", "steps = 3\n"))
+    call(monkeypatch, file, *words)
+    begun = [e[1] for e in events(folder) if e[0] == "begin"]
+    assert begun == ["sft", "medloc"] * 2 and (folder / "two/runs/starts/coarse/step-000003").is_dir()
 
 
 def test_another_grid_reuses_results_of_the_same_flags(folder, monkeypatch):
@@ -400,7 +415,7 @@ def recorded(row: str, one: str) -> list[dict]:
 
 
 def rerun(tmp_path: Path, result: dict, *more: str) -> None:
-    command = [sys.executable, *shlex.split(result["command"]), "--out", str(tmp_path / "out"), *more]
+    command = [sys.executable, *shlex.split(result["recipe"]), "--out", str(tmp_path / "out"), *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
 
