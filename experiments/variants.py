@@ -8,6 +8,7 @@ What came of them: search/table.md and RESULTS.md.
 import math
 import sys
 from pathlib import Path
+from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules beside it
 
@@ -116,7 +117,34 @@ class Excess50(Excess25):
     q = 0.5
 
 
+class Hull(Schedule):
+    """GIoU until the policy is good, then IoU: u - l (u - giou), where l falls from 1 to 0 while the window's mean IoU
+    rises from `low` to `high`. u - giou is the share of the two boxes' hull that neither covers."""
+
+    low, high = 0.4, 0.6
+
+    def box_reward(self, iou: float, giou: float) -> float:
+        groups = [group for _, group in self.window.entries]
+        mean = fmean(map(fmean, groups)) if groups else 0.0
+        return iou - min(max((self.high - mean) / (self.high - self.low), 0.0), 1.0) * (iou - giou)
+
+
+class HullLate(Hull):
+    low, high = 0.5, 0.7
+
+
+class HullTau(MedLoc):
+    """The same with l = (tau_target - tau)/(tau_target - tau_start), tau by MedLoc's rule."""
+
+    def box_reward(self, iou: float, giou: float) -> float:
+        c = self.config
+        return iou - (c.tau_target - self.tau) / (c.tau_target - c.tau_start) * (iou - giou)
+
+
 VARIANTS = {
+    "hull": Hull,
+    "hull-late": HullLate,
+    "hull-tau": HullTau,
     "excess-25": Excess25,
     "excess-50": Excess50,
     "quantile-50": Quantile,
