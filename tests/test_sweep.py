@@ -462,3 +462,17 @@ def test_the_readme_and_results_quote_the_tables_word_for_word():
     for name in ("RESULTS.md", "README.md"):
         rows = [line for line in (ROOT / name).read_text().splitlines() if quoted.fullmatch(line)]
         assert rows and set(rows) <= known, sorted(set(rows) - known)[:2]
+
+
+def test_the_results_beside_the_papers_are_the_recorded_ones():
+    names = {"MedLoc-R1": "medloc", "raw IoU": "raw", "fixed .5 (VLM-R1)": "fixed", "V-Triune": "vtriune"}
+    names |= {"SFT": "sft-images"}
+    text = (ROOT / "RESULTS.md").read_text().partition("## Beside the paper")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    found = {row[0]: row[2:] for row in rows if row[0] in names}
+    assert found.keys() == names.keys()
+    for name, cells in found.items():
+        for one, cell in zip(("dermoscopy", "isic2017"), cells, strict=True):
+            runs = recorded(names[name], one)
+            means = (100 * fmean(run[field] for run in runs) for field in ("acc@0.5", "acc@0.8"))
+            assert cell == " / ".join(f"{mean:.1f}" for mean in means)
