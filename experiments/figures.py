@@ -8,6 +8,8 @@ against the share of groups that have no hit at the start.
 from pathlib import Path
 from statistics import fmean
 
+from PIL import Image
+
 from errors import InputError
 from experiments.plot import COLOURS, GREY, LOOK, STYLES, moving_average
 
@@ -32,17 +34,9 @@ def draw(grid, results: list[dict], folder: Path) -> None:
 
 def save(figure, file: Path) -> None:
     """As a picture of few colours: a third of the bytes."""
-    from PIL import Image
-
     figure.canvas.draw()
-    image = Image.fromarray(memoryview_rgb(figure.canvas))
-    image.quantize(64, dither=Image.Dither.NONE).save(file, optimize=True)
-
-
-def memoryview_rgb(canvas):
-    import numpy as np
-
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    image = Image.frombytes("RGBA", figure.canvas.get_width_height(), bytes(figure.canvas.buffer_rgba()))
+    image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
 def panels(width: float, height: float, rows: int, columns: int):
