@@ -157,7 +157,7 @@ VARIANTS = {
     "ramp": Ramp,
     "excess": Excess,
 }
-scheduler.SCHEDULES |= VARIANTS
 
 if __name__ == "__main__":
+    scheduler.SCHEDULES |= VARIANTS
     errors.run(train_grpo.main, train_grpo.MEMORY)

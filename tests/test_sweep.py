@@ -17,8 +17,10 @@ from statistics import fmean, stdev
 import pytest
 from PIL import Image
 
+import config
+import scheduler
 from errors import InputError
-from experiments import sweep
+from experiments import sweep, variants
 from experiments.sweep import Grid, Runner
 
 if sys.version_info < (3, 11):
@@ -191,9 +193,7 @@ def test_a_variable_that_is_not_set_is_said_before_the_first_run(folder, monkeyp
 
 @pytest.mark.parametrize("name", [file.name for file in sorted(EXPERIMENTS.glob("*.toml"))])
 def test_the_grids_of_the_repository_ask_only_for_flags_that_exist(name, monkeypatch, tmp_path):
-    import config
-    from experiments import variants  # noqa: F401, its schedules are choices of the variants' program
-
+    monkeypatch.setattr(scheduler, "SCHEDULES", scheduler.SCHEDULES | variants.VARIANTS)
     monkeypatch.setenv("ISIC", str(tmp_path))
     grid = Grid(EXPERIMENTS / name)
     asked = {}  # one of each row's seeds is enough

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from experiments import variants
-from scheduler import ScheduleConfig, make_schedule
+from scheduler import MedLoc, ScheduleConfig
 
 ROOT = Path(__file__).parent.parent
 STEP = [[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]]
 
 
 def make(name: str, **config):
-    return make_schedule(name, ScheduleConfig(**config), 10)
+    return ({"medloc": MedLoc} | variants.VARIANTS)[name](name, ScheduleConfig(**config), 10)
 
 
 @pytest.mark.parametrize(
