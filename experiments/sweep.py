@@ -110,6 +110,12 @@ class Grid:
         self.file, raw = file, read_toml(file)
         if unknown := raw.keys() - set(PARTS):
             raise InputError(f"{file}: {min(unknown)!r} is none of {', '.join(PARTS)}")
+        for part in ("starts", "sets", "rows"):
+            for name, value in raw.get(part, {}).items():
+                if not isinstance(value, dict):
+                    raise InputError(f"{file}: {part}.{name} must be a table of flags, got {value!r}")
+        if not isinstance(raw.get("seeds", []), list):
+            raise InputError(f"{file}: seeds must be a list, got {raw['seeds']!r}")
         self.about, self.seeds, self.compare = raw.get("about", ""), raw.get("seeds", [0]), raw.get("compare", [])
         self.reuse = [file.parent / name for name in raw.get("reuse", [])]  # other grids' results.jsonl
         self.sets, self.rows = list(raw.get("sets", {})), list(raw.get("rows", {}))
@@ -136,6 +142,8 @@ class Grid:
         program, model = flags.pop("program", "train_grpo.py"), flags.get("model", "")
         if model.startswith("@") and model[1:] not in self.starts:
             raise InputError(f"{self.file}: model of {name} is {model}, and no [starts.{model[1:]}] stands above it")
+        if "steps" not in flags:  # the last checkpoint is named after them
+            raise InputError(f"{self.file}: {name} has no steps: name them in [flags], its set or its row")
         return Run(name, program, flags, self.starts.get(model[1:]) if model.startswith("@") else None)
 
 

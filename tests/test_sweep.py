@@ -49,7 +49,7 @@ with open(here / "log", "a") as log:
 if args.schedule == "broken":
     sys.exit("it broke")
 (out / "step-000001").mkdir(parents=True, exist_ok=True)
-time.sleep(0.7 if args.schedule == "sft" else 0)
+time.sleep(0.7 if args.schedule == "sft" else 0.15)
 while (here / "wait").exists():
     time.sleep(0.02)
 base = {"medloc": 0.5, "raw": 0.4, "sft": 0.3}[args.schedule] + 0.01 * args.seed
@@ -165,9 +165,12 @@ steps = 50
     "text, words",
     [
         ("[flagz]\n", "g.toml: 'flagz' is none of about, seeds"),
+        ("[sets.a]\n[rows.r]\n", "g.toml: a/r/seed-0 has no steps"),
+        ("[sets.a]\n[rows]\nr = 3\n", "g.toml: rows.r must be a table of flags, got 3"),
+        ("seeds = 3\n[sets.a]\n[rows.r]\n", "g.toml: seeds must be a list, got 3"),
         ("[sets.a]\n", r"g.toml: \[sets\] and \[rows\] must each name at least one"),
         ('[sets.a]\nmodel="@b"\n[rows.r]\n', r"model of a/r/seed-0 is @b, and no \[starts.b\] stands above it"),
-        ('compare=[["r", "q"]]\n[sets.a]\n[rows.r]\n', "compare names 'q', which is no row"),
+        ('compare=[["r", "q"]]\n[sets.a]\nsteps=1\n[rows.r]\n', "compare names 'q', which is no row"),
         ("seeds = [1,\n", "g.toml: Invalid value"),
     ],
 )
@@ -376,6 +379,30 @@ def test_rows_of_a_set_must_begin_from_one_policy():
     sweep.check_footing([rows[0], rows[0] | {"row": "b"}, rows[1] | {"set": "t"}])
 
 
+def test_a_sweep_refuses_rows_of_different_starts_and_a_run_without_its_end(folder, monkeypatch):
+    words = folder / "two.toml", "--only", "xray", "seed-0"
+    call(monkeypatch, *words)
+    grid, out = Grid(folder / "two.toml"), folder / "two/runs/xray/raw/seed-0"
+    report = json.loads((out / "eval.json").read_text())
+    (folder / "two" / "results.jsonl").unlink()
+    report["start"]["miou"] = 0.5
+    (out / "eval.json").write_text(json.dumps(report))
+    with pytest.raises(InputError, match="rows of a set must share start"):
+        call(monkeypatch, *words, "--jobs", 0)
+    (out / "eval.json").write_text(json.dumps(report | {"final": None}))  # as train_grpo.py has it until the end
+    assert not Runner(folder / "two").ended(grid.runs["xray", "raw", 0])
+
+
+def test_of_a_schedule_with_tau_the_share_without_a_hit_is_told(folder, monkeypatch):
+    call(monkeypatch, folder / "two.toml", "--only", "xray", "raw", "seed-0")
+    key, out = ("xray", "raw", 0), folder / "two/runs/xray/raw/seed-0"
+    steps = zip(lines(out / "metrics.jsonl"), (1, 1, 0.5, 0), strict=True)
+    rows = [row | {"tau": 0.5, "no_hit": share} for row, share in steps]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = sweep.result(key, Grid(folder / "two.toml").runs[key], out)
+    assert (found["no_hit"], found["step_no_hit"], found["tau"]) == (0.625, [1, 1, 0.5, 0], 0.5)
+
+
 @drawn
 def test_figures_show_every_row_and_stay_small(folder, monkeypatch):
     from experiments import figures
@@ -392,7 +419,7 @@ def test_figures_show_every_row_and_stay_small(folder, monkeypatch):
         for row in grid.rows:
             assert (one, tuple(r["pmap"] for r in results if (r["set"], r["row"]) == (one, row))) in dots
     for result in results:
-        result["step_tau"] = [0.3, 0.3, 0.45, 0.45]
+        result["step_tau"] = [0.3, 0.3, 0.45 if result["seed"] == 0 else 0.6, 0.45]
     axes = figures.curves(grid, results, grid.sets, grid.rows).axes
     assert list(axes[2].lines[0].get_ydata()) == [0.3, 0.3, 0.45, 0.45]
     want = [fmean(r["step_iou_mean"][0] for r in results if (r["set"], r["row"]) == ("xray", row)) for row in grid.rows]

@@ -45,6 +45,21 @@ def test_what_an_answer_earns():
     assert (high, low) == pytest.approx([1 / (1 + math.exp(-0.1 / 0.04)), 1 / (1 + math.exp(-0.1 / 0.14))])
 
 
+def test_giou_gives_way_to_iou():
+    """An answer of IoU .5 and GIoU .1: .1 at first, .5 once the policy is good, halfway between in the middle."""
+    for name, means in (("hull", (0.4, 0.5, 0.6)), ("hull-late", (0.5, 0.6, 0.7))):
+        assert make(name).reward(0.5, 0.1, True) == pytest.approx(0.1)
+        earned = []
+        for mean in means:
+            schedule = make(name, window=1)
+            schedule.observe([[mean] * 4])
+            earned.append(schedule.reward(0.5, 0.1, True))
+        assert earned == pytest.approx([0.1, 0.3, 0.5])
+    by_tau = make("hull-tau", tau_start=0.3, tau_target=0.8)
+    for by_tau.tau, reward in ((0.3, 0.1), (0.55, 0.3), (0.8, 0.5)):
+        assert by_tau.reward(0.5, 0.1, True) == pytest.approx(reward)
+
+
 @pytest.mark.parametrize("name", ["floor", "floor-soft"])
 def test_all_hits_in_half_of_the_groups_raise_tau_where_medloc_waits(name):
     step = [[0.9] * 4] * 2 + [[0.1] * 4] * 2  # hit rate .5, sigma .5: none of MedLoc's checks passes
