@@ -167,13 +167,14 @@ class Runner:
     def __init__(self, folder: Path):
         self.runs = folder / "runs"
 
-    def out(self, run: Run) -> Path:
-        return self.runs / run.name
+    def out(self, run: Run, ending: str = "") -> Path:
+        """Its folder, or the file of that name and ending beside it; a name may have dots of its own."""
+        return self.runs / f"{run.name}{ending}"
 
     def ended(self, run: Run) -> bool:
         """Whether the run's folder holds this very run, to its end."""
         try:
-            asked = json.loads(self.out(run).with_suffix(".json").read_text())
+            asked = json.loads(self.out(run, ".json").read_text())
             evaluation = json.loads((self.out(run) / "eval.json").read_text())
         except (OSError, ValueError):
             return False
@@ -183,9 +184,9 @@ class Runner:
     def begin(self, run: Run) -> subprocess.Popen:
         """The run's process: anew, or on with what there is of it."""
         out, words, more = self.out(run), run.expanded(self.runs), []
-        asked = out.with_suffix(".json")
+        asked = self.out(run, ".json")
         out.parent.mkdir(parents=True, exist_ok=True)
-        with open(out.with_suffix(".log"), "a") as log:
+        with open(self.out(run, ".log"), "a") as log:
             try:  # held as long as a process writes here, so also by a run that outlived the sweep that began it
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -222,7 +223,7 @@ class Runner:
                         if self.ended(run):
                             after_each()
                         else:
-                            log = self.out(run).with_suffix(".log")
+                            log = self.out(run, ".log")
                             sentences.append(f"{run.name} ended with code {process.returncode}; its last words: {log}")
                             tqdm.write(sentences[-1])
             finally:  # after Ctrl-C runs save themselves

@@ -241,6 +241,17 @@ def test_runs_of_one_start_wait_for_it_and_the_others_do_not(folder, monkeypatch
     assert [row["set"] for row in lines(folder / "two" / "results.jsonl")] == ["xray", "xray", "own", "own"]
 
 
+def test_starts_whose_names_differ_behind_a_dot_are_two(folder, monkeypatch):
+    text = (folder / "two.toml").read_text()
+    text = text.replace("[starts.coarse]", "[starts.'scale-0.3']").replace("@coarse", "@scale-0.3")
+    second = text[text.index("[starts") : text.index("[flags]")].replace("0.3", "0.7")
+    text = text.replace("[flags]", second + "[flags]").replace("[sets.xray]", "[sets.xray]\nmodel = '@scale-0.7'")
+    (folder / "two.toml").write_text(text)
+    call(monkeypatch, folder / "two.toml", "--jobs", 2, "--only", "medloc", "seed-0")
+    assert [e[1] for e in events(folder) if e[0] == "begin"] == ["sft", "sft", "medloc", "medloc"]
+    assert {file.name for file in (folder / "two/runs/starts").glob("*.log")} == {"scale-0.3.log", "scale-0.7.log"}
+
+
 def test_results_alone_say_what_is_done_and_changed_flags_are_run_anew(folder, monkeypatch, capsys):
     call(monkeypatch, folder / "two.toml", "--only", "xray", "medloc")
     count = len(events(folder))
