@@ -42,7 +42,7 @@ from errors import InputError  # noqa: E402
 from experiments import figures  # noqa: E402
 
 SFT = "train_sft.py"  # has flags of its own, and no rollouts; any other program is taken for train_grpo.py
-PARTS = ("about", "seeds", "starts", "flags", "sets", "rows", "compare", "reuse")
+PARTS = ("base", "about", "seeds", "starts", "flags", "sets", "rows", "compare", "reuse")
 SHOWN = {  # column of table.md -> field of results.jsonl, digits
     "A@.5": ("acc@0.5", 3),
     "A@.8": ("acc@0.8", 3),
@@ -108,6 +108,8 @@ class Grid:
 
     def __init__(self, file: Path):
         self.file, raw = file, read_toml(file)
+        if "base" in raw:  # a grid beside it, whose parts hold where this one has none
+            raw = read_toml(file.parent / raw["base"]) | raw
         if unknown := raw.keys() - set(PARTS):
             raise InputError(f"{file}: {min(unknown)!r} is none of {', '.join(PARTS)}")
         for part in ("starts", "sets", "rows"):
@@ -125,6 +127,12 @@ class Grid:
         self.runs: dict[tuple[str, str, int], Run] = {}
         for one, of_set in raw.get("sets", {}).items():
             for row, of_row in raw.get("rows", {}).items():
+                of_row = dict(of_row)
+                asked_sets = of_row.pop("sets", self.sets)  # [rows.ROW] may name its sets; else all
+                if unknown := set(asked_sets) - set(self.sets):
+                    raise InputError(f"{file}: rows.{row} names the set {min(unknown)!r}, which is none")
+                if one not in asked_sets:
+                    continue
                 alone = of_set.get(row, {})  # [sets.ONE.ROW]: flags of this row on this set
                 flags = raw.get("flags", {}) | {flag: v for flag, v in of_set.items() if not isinstance(v, dict)}
                 if of_row.get("program") == SFT:  # of the shared ones it gets what names the work

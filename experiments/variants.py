@@ -62,7 +62,7 @@ class Sharpening(MedLocSoft):
     """medloc-soft whose s falls as tau rises: in proportion to 1 - tau, from twice soft_scale at tau = 0."""
 
     def box_reward(self, iou: float, giou: float) -> float:
-        return sigmoid((iou - self.tau) / (2 * self.config.soft_scale * (1 - self.tau)))
+        return sigmoid((iou - self.tau) / (2 * self.config.soft_scale * max(1 - self.tau, 0.02)))
 
 
 class Floor(MedLoc):
@@ -96,13 +96,6 @@ class Ramp(Schedule):
         return min(max((iou - 0.45) / 0.5, 0.0), 1.0)
 
 
-class Excess(MedLoc):
-    """MedLoc's tau; a hit earns how far it is above: (u - tau)/(1 - tau)."""
-
-    def box_reward(self, iou: float, giou: float) -> float:
-        return max(0.0, (iou - self.tau) / (1 - self.tau))
-
-
 class Excess25(Quantile):
     """How far above tau, a quantile of the window, an answer is: max(u - tau, 0). Below it all are equally bad."""
 
@@ -111,10 +104,6 @@ class Excess25(Quantile):
 
     def box_reward(self, iou: float, giou: float) -> float:
         return max(iou - self.tau, 0.0)
-
-
-class Excess50(Excess25):
-    q = 0.5
 
 
 class Hull(Schedule):
@@ -129,24 +118,30 @@ class Hull(Schedule):
         return iou - min(max((self.high - mean) / (self.high - self.low), 0.0), 1.0) * (iou - giou)
 
 
-class HullLate(Hull):
-    low, high = 0.5, 0.7
+class HullEarly(Hull):
+    low, high = 0.3, 0.5
 
 
-class HullTau(MedLoc):
-    """The same with l = (tau_target - tau)/(tau_target - tau_start), tau by MedLoc's rule."""
+class HullSoft(MedLocSoft, Hull):
+    """medloc-soft's reward of Hull's value: sigmoid((u - l (u - giou) - tau)/s)."""
 
     def box_reward(self, iou: float, giou: float) -> float:
-        c = self.config
-        return iou - (c.tau_target - self.tau) / (c.tau_target - c.tau_start) * (iou - giou)
+        return MedLocSoft.box_reward(self, Hull.box_reward(self, iou, giou), giou)
+
+
+class SoftHull(MedLocSoft, Hull):
+    """medloc-soft's reward less Hull's term: sigmoid((u - tau)/s) - l (u - giou), which no sigmoid flattens."""
+
+    def box_reward(self, iou: float, giou: float) -> float:
+        return MedLocSoft.box_reward(self, iou, giou) + Hull.box_reward(self, iou, giou) - iou
 
 
 VARIANTS = {
     "hull": Hull,
-    "hull-late": HullLate,
-    "hull-tau": HullTau,
+    "hull-early": HullEarly,
+    "hull-soft": HullSoft,
+    "soft-hull": SoftHull,
     "excess-25": Excess25,
-    "excess-50": Excess50,
     "quantile-50": Quantile,
     "quantile-75": Quantile75,
     "quantile-90": Quantile90,
@@ -155,7 +150,6 @@ VARIANTS = {
     "floor": Floor,
     "floor-soft": FloorSoft,
     "ramp": Ramp,
-    "excess": Excess,
 }
 
 if __name__ == "__main__":

@@ -161,10 +161,24 @@ steps = 50
     assert words["b", "sft", 4] == "train_sft.py --data b.jsonl --val v.jsonl --steps 7 --seed 4"
 
 
+def test_a_grid_takes_from_its_base_what_it_has_not_itself_and_a_row_may_name_its_sets(tmp_path):
+    (tmp_path / "g.toml").write_text("seeds = [3]\n[flags]\nsteps = 5\n[sets.a]\n[sets.b]\nlr = 1e-3\n[rows.raw]\n")
+    (tmp_path / "h.toml").write_text('base = "g.toml"\nseeds = [4, 5]\n[rows.medloc]\n[rows.fixed]\nsets = ["b"]\n')
+    runs = Grid(tmp_path / "h.toml").runs
+    assert [run.name.removesuffix("/seed-4") for run in runs.values() if run.flags["seed"] == 4] == [
+        "a/medloc",
+        "b/medloc",
+        "b/fixed",
+    ]
+    assert shlex.join(runs["b", "fixed", 5].words()) == "train_grpo.py --steps 5 --lr 0.001 --seed 5"
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("[flagz]\n", "g.toml: 'flagz' is none of about, seeds"),
+        ("[flagz]\n", "g.toml: 'flagz' is none of base, about, seeds"),
+        ('base = "none.toml"', "none.toml: .*No such file"),
+        ('[sets.a]\n[rows.r]\nsets = ["b"]\n', "g.toml: rows.r names the set 'b', which is none"),
         ("[sets.a]\n[rows.r]\n", "g.toml: a/r/seed-0 has no steps"),
         ("[sets.a]\n[rows]\nr = 3\n", "g.toml: rows.r must be a table of flags, got 3"),
         ("seeds = 3\n[sets.a]\n[rows.r]\n", "g.toml: seeds must be a list, got 3"),

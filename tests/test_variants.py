@@ -38,8 +38,7 @@ def test_what_an_answer_earns():
     assert schedule.reward(0.5, 0.0, True) == pytest.approx(1 / (1 + math.exp(-2)))
     assert [make("quantile-hard").reward(u, u, True) for u in (0.29, 0.3)] == [0, 1]
     assert [make("ramp").reward(u, u, True) for u in (0.4, 0.7, 0.96)] == pytest.approx([0, 0.5, 1])
-    assert [make("excess").reward(u, u, True) for u in (0.2, 0.3, 0.65, 1)] == pytest.approx([0, 0, 0.5, 1])
-    assert [make("excess-50").reward(u, u, True) for u in (0.2, 0.4)] == pytest.approx([0, 0.1])
+    assert [make("excess-25").reward(u, u, True) for u in (0.2, 0.4)] == pytest.approx([0, 0.1])
     sharper = make("sharpening", tau_start=0.8, soft_scale=0.1), make("sharpening", tau_start=0.3, soft_scale=0.1)
     high, low = (s.reward(s.tau + 0.1, 0.0, True) for s in sharper)
     assert (high, low) == pytest.approx([1 / (1 + math.exp(-0.1 / 0.04)), 1 / (1 + math.exp(-0.1 / 0.14))])
@@ -47,7 +46,10 @@ def test_what_an_answer_earns():
 
 def test_giou_gives_way_to_iou():
     """An answer of IoU .5 and GIoU .1: .1 at first, .5 once the policy is good, halfway between in the middle."""
-    for name, means in (("hull", (0.4, 0.5, 0.6)), ("hull-late", (0.5, 0.6, 0.7))):
+    for name, means in (
+        ("hull", (0.4, 0.5, 0.6)),
+        ("hull-early", (0.3, 0.4, 0.5)),
+    ):
         assert make(name).reward(0.5, 0.1, True) == pytest.approx(0.1)
         earned = []
         for mean in means:
@@ -55,9 +57,26 @@ def test_giou_gives_way_to_iou():
             schedule.observe([[mean] * 4])
             earned.append(schedule.reward(0.5, 0.1, True))
         assert earned == pytest.approx([0.1, 0.3, 0.5])
-    by_tau = make("hull-tau", tau_start=0.3, tau_target=0.8)
-    for by_tau.tau, reward in ((0.3, 0.1), (0.55, 0.3), (0.8, 0.5)):
-        assert by_tau.reward(0.5, 0.1, True) == pytest.approx(reward)
+
+
+def test_giou_gives_way_under_a_sigmoid():
+    """At first with GIoU or its term whole, in the end medloc-soft's reward; tau by MedLoc's rule, soft_scale .1."""
+    for name, first in (("hull-soft", 1 / (1 + math.exp(2))), ("soft-hull", 1 / (1 + math.exp(-2)) - 0.4)):
+        schedule = make(name, window=2, soft_scale=0.1)
+        assert schedule.reward(0.5, 0.1, True) == pytest.approx(first)
+        schedule.observe([[0.61] * 4] * 2)
+        assert schedule.tau == 0.45
+        assert schedule.reward(0.5, 0.1, True) == pytest.approx(1 / (1 + math.exp(-0.5)))
+
+
+@pytest.mark.parametrize("name", variants.VARIANTS)
+def test_a_variant_pays_at_the_ends_of_the_range(name):
+    """tau from 1 to 1, and IoUs of 0 and 1: finite numbers, the exact box earning no less."""
+    schedule = make(name, tau_start=1.0, tau_target=1.0, window=2)
+    for ious in ([[1.0] * 4] * 2, [[0.0] * 4] * 2):
+        nothing, exact = schedule.reward(0.0, -1.0, True), schedule.reward(1.0, 1.0, True)
+        assert math.isfinite(nothing) and nothing <= exact < math.inf
+        schedule.observe(ious)
 
 
 @pytest.mark.parametrize("name", ["floor", "floor-soft"])
