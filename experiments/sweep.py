@@ -351,9 +351,10 @@ def interval(values: list[float]) -> str:
 
 def table(grid: Grid, results: list[dict]) -> str:
     """Markdown: for each set a table with a line per row, then the grid's comparisons."""
-    dates, machines = sorted({row["date"] for row in results}), sorted({row["machine"] for row in results})
+    dates, machines = ({row[name] for row in results} for name in ("date", "machine"))
+    when, where = " to ".join(sorted({min(dates), max(dates)})), "; ".join(sorted(machines))
     lines = [f"# {grid.file.stem}", "", grid.about.strip(), "", f"`python experiments/sweep.py {shown(grid.file)}`"]
-    lines += ["", f"{len(results)} of {len(grid.runs)} runs, {' to '.join(sorted({dates[0], dates[-1]}))}; {'; '.join(machines)}."]
+    lines += ["", f"{len(results)} of {len(grid.runs)} runs, {when}; {where}."]
     lines += ["", LEGEND, "", "## Final pmAP", "", *markdown_table(["", *grid.sets], overview(grid, results))]
     for one in grid.sets:
         of_set = [row for row in results if row["set"] == one]
