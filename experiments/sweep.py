@@ -372,9 +372,10 @@ def table(grid: Grid, results: list[dict]) -> str:
         cells = []
         for row, other in grid.compare:
             values = [paired(results, row, other, one) for one in grid.sets]
+            values.append([difference for of_set in values for difference in of_set])
             ahead = [f"{interval(v)}; {sum(x > 0 for x in v)} of {len(v)}" if v else "-" for v in values]
             cells.append([f"{row} - {other}", *ahead])
-        lines += markdown_table(["", *grid.sets], cells)
+        lines += markdown_table(["", *grid.sets, "all pairs"], cells)
     return "\n".join(lines) + "\n"
 
 

@@ -386,6 +386,8 @@ def test_the_table_has_means_and_deviations_over_the_seeds(folder, monkeypatch):
         assert rows[name][heads.index("mIoU")] == f"{fmean(values):.3f} +- {stdev(values):.3f}"
         assert rows[name][heads.index("seeds")] == "3" and rows[name][heads.index("last tau")] == "-"
     assert "Start: mIoU 0.200, pmAP 0.000; 20 pictures" in part
+    of_set, of_all = (f"+0.025 [+0.025, +0.025]; {n} of {n}" for n in (3, 6))  # by .1/4, with every seed
+    assert text.endswith(f"| medloc - raw | {of_set} | {of_set} | {of_all} |\n")
 
 
 def test_intervals_are_students_over_paired_seeds():
