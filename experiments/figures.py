@@ -26,7 +26,7 @@ def draw(grid, results: list[dict], folder: Path) -> None:
     rows = [name for name in grid.rows if any(row["row"] == name for row in results)]
     with matplotlib.rc_context(LOOK):
         if any("step_tau" in row for row in results):
-            save(curves(grid, results, sets, rows), folder / "curves.png")
+            save(curves(results, sets, rows), folder / "curves.png")
         save(final(results, sets, rows), folder / "final.png")
         if grid.file.stem == "sparsity":
             save(sparsity(results, sets, rows), folder / "sparsity.png")
@@ -58,7 +58,7 @@ def mean_curve(runs: list[dict], field: str) -> list[float]:
     return [fmean(values) for values in zip(*(run[field] for run in runs), strict=True)]
 
 
-def curves(grid, results: list[dict], sets: list[str], rows: list[str]):
+def curves(results: list[dict], sets: list[str], rows: list[str]):
     """Three panels per set. tau is that of the first seed: a mean of steps is no step."""
     figure, axes = panels(1.2 + 3.2 * len(sets), 8.5, 3, len(sets))
     handles = {}
@@ -77,7 +77,7 @@ def curves(grid, results: list[dict], sets: list[str], rows: list[str]):
         column[1].set_ylim(0, 1.03)
         column[2].set_ylim(0, 1.03)
     axes[0, 0].set_ylabel(f"IoU of a step's answers,\nmean of seeds and of {SMOOTH} steps")
-    axes[1, 0].set_ylabel(f"tau, seed {grid.seeds[0]}")
+    axes[1, 0].set_ylabel("tau, first seed")
     axes[2, 0].set_ylabel("share of flat groups,\nmean likewise")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 7))
     return figure

@@ -8,8 +8,8 @@
 A grid is a TOML file; main.toml shows what may stand in it. --out (default: the folder named like the grid) gets
 results.jsonl, a line per finished run, and made from that alone table.md and plots (figures.py); the runs themselves
 are under runs/ there. Stop it when you like (Ctrl-C): runs save, and the next call goes on with them. A run is done
-while results.jsonl has a line with its very flags, and its start's. All rows of a set begin from one policy; that is
-checked.
+while results.jsonl has a line with its very flags, and its start's; a line knows nothing of the code that made it. All
+rows of a set begin from one policy; that is checked.
 
 Left out: several machines (give each a part by --only), early stopping, a search over values.
 """
@@ -57,10 +57,11 @@ SHOWN = {  # column of table.md -> field of results.jsonl, digits
 }
 LEGEND = (
     "Mean +- standard deviation over seeds. Flat groups: share of groups without spread in reward, over all steps; "
-    "no hit: of groups in which no answer reaches tau; what is flat beyond these has hits only. "
+    "no hit: of groups in which no answer reaches tau; with a reward of 0 or 1 the other flat groups have hits only. "
     "Stability: standard deviation of the mean IoU of a step's answers, over the second half of the steps. "
     "Images: drawn for training. Rollouts: answers sampled."
 )
+SAME_START = 5e-4  # of mIoU: another machine trains the same start to other last digits
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)  # Student's t, df 1 to 11
 
 
@@ -108,8 +109,11 @@ class Grid:
 
     def __init__(self, file: Path):
         self.file, raw = file, read_toml(file)
+        known = set(raw.get("rows", {}))
         if "base" in raw:  # a grid beside it, whose parts hold where this one has none
-            raw = read_toml(file.parent / raw["base"]) | raw
+            base = read_toml(file.parent / raw["base"])
+            known |= set(base.get("rows", {}))
+            raw = base | raw
         if unknown := raw.keys() - set(PARTS):
             raise InputError(f"{file}: {min(unknown)!r} is none of {', '.join(PARTS)}")
         for part in ("starts", "sets", "rows"):
@@ -126,6 +130,8 @@ class Grid:
             self.starts[name] = self._run(f"starts/{name}", {"program": SFT} | flags)
         self.runs: dict[tuple[str, str, int], Run] = {}
         for one, of_set in raw.get("sets", {}).items():
+            if unknown := {name for name, value in of_set.items() if isinstance(value, dict)} - known:
+                raise InputError(f"{file}: sets.{one}.{min(unknown)} is for a row that there is not")
             for row, of_row in raw.get("rows", {}).items():
                 of_row = dict(of_row)
                 asked_sets = of_row.pop("sets", self.sets)  # [rows.ROW] may name its sets; else all
@@ -151,7 +157,7 @@ class Grid:
         if model.startswith("@") and model[1:] not in self.starts:
             raise InputError(f"{self.file}: model of {name} is {model}, and no [starts.{model[1:]}] stands above it")
         if "steps" not in flags:  # the last checkpoint is named after them
-            raise InputError(f"{self.file}: {name} has no steps: name them in [flags], its set or its row")
+            raise InputError(f"{self.file}: {name} has no steps: name them in its row")
         return Run(name, program, flags, self.starts.get(model[1:]) if model.startswith("@") else None)
 
 
@@ -268,7 +274,8 @@ def result(key: tuple[str, str, int], run: Run, out: Path) -> dict:
     found |= {"start_miou": start["miou"], "start_pmap": start["pmap"]}
     if run.program != SFT:
         half = [step["iou_mean"] for step in steps[len(steps) // 2 :]]
-        found |= {"zero_spread": fmean(step["zero_spread"] for step in steps), "stability": stdev(half)}
+        found |= {"zero_spread": fmean(step["zero_spread"] for step in steps)}
+        found |= {"stability": stdev(half) if len(half) > 1 else 0.0}
         if steps[-1]["tau"] is not None:
             found["no_hit"] = fmean(step["no_hit"] for step in steps)
         found |= {"tau": steps[-1]["tau"], "images": steps[-1]["drawn"]}
@@ -276,11 +283,18 @@ def result(key: tuple[str, str, int], run: Run, out: Path) -> dict:
         found |= {"history": [[e["step"], e["miou"], e["pmap"]] for e in evaluation["history"]]}
         for name in ("iou_mean", "zero_spread", "no_hit", "tau"):
             found["step_" + name] = [step[name] and round(step[name], 4) for step in steps]
+        found["step_held"] = [held(step["decision"]) for step in steps]
     else:
         found |= {"images": len(steps) * config["batch_size"], "rollouts": 0}
     found |= {"seconds": round(sum(step["seconds"] for step in steps), 1), "date": str(date.today())}
     found |= {"machine": machine(), "recipe": run.recipe()}
     return found
+
+
+def held(decision: str) -> str:
+    """What kept tau where it is, in the words of scheduler.Decision: "sigma" or "hit rate, margin"; "" if it rose."""
+    stays = decision.partition(" stays: ")[2]
+    return ", ".join(name for name in ("window", "hit rate", "sigma", "margin", "target") if name in stays)
 
 
 def machine() -> str:
@@ -293,36 +307,39 @@ def machine() -> str:
     return f"{name}, torch {version('torch')}, Python {platform.python_version()}"
 
 
-def read_results(grid: Grid, folder: Path) -> dict[tuple[str, str, int], dict]:
-    """The lines of results.jsonl, and of those that the grid reuses, that belong to its runs as they are now."""
-    found = {}
-    for file in (*grid.reuse, folder / "results.jsonl"):
-        lines, old = file.read_text(encoding="utf-8").splitlines() if file.exists() else [], 0
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                key = row["set"], row["row"], row["seed"]
-                if key in grid.runs and row["recipe"] == grid.runs[key].recipe():
-                    found[key] = row
-                else:
-                    old += 1
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{file}:{number}: is no line of a sweep's; delete it") from None
-        if old and file not in grid.reuse:
-            print(f"{file}: {old} lines are of runs that {grid.file.name} no longer asks for", file=sys.stderr)
-    return found
+def read_lines(file: Path) -> list[dict]:
+    """The lines of a results.jsonl, none where there is no file."""
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.exists() else [], 1):
+        try:
+            rows.append(json.loads(line))
+            rows[-1]["set"], rows[-1]["row"], rows[-1]["seed"], rows[-1]["recipe"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{file}:{number}: is no line of a sweep's; delete it") from None
+    return rows
+
+
+def asked_for(grid: Grid, rows: list[dict]) -> dict[tuple[str, str, int], dict]:
+    """Those of the lines that belong to the grid's runs as they are now."""
+    keyed = {(row["set"], row["row"], row["seed"]): row for row in rows}
+    return {key: row for key, row in keyed.items() if key in grid.runs and row["recipe"] == grid.runs[key].recipe()}
+
+
+def reused(grid: Grid) -> dict[tuple[str, str, int], dict]:
+    """What other grids have found already."""
+    return asked_for(grid, [row for file in grid.reuse for row in read_lines(file)])
 
 
 def check_footing(results: list[dict]) -> None:
     """InputError unless all runs of a set began from one policy and were judged on as many pictures."""
     seen = {}
     for row in results:
-        footing = row["n"], round(row["start_miou"], 6)
-        first = seen.setdefault(row["set"], (row["row"], footing))
-        if first[1] != footing:
+        first = seen.setdefault(row["set"], row)
+        if row["n"] != first["n"] or abs(row["start_miou"] - first["start_miou"]) > SAME_START:
             raise InputError(
-                f"set {row['set']!r}: {row['row']} began with mIoU {footing[1]} on {footing[0]} pictures, but "
-                f"{first[0]} with {first[1][1]} on {first[1][0]}: rows of a set must share start and evaluation"
+                f"set {row['set']!r}: {row['row']} began with mIoU {row['start_miou']} on {row['n']} pictures, but "
+                f"{first['row']} with {first['start_miou']} on {first['n']}: "
+                "rows of a set must share start and evaluation"
             )
 
 
@@ -343,9 +360,11 @@ def paired(results: list[dict], row: str, other: str, one: str) -> list[float]:
 
 def interval(values: list[float]) -> str:
     """Mean and Student's 95 % interval of it."""
-    if not 2 <= len(values) <= 12:
+    df = len(values) - 1
+    if df == 0:
         return f"{fmean(values):+.3f}"
-    half = T975[len(values) - 2] * stdev(values) / len(values) ** 0.5
+    t = T975[df - 1] if df <= len(T975) else 1.96 + 2.45 / df  # to .02
+    half = t * stdev(values) / len(values) ** 0.5
     return f"{fmean(values):+.3f} [{fmean(values) - half:+.3f}, {fmean(values) + half:+.3f}]"
 
 
@@ -380,10 +399,12 @@ def table(grid: Grid, results: list[dict]) -> str:
 
 
 def overview(grid: Grid, results: list[dict]) -> list[list[str]]:
-    """Each row's final pmAP on each set."""
+    """Each row's final pmAP on each set; where seeds are missing, how many there are."""
 
     def cell(row: str, one: str) -> str:
-        return mean_std([found for found in results if (found["row"], found["set"]) == (row, one)], "pmap", 3)
+        runs = [found for found in results if (found["row"], found["set"]) == (row, one)]
+        few = f" ({len(runs)} of {len(grid.seeds)})" if 0 < len(runs) < len(grid.seeds) else ""
+        return mean_std(runs, "pmap", 3) + few
 
     return [[row, *(cell(row, one) for one in grid.sets)] for row in grid.rows]
 
@@ -398,15 +419,22 @@ def shown(file: Path) -> Path:
 
 
 def collect(grid: Grid, folder: Path, runner: Runner) -> list[dict]:
-    """results.jsonl and table.md, with the runs that have ended since -> the lines."""
-    found = read_results(grid, folder)
+    """results.jsonl and table.md, with the runs that have ended since -> the grid's lines. One that it asks for no
+    more stays until there is a new one of its set, row and seed; what it reuses stays in its own file."""
+    file = folder / "results.jsonl"
+    lines, found = read_lines(file), reused(grid)
+    own = {key: row for key, row in asked_for(grid, lines).items() if key not in found}
     for key, run in grid.runs.items():
-        if key not in found and runner.ended(run):
-            found[key] = result(key, run, runner.out(run))
+        if key not in found | own and runner.ended(run):
+            own[key] = result(key, run, runner.out(run))
+    found |= own
+    old = [row for row in lines if (row["set"], row["row"], row["seed"]) not in found]
+    if own or old:
+        rows = [own[key] for key in grid.runs if key in own] + old
+        checkpoint.write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
     results = [found[key] for key in grid.runs if key in found]
     check_footing(results)
     if results:
-        checkpoint.write_whole(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in results))
         checkpoint.write_whole(folder / "table.md", table(grid, results))
     return results
 
@@ -430,8 +458,13 @@ def main() -> None:
     wanted = {key: run for key, run in grid.runs.items() if set(options.only) <= set(run.name.split("/"))}
     if not wanted:
         parser.error(f"--only {' '.join(options.only)}: no run of the grid has all of these")
-    runner = Runner(folder)
-    done = read_results(grid, folder)
+    if options.out:
+        grid.reuse = []  # all of it again
+    runner, lines = Runner(folder), read_lines(folder / "results.jsonl")
+    done = reused(grid) | asked_for(grid, lines)
+    if old := len(lines) - len(asked_for(grid, lines)):
+        words = f"{old} lines are of runs that {grid.file.name} no longer asks for"
+        print(f"{folder / 'results.jsonl'}: {words}", file=sys.stderr)
     todo = [run for key, run in wanted.items() if key not in done]
     failed = []
     if options.jobs and todo:
@@ -440,11 +473,11 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         failed = runner.work(todo, options.jobs, lambda: collect(grid, folder, runner))
     results = collect(grid, folder, runner)
-    if results:
-        figures.draw(grid, results, folder)
     print(f"{len(results)} of {len(grid.runs)} runs are in {folder}")
     if failed:
         raise InputError(f"{len(failed)} of {len(todo)} runs failed, the first: {failed[0]}")
+    if results:
+        figures.draw(grid, results, folder)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ What came of them: search/table.md and RESULTS.md.
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -18,10 +19,6 @@ import train_grpo  # noqa: E402
 from scheduler import REFRESH, Decision, MedLoc, MedLocSoft, Schedule, hit, medloc_decision, next_tau  # noqa: E402
 
 
-def sigmoid(x: float) -> float:
-    return (1 + math.tanh(x / 2)) / 2
-
-
 class Quantile(Schedule):
     """tau is the q-quantile of the window's IoUs, from the first step on, up or down; reward sigmoid((u - tau)/s)."""
 
@@ -31,8 +28,7 @@ class Quantile(Schedule):
     def tau_at(self, step: int) -> float:
         return self.config.tau_start
 
-    def box_reward(self, iou: float, giou: float) -> float:
-        return sigmoid((iou - self.tau) / self.config.soft_scale)
+    box_reward = MedLocSoft.box_reward
 
     def decide(self) -> Decision:
         statistics = self.window.hit_rate(self.tau), self.window.sigma(self.tau), self.window.margin(self.tau)
@@ -62,7 +58,8 @@ class Sharpening(MedLocSoft):
     """medloc-soft whose s falls as tau rises: in proportion to 1 - tau, from twice soft_scale at tau = 0."""
 
     def box_reward(self, iou: float, giou: float) -> float:
-        return sigmoid((iou - self.tau) / (2 * self.config.soft_scale * max(1 - self.tau, 0.02)))
+        scale = 2 * self.config.soft_scale * max(1 - self.tau, 0.02)
+        return (1 + math.tanh((iou - self.tau) / scale / 2)) / 2
 
 
 class Floor(MedLoc):
@@ -73,10 +70,8 @@ class Floor(MedLoc):
         if not decision.tighten and self.window.full and self.tau < self.config.tau_target:
             groups = [all(hit(iou, self.tau) for iou in group) for _, group in self.window.entries]
             if sum(groups) >= len(groups) / 2:
-                decision = Decision(
-                    self.tau, next_tau(self.tau, self.config), ("too many all hits",), decision.hit_rate,
-                    decision.sigma, decision.margin,
-                )  # fmt: skip
+                raised = next_tau(self.tau, self.config)
+                decision = replace(decision, tau_next=raised, reasons=("too many all hits",))
         if decision.tighten:
             self.window.drop_oldest(REFRESH[self.config.refresh])
         return decision
