@@ -391,10 +391,11 @@ def table(grid: Grid, results: list[dict]) -> str:
         cells = []
         for row, other in grid.compare:
             values = [paired(results, row, other, one) for one in grid.sets]
-            values.append([difference for of_set in values for difference in of_set])
+            if len(values) > 1:
+                values.append([difference for of_set in values for difference in of_set])
             ahead = [f"{interval(v)}; {sum(x > 0 for x in v)} of {len(v)}" if v else "-" for v in values]
             cells.append([f"{row} - {other}", *ahead])
-        lines += markdown_table(["", *grid.sets, "all pairs"], cells)
+        lines += markdown_table(["", *grid.sets, "all pairs"][: len(cells[0])], cells)
     return "\n".join(lines) + "\n"
 
 
