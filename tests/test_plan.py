@@ -240,7 +240,9 @@ WHOLE = {  # three sizes in three situations: (config, side of the pictures, fla
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("size, name", [*((1, name) for name in WHOLE), (2, list(WHOLE)[0])])
+@pytest.mark.parametrize(
+    "size, name", [*((1, name) for name in WHOLE), pytest.param(2, list(WHOLE)[0], marks=pytest.mark.slow)]
+)
 def test_the_estimate_is_within_a_fifth_of_the_measured_peak(size, name, tmp_path):
     """On one rank, and of the first of two that share the weights."""
     config, side, flags = WHOLE[name]
