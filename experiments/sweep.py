@@ -111,7 +111,7 @@ class Grid:
         self.file, raw = file, read_toml(file)
         known = set(raw.get("rows", {}))
         if "base" in raw:  # a grid beside it, whose parts hold where this one has none
-            base = read_toml(file.parent / raw["base"])
+            base = read_toml(file.parent / str(raw["base"]))
             known |= set(base.get("rows", {}))
             raw = base | raw
         if unknown := raw.keys() - set(PARTS):
@@ -135,6 +135,8 @@ class Grid:
             for row, of_row in raw.get("rows", {}).items():
                 of_row = dict(of_row)
                 asked_sets = of_row.pop("sets", self.sets)  # [rows.ROW] may name its sets; else all
+                if not isinstance(asked_sets, list):
+                    raise InputError(f"{file}: rows.{row}.sets must be a list, got {asked_sets!r}")
                 if unknown := set(asked_sets) - set(self.sets):
                     raise InputError(f"{file}: rows.{row} names the set {min(unknown)!r}, which is none")
                 if one not in asked_sets:

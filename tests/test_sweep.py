@@ -179,6 +179,8 @@ def test_a_grid_takes_from_its_base_what_it_has_not_itself_and_a_row_may_name_it
         ("[flagz]\n", "g.toml: 'flagz' is none of base, about, seeds"),
         ('base = "none.toml"', "none.toml: .*No such file"),
         ("[sets.a.q]\nlr = 1\n[rows.r]\n", "g.toml: sets.a.q is for a row that there is not"),
+        ("base = 3", "3: .*No such file"),
+        ('[sets.a]\n[rows.r]\nsets = "a"\n', "g.toml: rows.r.sets must be a list, got 'a'"),
         ('[sets.a]\n[rows.r]\nsets = ["b"]\n', "g.toml: rows.r names the set 'b', which is none"),
         ("[sets.a]\n[rows.r]\n", "g.toml: a/r/seed-0 has no steps"),
         ("[sets.a]\n[rows]\nr = 3\n", "g.toml: rows.r must be a table of flags, got 3"),
@@ -316,6 +318,9 @@ def test_another_grid_reuses_results_of_the_same_flags(folder, monkeypatch):
     assert [e[2] for e in events(folder)[count:] if e[0] == "begin"] == [3, 3]
     assert [row["seed"] for row in lines(folder / "more" / "results.jsonl")] == [3, 3]  # the others stay where they are
     assert "8 of 16 runs" in (folder / "more" / "table.md").read_text()
+    (folder / "two" / "results.jsonl").unlink()  # of what is left, the cells say how much it is
+    call(monkeypatch, folder / "more.toml", "--jobs", 0)
+    assert " (1 of 4) | - |" in (folder / "more" / "table.md").read_text()
     call(monkeypatch, folder / "more.toml", "--only", "xray", "seed-0", "--out", folder / "mine")  # all of it again
     assert [row["seed"] for row in lines(folder / "mine" / "results.jsonl")] == [0, 0]
 
@@ -407,6 +412,8 @@ def test_intervals_are_students_over_paired_seeds():
     """(2.920 and 4.303 are t of 90 and 95 % for 2 degrees of freedom; the textbook's sleep data have 9.)"""
     extra = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]  # Student (1908): mean 1.58, interval .70 to 2.46
     assert sweep.interval(extra) == "+1.580 [+0.700, +2.460]"
+    low = re.search(r"\[\+([\d.]+)", sweep.interval([0.0, 2.0] * 8))[1]  # t is 2.131 for 15: 1 - 2.131 x 1.033 / 4
+    assert float(low) == pytest.approx(0.450, abs=0.005)
     results = [dict(set="s", row=row, seed=seed, pmap=p) for row, seed, p in
                [("a", 0, 0.5), ("b", 0, 0.25), ("a", 1, 0.5), ("a", 2, 0.125), ("b", 2, 0.25)]]  # fmt: skip
     assert sweep.paired(results, "a", "b", "s") == [0.25, -0.125]  # seed 1 has no pair
@@ -445,6 +452,13 @@ def test_of_a_schedule_with_tau_the_share_without_a_hit_is_told(folder, monkeypa
     found = sweep.result(key, Grid(folder / "two.toml").runs[key], out)
     assert (found["no_hit"], found["step_no_hit"], found["tau"]) == (0.625, [1, 1, 0.5, 0], 0.5)
     assert found["step_held"] == ["window", "hit rate, sigma", "margin", ""]
+
+
+def test_a_run_of_two_steps_has_no_stability_and_is_told_all_the_same(folder, monkeypatch):
+    (folder / "two.toml").write_text((folder / "two.toml").read_text().replace("steps = 4", "steps = 2"))
+    call(monkeypatch, folder / "two.toml", "--only", "xray", "raw", "seed-0")
+    (row,) = lines(folder / "two" / "results.jsonl")
+    assert row["stability"] == 0.0 and len(row["step_iou_mean"]) == 2
 
 
 @drawn
