@@ -1,10 +1,13 @@
 """The one exception for bad input: a sentence that names file, line and field and says what to do."""
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # How torch says it, on CUDA and on a CPU; looked for in words, so that this file needs no torch.
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
@@ -32,6 +35,40 @@ def one_line(text: Path | str) -> str:
 def cause_of(error: Exception) -> str:
     """What another library's exception says, on one line."""
     return one_line(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+
+
+MAX_FILE = 2**27  # bytes of a file that is read whole; the largest that is meant to be is a tokenizer of some 12 MB
+
+
+def read_text(path: Path | str, remedy: str = "", most: int = MAX_FILE) -> str:
+    """The text of a file in UTF-8, a byte order mark left out. InputError, which names the file and ends with `remedy`,
+    where it is missing, or no file (a pipe or a device would be read for ever), or has more than `most` bytes."""
+    name, then = one_line(path), f"; {remedy}" if remedy else ""
+    try:
+        if not os.path.isfile(path):  # unlike Path.is_file, False also for names that no file can have
+            raise InputError(f"{name}: {'is not a file' if os.path.lexists(path) else 'does not exist'}{then}")
+        with open(path, "rb") as file:
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise InputError(f"{name}: has more than {most} bytes, so it is none of ours{then}")
+        return content.decode("utf-8-sig")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file can have
+        raise InputError(f"{name}: cannot be read ({cause_of(error)}){then}") from error
+
+
+def parse_json(text: str, name: Path | str, remedy: str = "") -> Any:
+    """What a JSON text says; `name`: the file (and line) that it stands in. InputError if it is none, or too deep."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        why = str(error).replace("line 1 ", "").partition(";")[0]  # behind ; Python advises on its limit of digits
+        then = f"; {remedy}" if remedy else ""
+        raise InputError(f"{one_line(name)}: is not valid JSON ({one_line(why)}){then}") from error
+
+
+def read_json(path: Path | str, remedy: str = "", most: int = MAX_FILE) -> Any:
+    """What a JSON file says, of any kind. InputError as read_text's and parse_json's."""
+    return parse_json(read_text(path, remedy, most), path, remedy)
 
 
 class Parser(argparse.ArgumentParser):
