@@ -8,8 +8,9 @@ import argparse
 import math
 import os
 import platform
+import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,7 @@ import ranks
 import rewards
 import scheduler
 from data import check_style, held_out_phantoms, prompt_style
-from errors import InputError, named
+from errors import InputError, named, one_line
 from images import PIXEL_LIMIT
 from logs import LOGS
 from model import check_device, read_json
@@ -39,6 +40,7 @@ DEFAULTS = dict(
     out="out",
     pixel_limit=PIXEL_LIMIT,
     allow_outside=False,  # a file of records is data of others, mostly
+    clip=False,  # a box that reaches out of its picture may be in another frame
     max_pixels=None,  # what the checkpoint says; the published ones allow 16,384 tokens an image
     schedule="medloc",
     group_size=8,  # G, as in the paper
@@ -106,11 +108,13 @@ CHOICES = scheduler.CHOICES | {
 TYPES = dict.fromkeys(("val", "queries", "prompt", "dtype", "log", "decode"), str)  # of flags whose default is None
 TYPES |= dict.fromkeys(("eval_limit", "max_pixels", "keep"), int)
 TYPES |= {"micro_batch": int, "checkpointing": bool, "memory": str}  # None: plan.py decides
+TYPES |= {"max_tokens": int, "out": str, "keep_exact": str}  # None in train_sft.py
 # What a resumed run may change: nothing here decides what is learned. More --steps is a longer run (the learning rate
 # is constant after the warm-up); schedules that go by the share of the steps refuse it themselves.
 FREE_ON_RESUME = {"resume", "out", "steps", "device", "eval_every", "eval_limit", "samples_every", "save_every", "log"}
 FREE_ON_RESUME |= {"keep", "workers", "skip_bad", "pixel_limit", "allow_outside", "memory", "checkpointing", "shard"}
 FREE_ON_RESUME |= {"decode", "micro_batch"}  # round a little differently, no more
+SWITCHES = ("resume", "begins", "estimate", "ranks")  # of this start alone: config.json does not have them
 
 GROUPS = {  # title -> flag -> help
     "what": dict(
@@ -123,6 +127,7 @@ GROUPS = {  # title -> flag -> help
         max_pixels="largest picture that the policy sees, 784 pixels a token; larger ones are scaled down",
         pixel_limit="pixels of the largest picture file that is opened: a guard against decompression bombs",
         allow_outside="records may name pictures outside the folder of their file: absolute paths, and with ..",
+        clip="cut boxes that reach over the picture's edge, and count them",
         skip_bad="records that may be unusable; they are left out and listed",
         seed="of data order, phantoms and sampling",
     ),
@@ -202,7 +207,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     recipe = "the nano one with --model nano, else the paper's"
     parser.add_argument("--recipe", choices=tuple(RECIPES), help=f"defaults of what follows (default: {recipe})")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    begins = "go on from the newest checkpoint in --out, or begin if there is no run in it"
+    parser.add_argument("--resume", action="store_true", help=begins)
     parser.add_argument("--estimate", action="store_true", help="print what memory the run would take, and stop")
     parser.add_argument("--ranks", type=int, help="with --estimate: GPUs to plan for, where torchrun does not say it")
     known = DEFAULTS | RECIPES["nano"] | asdict(ScheduleConfig())
@@ -242,27 +248,37 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if restarted() and "resume" not in explicit and file.is_file():
         asked = resolve(explicit, {})  # all of it: the first start may have failed because another run is in --out
         explicit["resume"] = True
-    if explicit.get("resume"):
-        if not file.is_file():
-            parser.error(
-                f"--resume: {file} does not exist, so there is no run to go on with; start it without --resume"
-            )
+    asked_to, there = bool(explicit.get("resume")), os.path.lexists(file)
+    if asked_to and there:
         saved = read_saved(file)
-        if hub.is_name(explicit.get("model", "")) and explicit["model"] == saved.get("model", "").partition("@")[0]:
-            explicit["model"] = saved["model"]  # the commit that the run began with
-        for name in sorted(asked.keys() & saved.keys() - FREE_ON_RESUME):
-            given = list(asked[name]) if isinstance(asked[name], tuple) else asked[name]
-            if given not in (None, saved[name]):
-                parser.error(
-                    f"--resume goes on with {flag(name)} {saved[name]}, not {given}: "
-                    f"drop {flag(name)} or start a new run"
-                )
-    switches = {name: bool(explicit.get(name)) for name in ("resume", "estimate")}
+        explicit, asked = pinned(explicit, saved), pinned(asked, saved)
+        refuse_changes(parser, asked, saved, FREE_ON_RESUME)
+    switches = {
+        "estimate": bool(explicit.get("estimate")),
+        "resume": asked_to and there,
+        "begins": asked_to and not there,
+    }
     switches["ranks"] = explicit.get("ranks", int(os.environ.get("WORLD_SIZE", 1)))
     args = argparse.Namespace(**resolve(explicit, saved) | switches)
     for sentence in wrong(args, explicit):
         parser.error(sentence)
     return args
+
+
+def pinned(flags: dict, saved: dict) -> dict:
+    """The flags; where --model is the saved run's name on the Hub, with the commit that the run began with."""
+    same = hub.is_name(flags.get("model", "")) and flags["model"] == saved.get("model", "").partition("@")[0]
+    return flags | {"model": saved["model"]} if same else flags
+
+
+def refuse_changes(parser: argparse.ArgumentParser, asked: dict, saved: dict, free: Iterable[str]) -> None:
+    """End the program where a flag asks for something else than the run that is resumed, and is not free to."""
+    for name in sorted(asked.keys() & saved.keys() - set(free)):
+        given = list(asked[name]) if isinstance(asked[name], tuple) else asked[name]
+        if given not in (None, saved[name]):
+            parser.error(
+                f"--resume goes on with {flag(name)} {saved[name]}, not {given}: drop {flag(name)} or start a new run"
+            )
 
 
 def resolve(explicit: dict, saved: dict) -> dict:
@@ -277,46 +293,105 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
-def read_saved(file: Path) -> dict:
-    """The arguments of a run's config.json. InputError for those that no flag could have given."""
-    saved = read_json(file).get("arguments")
+def same_threads(file: Path) -> str:
+    """Have torch use as many threads as the run of a config.json did: sums are split among them, so their last digits
+    hang on it. OMP_NUM_THREADS goes before. -> what is to be said about it, "" if they are the same."""
+    before, told = read_json(file).get("threads"), os.environ.get("OMP_NUM_THREADS")
+    if type(before) is not int or before < 1:
+        raise InputError(f"{file}: field 'threads' is {before!r:.80}; restore it, or start a new run")
+    if told is None:
+        torch.set_num_threads(min(before, os.cpu_count() or 1))
+    if (now := torch.get_num_threads()) == before:
+        return ""
+    why = f"this machine has {os.cpu_count()} cores" if told is None else f"OMP_NUM_THREADS is {told:.20}"
+    return f"the run had {before} threads, now it has {now} ({why}): the last digits of sums may differ"
+
+
+def read_saved(file: Path, known: dict | None = None) -> dict:
+    """The arguments of a run's config.json, but for --out: they are of the folder that it lies in. InputError for those
+    that no flag could have given. known: the flags of the program with their defaults, by itself train_grpo.py's."""
+    remedy = "restore it, or start a new run"
+    content = errors.read_json(file, remedy)
+    saved = content.get("arguments") if isinstance(content, dict) else None
     if not isinstance(saved, dict):
-        raise InputError(f"{file}: field 'arguments' is no object; restore it, or start a new run")
-    known = DEFAULTS | RECIPES["nano"] | asdict(ScheduleConfig())
-    for name in saved.keys() & known.keys():
-        value, kind = saved[name], TYPES.get(name, type(known[name]))
-        optional = value is None and (known[name] is None or name in TYPES)
-        kinds = {float: (float, int), tuple: (list,)}.get(kind, (kind,))
-        if not optional and (not isinstance(value, kinds) or isinstance(value, bool) != (kind is bool)):
-            raise InputError(f"{file}: {flag(name)} is {value!r:.80} in it; restore it, or start a new run")
+        raise InputError(f"{file}: field 'arguments' is no object; {remedy}")
+    known = known or DEFAULTS | RECIPES["nano"] | asdict(ScheduleConfig()) | {"recipe": "nano"}
+    limited = CHOICES | {"schedule": tuple(scheduler.SCHEDULES), "recipe": tuple(RECIPES)}
+    for name, value in saved.items():
+        if name not in known:
+            raise InputError(f"{file}: field {one_line(name)!r} of 'arguments' is no flag of this version; {remedy}")
+        if value is None and known[name] is None:
+            continue
+        fine = is_kind(value, TYPES.get(name, type(known[name])))
+        if isinstance(known[name], tuple):
+            fine = fine and len(value) == len(known[name]) and all(is_kind(number, float) for number in value)
+        if not fine or (name in limited and value not in limited[name]):
+            raise InputError(f"{file}: {flag(name)} is {one_line(repr(value))} in it; {remedy}")
+    for sentence in out_of_bounds(argparse.Namespace(**saved)):
+        raise InputError(f"{file}: {sentence}; {remedy}")
     if saved.get("prompt"):
         with named(f"{file}: --prompt"):
             check_style(saved["prompt"])
-    return saved
+    return {name: value for name, value in saved.items() if name != "out"}
 
 
+def is_kind(value: object, kind: type) -> bool:
+    """Whether JSON's value is one that a flag of this kind has. A number with a point may be written without."""
+    if kind is float and type(value) is int and abs(value) >= 2**1023:  # too large for one
+        return False
+    kinds = {float: (float, int), tuple: (list,)}.get(kind, (kind,))
+    return isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
+
+
+# What a flag of any of the programs must at least and may at most be. The latter is for slips of the keyboard, which
+# would run on without a word until the memory ends: each is some orders above what anybody has use for.
 LEAST = {
-    1: "steps batch_size micro_batch inner_steps max_tokens save_every keep eval_limit max_pixels pixel_limit".split()
-    + ["ranks"],
-    0: "warmup beta clip_low clip_high eval_every samples_every seed dynamic_sampling skip_bad lora_rank".split()
-    + ["workers"],
+    1: "steps batch_size micro_batch inner_steps max_tokens save_every keep eval_limit limit max_pixels pixel_limit "
+    "ranks",
+    0: "warmup beta clip_low clip_high eval_every samples_every seed dynamic_sampling skip_bad lora_rank workers "
+    "coarse_shift coarse_spread",
+    -10: "coarse_scale",
 }
+MOST = {
+    10: "coarse_scale coarse_shift coarse_spread",  # exp() of them is a box's size
+    256: "workers",
+    10**3: "dynamic_sampling inner_steps",
+    10**4: "group_size lora_rank ranks lr temperature beta clip_high grad_clip lora_alpha",
+    10**5: "batch_size micro_batch window",
+    10**6: "max_tokens",
+    10**9: "steps warmup eval_every samples_every save_every keep eval_limit limit skip_bad",
+    10**12: "max_pixels pixel_limit",
+    2**63 - 1: "seed",
+}
+# NUL and lone surrogates, which no file's name and no text in UTF-8 can have, and what would steer a terminal.
+UNFIT = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
+
+
+def out_of_bounds(args: argparse.Namespace) -> Iterator[str]:
+    """A sentence for each flag of a program whose value is too small, too large, no finite number or no text."""
+    values = {name: value for name, value in vars(args).items() if value is not None}
+    for name, value in values.items():
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(one, float) and not math.isfinite(one):
+                yield f"{flag(name)} must be a finite number, not {one}"
+            if isinstance(one, str) and UNFIT.search(one):
+                yield f"{flag(name)} {one_line(one)} holds a character that no name has: NUL, a control or no UTF-8"
+    for least, names in LEAST.items():
+        for name in names.split():
+            if name in values and values[name] < least:
+                yield f"{flag(name)} must be at least {least}"
+    for most, names in MOST.items():
+        for name in names.split():
+            if name in values and values[name] > most:
+                yield f"{flag(name)} must be at most {most}"
 
 
 def wrong(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
     """What cannot be right about the flags, a sentence each; `explicit` holds those that were given."""
-    for least, names in LEAST.items():
-        for name in names:
-            if getattr(args, name) is not None and getattr(args, name) < least:
-                yield f"{flag(name)} must be at least {least}"
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            yield f"{flag(name)} must be a finite number, not {value}"
+    yield from out_of_bounds(args)
     for name in ("lr", "temperature", "grad_clip", "lora_alpha"):
         if not getattr(args, name) > 0:
             yield f"{flag(name)} must be above 0"
-    if args.seed >= 2**63:
-        yield "--seed must be below 2^63"
     if args.group_size < 2:
         yield "--group-size must be at least 2: an answer alone has no group to be better than, its advantage is 0"
     if args.clip_low >= 1:
@@ -366,7 +441,7 @@ def wrong(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
     if args.shard and args.decode == "graph":
         yield "--decode graph replays weights at fixed addresses, --shard moves them: give --decode eager"
     try:
-        if not (args.estimate and args.device.startswith("cuda")):  # planning for a GPU needs none
+        if not (args.estimate and re.fullmatch(r"cuda(:\d\d?)?", args.device)):  # planning for a GPU needs none
             check_device(ranks.own_device(args.device))
         if args.memory is not None:
             read_memory(args.memory)
@@ -382,7 +457,7 @@ def describe(args: argparse.Namespace) -> dict:
     )  # fmt: skip
     packages = {name: version(name) for name in ("torch", "transformers", "safetensors", "numpy", "pillow")}
     return {
-        "arguments": {name: value for name, value in vars(args).items() if name not in ("resume", "estimate", "ranks")},
+        "arguments": {name: value for name, value in vars(args).items() if name not in SWITCHES},
         "versions": {"python": platform.python_version(), **packages},
         "git": git.stdout.strip() or None,
         "threads": torch.get_num_threads(),

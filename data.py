@@ -19,8 +19,12 @@ import math
 import os
 import re
 import reprlib
+import signal
+import string
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +32,9 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from errors import InputError, cause_of, named, one_line
+from errors import InputError, cause_of, named, one_line, read_json, read_text
 from images import Box, PhantomImage, Picture, Sample, displayed_size, load, read_picture, smart_resize
+from model import COMPANIONS
 from phantoms import KINDS, QUERIES
 
 IMAGE_TOKEN = "<|image_pad|>"  # names, never ids: the nano policy has ids of its own
@@ -37,6 +42,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 BLANK = b"\xef\xbb\xbf \t\r\n"  # what may stand around a record: the UTF-8 byte order mark and JSON's white space
 MAX_LINE = 1_000_000  # bytes of a JSONL line: a record has a few hundred, so a longer line is another kind of file
+MAX_LIST = 2**31  # bytes of a file that is one JSON list, read whole; lines are read one by one
 MAX_TEXT = 10_000  # characters of a query: more than any prompt holds, and the tokenizer is not kept busy with it
 QUERIES_REMEDY = 'write {"query of the records": "phrase to ask with", ...}'
 
@@ -57,6 +63,10 @@ ANSWERS = {
     "think": f'<think> {THOUGHT} </think>\n<answer>{{{{"bbox_2d": [{{}}, {{}}, {{}}, {{}}]}}}}</answer>',
     "qwen": '```json\n[\n\t{{"bbox_2d": [{}, {}, {}, {}], "label": {}}}\n]\n```',  # to the tab as Qwen2.5-VL answers
 }
+MAX_CHAT = 10 * MAX_TEXT  # characters of a rendered chat: query and question have MAX_TEXT at most, each
+HALF = "[\ud800-\udfff]"  # JSON can escape half a character, which UTF-8 cannot hold
+TRIAL = 5, 2**31  # seconds of a CPU and bytes that a checkpoint's template and tokenizer may take for the text below
+TRIAL_TEXT = string.printable + REC_QUESTION + "a" * 64
 CHAT = (  # for a tokenizer without a template of its own: what Qwen2.5-VL's template renders
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
@@ -72,6 +82,7 @@ class BadRecords:
     def __init__(self, allowed: int = 0):
         self.allowed = allowed
         self.sentences: dict[str, str] = {}  # source, such as "train.jsonl:17" -> sentence
+        self.clipped: list[str] = []  # sources of the boxes that --clip has cut
 
     def add(self, source: str, error: InputError) -> None:
         """Leave out the record at source because of error; a record that fails twice counts once."""
@@ -82,6 +93,16 @@ class BadRecords:
                 hint = f"this is bad record number {len(self.sentences)}, --skip-bad allows {self.allowed}"
             raise InputError(f"{error} ({hint})") from error
 
+    def lines(self) -> list[str]:
+        """What to say of them: a line for each that was left out, one for all boxes that were cut."""
+        lines = [f"left out: {sentence}" for sentence in self.sentences.values()]
+        return lines + ([counted("boxes clipped at the picture's edge", self.clipped)] if self.clipped else [])
+
+
+def counted(reason: str, where: list[str]) -> str:
+    """How often something was done to the data, and the first three places."""
+    return f"{reason}: {len(where)} ({', '.join(where[:3])}{', ...' if len(where) > 3 else ''})"
+
 
 def load_samples(
     spec: str,
@@ -90,13 +111,14 @@ def load_samples(
     bad: BadRecords | None = None,
     queries: str | None = None,
     outside: bool = False,
+    clip: bool = False,
 ) -> list[Sample]:
     """Read --data: "phantoms", "phantoms:<kind>" or a JSONL/JSON file; several of them separated by commas.
 
     seed picks the training phantoms. split is "train" or "test" and matters to phantoms only (a file is its own split):
     the test phantoms are the same for every seed and disjoint from all training ones. bad takes the records that cannot
     be used; without it the first one is an InputError. queries: a file of other words to ask in (read_queries).
-    outside: --allow-outside, see picture_path.
+    outside: --allow-outside, see picture_path. clip: --clip, see load_jsonl.
     """
     bad = bad or BadRecords()
     if split not in ("train", "test"):
@@ -108,18 +130,15 @@ def load_samples(
         if name == "phantoms":
             samples += phantom_samples(kind if colon else None, *series)
         else:
-            samples += load_jsonl(part.strip(), bad, outside=outside)
+            samples += load_jsonl(part.strip(), bad, outside=outside, clip=clip)
     return ask_in_words_of(queries, samples, seed if split == "train" else None, bad) if queries else samples
 
 
 def read_queries(path: str | Path) -> dict[str, list[str]]:
     """--queries, a JSON object: the query of a record, such as its class -> the phrases to ask with instead, one or
     a list of them."""
+    table = read_json(path, QUERIES_REMEDY)
     with named(one_line(path)):
-        try:
-            table = _parse(Path(path).read_bytes(), QUERIES_REMEDY)
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot be read ({cause_of(error)}); {QUERIES_REMEDY}") from error
         if not isinstance(table, dict):
             raise InputError(f"holds {_short(table)} and no JSON object; {QUERIES_REMEDY}")
         phrases = {query: value if isinstance(value, list) else [value] for query, value in table.items()}
@@ -166,7 +185,11 @@ def phantom_samples(kind: str | None, seed: int, start: int, count: int, size: i
 
 
 def load_jsonl(
-    path: str | Path, bad: BadRecords | None = None, images: Path | None = None, outside: bool = False
+    path: str | Path,
+    bad: BadRecords | None = None,
+    images: Path | None = None,
+    outside: bool = False,
+    clip: bool = False,
 ) -> list[Sample]:
     """Read a file of records; image paths are relative to its folder or to images, boxes are in the original frame.
 
@@ -174,16 +197,20 @@ def load_jsonl(
     VLM-R1, one per line: {"image", "conversations": [{"value": "<image>question"}, {"value": box, list or string}]}
     VLM-R1, older:        a JSON list of {"image", "problem", "solution"}
     Of each picture the header is read. A record that cannot be used goes to bad with a sentence that names file, line
-    (or record of a list) and field; without bad it is an InputError, and so is a file with no usable record.
+    (or record of a list) and field; without bad it is an InputError, and so is a file with no usable record. A box that
+    reaches over the picture's edge is one of these, unless `clip`: then it is cut there, and bad.clipped has its place.
     """
     path, bad, samples = Path(path), bad or BadRecords(), []
     name = repr(str(path))[1:-1]  # as it is, but on one line, whatever characters it has
     for source, record in _records(path, name):
         try:
             with named(source):
-                samples.append(_sample(record, images or path.parent, path.stem, source, outside))
+                sample, cut = _sample(record, images or path.parent, path.stem, source, outside, clip)
         except InputError as error:
             bad.add(source, error)
+        else:
+            samples.append(sample)
+            bad.clipped += [source] if cut else []
     if not samples:
         raise InputError(f"{name}: holds no usable records; write one JSON object per line")
     return samples
@@ -193,10 +220,14 @@ def _records(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     """(where, record) of each record: of JSONL the bytes of a line, so that each is parsed, and fails, on its own."""
     first = True
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device would be read for ever
+            raise InputError(f"{name}: is not a file; name a JSONL file of records")
         with open(path, "rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
                 if first and line.lstrip(BLANK)[:1] == b"[":
                     with named(name):
+                        if os.path.getsize(path) > MAX_LIST:
+                            raise InputError(f"has more than {MAX_LIST} bytes; write one JSON object per line")
                         records = _parse(line + file.read(), "a file that begins with [ must be one JSON list")
                     yield from ((f"{name} record {i}", record) for i, record in enumerate(records, 1))
                     return
@@ -227,8 +258,8 @@ def _short(value: Any) -> str:
     return _REPR.repr(value)[:80]
 
 
-def _sample(record: Any, folder: Path, name: str, source: str, outside: bool) -> Sample:
-    """The record of a file called name, whose image path is relative to folder."""
+def _sample(record: Any, folder: Path, name: str, source: str, outside: bool, clip: bool) -> tuple[Sample, bool]:
+    """The record of a file called name, whose image path is relative to folder; and whether its box was cut."""
     if isinstance(record, bytes):
         if len(record) > MAX_LINE:
             raise InputError(f"the line is longer than {MAX_LINE} bytes; write one JSON object per line")
@@ -256,9 +287,9 @@ def _sample(record: Any, folder: Path, name: str, source: str, outside: bool) ->
                 box = _parse(re.sub(r"</?answer>", "", box), "write [x1, y1, x2, y2]")
 
     image, size = _image(record, folder, outside)
-    box = _box(box, box_field, size)
-    dataset = _text(record.get("dataset") or name, "dataset")
-    return Sample(image, query, box, dataset, _text(record.get("task", "ground"), "task"), source, size, query_field)
+    box, cut = _box(box, box_field, size, clip)
+    dataset, task = _text(record.get("dataset") or name, "dataset"), _text(record.get("task", "ground"), "task")
+    return Sample(image, query, box, dataset, task, source, size, query_field), cut
 
 
 def picture_path(folder: Path, name: str, field: str, outside: bool) -> Path:
@@ -308,7 +339,8 @@ def _text(value: Any, field: str) -> str:
     return value.strip()
 
 
-def _box(value: Any, field: str, size: tuple[int, int]) -> Box:
+def _box(value: Any, field: str, size: tuple[int, int], clip: bool) -> tuple[Box, bool]:
+    """The box of a record whose picture has that size, and whether it was cut there."""
     if isinstance(value, list) and len(value) > 1 and all(isinstance(v, list | dict) for v in value):
         raise InputError(
             f"field {field!r} holds {len(value)} boxes, but one phrase, one box is the method; write a record for "
@@ -321,13 +353,24 @@ def _box(value: Any, field: str, size: tuple[int, int]) -> Box:
     x1, y1, x2, y2 = map(float, value)
     if x2 <= x1 or y2 <= y1:
         raise InputError(f"field {field!r} {_short(value)} is an empty or inverted box; write x1 < x2 and y1 < y2")
-    if x1 < 0 or y1 < 0 or x2 > size[0] or y2 > size[1]:
-        outside = f"reaches outside the {size[0]}x{size[1]} image"
+    if x2 <= 0 or y2 <= 0 or x1 >= size[0] or y1 >= size[1]:
+        outside = f"lies outside the {size[0]}x{size[1]} image"
         raise InputError(f"field {field!r} {_short(value)} {outside}; write pixels of the displayed image")
-    return x1, y1, x2, y2
+    inside = max(x1, 0.0), max(y1, 0.0), min(x2, float(size[0])), min(y2, float(size[1]))
+    cut = inside != (x1, y1, x2, y2)
+    if cut and not clip:
+        remedy = "write pixels of the displayed image, or have boxes cut by --clip"
+        raise InputError(f"field {field!r} {_short(value)} reaches outside the {size[0]}x{size[1]} image; {remedy}")
+    return inside, cut
 
 
 # ---------------------------------------------------------------- images
+
+
+# What of an image processor's settings must be as it is in every Qwen2.5-VL checkpoint, if it is there at all:
+PROCESSOR = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3, "rescale_factor": 1 / 255}
+# ... and what its model must agree on, else it is shown pieces of pictures: ours -> in the vision_config
+PATCHES = {name: name for name in ("patch_size", "temporal_patch_size")} | {"merge_size": "spatial_merge_size"}
 
 
 @dataclass(frozen=True)
@@ -344,15 +387,18 @@ class ImageConfig:
 
     def __post_init__(self):
         counts = self.patch_size, self.merge_size, self.temporal_patch_size, self.min_pixels, self.max_pixels
-        numbers = (*self.mean, *self.std)
-        if not all(type(n) is int for n in counts) or not all(type(n) in (int, float) for n in numbers):
-            raise InputError(f"image processor settings must be numbers, not {_short((*counts, *numbers))}")
+        if not all(type(n) is int for n in counts):
+            raise InputError(f"image processor settings must be whole numbers, not {_short(counts)}")
+        for field, values, least in (("image_mean", self.mean, -1e3), ("image_std", self.std, 1e-6)):
+            numbers = isinstance(values, tuple) and [type(v) in (int, float) and least <= v <= 1e3 for v in values]
+            if numbers != [True] * 3:  # the bounds refuse NaN, infinity and what float32 cannot divide by
+                raise InputError(f"{field} must be three numbers, {least:g} to 1000, not {_short(values)}")
         if min(counts[:3]) < 1:
             raise InputError(f"patch_size, merge_size and temporal_patch_size must be at least 1, not {counts[:3]}")
-        if not 1 <= self.min_pixels <= self.max_pixels or self.max_pixels < self.factor**2:
+        if not 1 <= self.min_pixels <= self.max_pixels < 2**31 or self.max_pixels < self.factor**2:
             raise InputError(
-                f"min_pixels {self.min_pixels} and max_pixels {self.max_pixels} leave no image: "
-                f"1 <= min_pixels <= max_pixels and max_pixels >= {self.factor**2} are needed"
+                f"min_pixels {_short(self.min_pixels)} and max_pixels {_short(self.max_pixels)} leave no image: "
+                f"1 <= min_pixels <= max_pixels < {2**31} and max_pixels >= {_short(self.factor**2)} are needed"
             )
 
     @property
@@ -373,34 +419,53 @@ class ImageConfig:
 
     @classmethod
     def from_folder(cls, folder: str | Path, min_pixels: int | None = None, max_pixels: int | None = None):
-        """Read preprocessor_config.json, or processor_config.json where transformers 5 nests it; arguments win."""
-        path = Path(folder) / "preprocessor_config.json"
-        if path.is_file():
-            config = _read_json(path)
+        """Read preprocessor_config.json, or processor_config.json where transformers 5 nests it; arguments win. What it
+        says of patches must be what the folder's config.json says of them."""
+        path, nested = Path(folder) / "preprocessor_config.json", Path(folder) / "processor_config.json"
+        if os.path.lexists(path):
+            config = _read_object(path)
+            if os.path.lexists(nested):
+                _read_object(nested)  # which write_max_pixels will, at the end of a run
         else:
-            path = Path(folder) / "processor_config.json"
-            config = _read_json(path).get("image_processor")
-        if not isinstance(config, dict):
-            raise InputError(f"{path}: holds no image processor settings")
-        size = config.get("size") or {}  # transformers 5 writes the pixel budget here, under other names
+            path, config = nested, _read_object(nested).get("image_processor")
+        size = config.get("size") if isinstance(config, dict) else None
+        if not isinstance(config, dict) or not isinstance(size, dict | None):
+            raise InputError(f"{one_line(path)}: holds no image processor settings; restore it from its checkpoint")
+        for field, value in PROCESSOR.items():
+            if config.get(field, value) not in (value, None):
+                raise InputError(
+                    f"{one_line(path)}: {field} is {_short(config[field])}, only {value} is implemented; restore it "
+                    "from its checkpoint"
+                )
+        size = size or {}  # transformers 5 writes the pixel budget here, under other names
         stated = {key: config.get(key) for key in ("patch_size", "merge_size", "temporal_patch_size")} | {
-            "min_pixels": config.get("min_pixels") or size.get("shortest_edge"),
-            "max_pixels": config.get("max_pixels") or size.get("longest_edge"),
+            "min_pixels": size.get("shortest_edge") if config.get("min_pixels") is None else config["min_pixels"],
+            "max_pixels": size.get("longest_edge") if config.get("max_pixels") is None else config["max_pixels"],
             "mean": config.get("image_mean"),
             "std": config.get("image_std"),
         }
         given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         values = {key: v for source in (stated, given) for key, v in source.items() if v is not None}
-        with named(path):
-            return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        with named(one_line(path)):
+            images = cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        if os.path.lexists(model := Path(folder) / "config.json"):
+            vision = _read_object(model).get("vision_config")
+            for ours, theirs in PATCHES.items():
+                here, there = getattr(images, ours), vision.get(theirs) if isinstance(vision, dict) else None
+                if there not in (here, None) or (there is None and here != getattr(cls, ours)):
+                    raise InputError(
+                        f"{one_line(path)}: {ours} is {here}, but {one_line(model)}: vision_config.{theirs} is "
+                        f"{_short(getattr(cls, ours) if there is None else there)}; take both files from one checkpoint"
+                    )
+        return images
 
     def write_max_pixels(self, folder: str | Path) -> None:
         """Write our limit into the folder's processor files, under each of the names that readers look for."""
         for name in ("preprocessor_config.json", "processor_config.json"):
             path = Path(folder) / name
             if path.is_file():
-                whole = _read_json(path)
-                config = whole["image_processor"] if "image_processor" in whole else whole
+                whole = _read_object(path)
+                config = whole["image_processor"] if isinstance(whole.get("image_processor"), dict) else whole
                 if isinstance(config.get("size"), dict) and "longest_edge" in config["size"]:
                     config["size"]["longest_edge"] = self.max_pixels
                 if "max_pixels" in config or "size" not in config:
@@ -408,13 +473,12 @@ class ImageConfig:
                 path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read; is its folder a whole checkpoint? ({error})") from error
-    with named(path):
-        return _parse(text, "restore it from its checkpoint")
+def _read_object(path: Path) -> dict:
+    """A JSON file of a checkpoint's."""
+    value = read_json(path, "restore it from its checkpoint")
+    if not isinstance(value, dict):
+        raise InputError(f"{one_line(path)}: holds {_short(value)} and no JSON object; restore it from its checkpoint")
+    return value
 
 
 def pixels_to_patches(pixels: np.ndarray, config: ImageConfig) -> tuple[torch.Tensor, tuple[int, int, int]]:
@@ -476,11 +540,12 @@ def prompt_style(value: str) -> str:
         known = ", ".join(PROMPTS)
         raise InputError(f"--prompt {one_line(value)}: there are {known}, or a text file with {{query}} in it")
     with named(f"--prompt {one_line(value)}"):
-        try:
-            text = Path(value).read_text(encoding="utf-8-sig")
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot be read ({cause_of(error)}); write it in UTF-8") from error
-        return check_style(text.strip())
+        return check_style(read_text(value, "write it in UTF-8").strip())
+
+
+def check_query(query: str) -> str:
+    """--query, the phrase of one question: as a record's."""
+    return _text(query, "query")
 
 
 def check_style(style: str) -> str:
@@ -494,6 +559,8 @@ def check_style(style: str) -> str:
     if "{query}" not in style:
         hint = f"write it where the phrase of a record belongs, or name one of {', '.join(PROMPTS)}"
         raise InputError(f"the question {_short(style)} does not hold {{query}}; {hint}")
+    if re.search(HALF, style):
+        raise InputError(f"the question {_short(style)} holds half a surrogate pair; write the whole character")
     if IMAGE_TOKEN in style:
         raise InputError(f"the question holds {IMAGE_TOKEN}; leave it out, the picture is put in front of it")
     return style
@@ -530,29 +597,97 @@ class Prompt:
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint folder, with the chat template that transformers' processor would take; local
     files only, no code from the folder is run."""
-    folder = Path(folder)
+    folder, shown = Path(folder), one_line(folder)
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; a model is a Hugging Face checkpoint folder on this machine")
-    if not (folder / "tokenizer.json").is_file():  # transformers would look for other kinds of files
-        raise InputError(f"{folder}: holds no tokenizer.json; restore it from its checkpoint")
+        raise InputError(f"{shown} is not a folder; a model is a Hugging Face checkpoint folder on this machine")
+    if not os.path.lexists(folder / "tokenizer.json"):  # transformers would look for other kinds of files
+        raise InputError(f"{shown}: holds no tokenizer.json; restore it from its checkpoint")
+    for file in (*(folder / name for name in COMPANIONS), *folder.glob("additional_chat_templates/*")):
+        if os.path.lexists(file):  # transformers would wait at a pipe, and read a device until the memory ends
+            read_text(file, "restore it from its checkpoint")
+    config = _read_object(folder / "config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of a broken tokenizer.json: whatever the first thing that it misses raises
         why = f"{type(error).__name__}: {cause_of(error)}"
-        raise InputError(f"{folder}: holds no tokenizer that transformers can load ({why}); restore it") from error
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        raise InputError(f"{folder}: its tokenizer has no {IMAGE_TOKEN}; a Qwen2.5-VL checkpoint is needed")
-    ids = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), _read_json(folder / "config.json").get("image_token_id")
+        raise InputError(f"{shown}: holds no tokenizer that transformers can load ({why}); restore it") from error
+    vocabulary = tokenizer.get_vocab()
+    if IMAGE_TOKEN not in vocabulary:
+        raise InputError(f"{shown}: its tokenizer has no {IMAGE_TOKEN}; a Qwen2.5-VL checkpoint is needed")
+    ids = vocabulary[IMAGE_TOKEN], config.get("image_token_id")
     if ids[0] != ids[1]:
         raise InputError(
-            f"{folder}: {IMAGE_TOKEN} is {ids[0]} in the tokenizer, but config.json: image_token_id is {ids[1]}"
+            f"{shown}: {IMAGE_TOKEN} is {ids[0]} in the tokenizer, but config.json: image_token_id is {_short(ids[1])}"
         )
-    if (file := folder / "chat_template.json").is_file():  # a processor's, and goes before the tokenizer's own
-        template = _read_json(file)
-        if not isinstance(template, dict) or not isinstance(template.get("chat_template"), str):
-            raise InputError(f"{file}: field 'chat_template' must be a string; restore it from its checkpoint")
-        tokenizer.chat_template = template["chat_template"]
+    text_config = config.get("text_config")
+    rows = (text_config if isinstance(text_config, dict) and text_config else config).get("vocab_size")
+    if type(rows) is int and (last := max(vocabulary.values())) >= rows:
+        raise InputError(f"{shown}: the tokenizer has a token {last}, but config.json: vocab_size is {_short(rows)}")
+    template, place = tokenizer.chat_template, folder / "tokenizer_config.json"
+    if isinstance(template, dict):  # several, by name
+        template = template.get("default", template)
+    if os.path.lexists(file := folder / "chat_template.json"):  # a processor's, and goes before the tokenizer's own
+        template, place = _read_object(file).get("chat_template", {}), file
+    if not isinstance(template, str | None):
+        raise InputError(f"{one_line(place)}: field 'chat_template' must be a string; restore it from its checkpoint")
+    tokenizer.chat_template = template
+    _try_out(tokenizer, shown)
     return tokenizer
+
+
+def _try_out(tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
+    """Ask one question in a forked process that may take TRIAL seconds of a CPU and bytes of memory. InputError if it
+    takes more, or dies of it.
+
+    A chat template is a program, if one in a sandbox, and a tokenizer's rules may make a long text of a short one: both
+    can be endless, in C and Rust too, where no signal is heard. Any other fault is said at the first record. Not found
+    is what is endless for certain records only; of these, no rendered question may be longer than MAX_CHAT. Where there
+    is no fork (Windows), nothing is tried.
+    """
+    if not hasattr(os, "fork"):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which the child has no need of
+        child = os.fork()
+    if child == 0:
+        done = 1
+        try:
+            signal.alarm(60)  # should it wait for a lock that a thread of the parent held: that says nothing
+            _limit(*TRIAL)
+            ids = tokenizer.encode(_chat(TRIAL_TEXT, tokenizer), add_special_tokens=False)
+            tokenizer.batch_decode([ids])
+            done = 0
+        except InputError as error:
+            done = int(isinstance(error.__cause__, MemoryError))
+        except Exception as error:
+            done = int(isinstance(error, MemoryError))
+        finally:
+            os._exit(done)  # nothing of the parent's is flushed or ended a second time
+    status = os.waitpid(child, 0)[1]
+    if status and os.WTERMSIG(status) != signal.SIGALRM:
+        raise InputError(
+            f"{folder}: its tokenizer or its chat template takes more than {TRIAL[0]} seconds or "
+            f"{TRIAL[1] / 2**30:.2g} GB for a short question; restore them from their checkpoint"
+        )
+
+
+def _limit(seconds: int, memory: int) -> None:
+    """Seconds of the CPU and more bytes of memory for this process, which says nothing more."""
+    import resource  # not on Windows
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a thread per core would take memory of its own
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limits = [(resource.RLIMIT_CPU, seconds)]
+    if os.path.isfile("/proc/self/statm"):
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        limits.append((resource.RLIMIT_AS, held + memory))
+    for kind, limit in limits:
+        hard = resource.getrlimit(kind)[1]
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(kind, (limit, limit))
 
 
 def build_prompt(
@@ -601,10 +736,16 @@ def _render(sample, size, tokenizer, config, style, max_prompt_tokens) -> tuple[
     with named(sample.source):
         with named("field 'image'"):
             h, w = smart_resize(size[1], size[0], *config.limits)
-        if special := [token for token in tokenizer.get_added_vocab() if token in sample.query]:
+        added = tokenizer.get_added_vocab()
+        if special := [token for token in added if token in sample.query]:
             raise InputError(f"field {field!r} {_short(sample.query)} holds the special token {special[0]}; remove it")
-        text = _chat(PROMPTS.get(style, style).replace("{query}", sample.query), tokenizer)
-        ids = tokenizer.encode(text, add_special_tokens=False)
+        text, ids = _asked(sample.query, style, tokenizer)
+        # The words around a query may make a special token of one that holds none: <|im_{query} and end|>.
+        if _specials(ids, added) != _neutral(tokenizer, tokenizer.chat_template, style):
+            raise InputError(
+                f"field {field!r} {_short(sample.query)} makes a special token together with the question around it; "
+                "reword one of them"
+            )
         if ids.count(image_token_id) != 1:
             raise InputError(
                 f"the tokenizer's chat template writes {ids.count(image_token_id)} image tokens for one image; "
@@ -621,15 +762,40 @@ def _render(sample, size, tokenizer, config, style, max_prompt_tokens) -> tuple[
     return text, ids
 
 
+def _asked(query: str, style: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
+    """The rendered chat and its ids, before the image token is repeated."""
+    text = _chat(PROMPTS.get(style, style).replace("{query}", query), tokenizer)
+    try:
+        return text, tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:
+        raise InputError(f"the tokenizer fails ({cause_of(error)}); use a Qwen2.5-VL checkpoint's") from error
+
+
+def _specials(ids: list[int], added: dict[str, int]) -> list[int]:
+    """Those of the tokenizer's added tokens, in their order."""
+    special = set(added.values())
+    return [i for i in ids if i in special]
+
+
+@lru_cache(maxsize=16)
+def _neutral(tokenizer: PreTrainedTokenizerBase, template: str | None, style: str) -> list[int]:
+    """Those of a question about "x"; template: the tokenizer's, so that another one is another key of the cache."""
+    return _specials(_asked("x", style, tokenizer)[1], tokenizer.get_added_vocab())
+
+
 def _chat(question: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.chat_template is None:
         return CHAT.format(question=question)
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
     try:
-        return tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
     except Exception as error:  # the template is a program, if one in a sandbox: it may raise anything
         why = f"{type(error).__name__}: {cause_of(error)}"
         raise InputError(f"the tokenizer's chat template fails ({why}); use a Qwen2.5-VL checkpoint's") from error
+    if len(text) > MAX_CHAT or re.search(HALF, text):
+        what = f"{len(text)} characters" if len(text) > MAX_CHAT else "half a surrogate pair"
+        raise InputError(f"the tokenizer's chat template writes {what} for a question; use a Qwen2.5-VL checkpoint's")
+    return text
 
 
 def mrope_positions(

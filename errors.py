@@ -1,13 +1,14 @@
 """The one exception for bad input: a sentence that names file, line and field and says what to do."""
 
 import argparse
+import errno
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 # How torch says it, on CUDA and on a CPU; looked for in words, so that this file needs no torch.
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
@@ -78,10 +79,51 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (python {self.prog} --help lists all flags)\n")
 
 
+class Terminal:
+    """A stream whose reader may leave (`| head`, a terminal that was closed): what is written then goes nowhere, and
+    the run goes on, since its files have everything."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(self.stream.write, text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, work: Callable, *arguments):
+        try:
+            return work(*arguments)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())  # what is still in buffers, here and in C, goes there too
+            os.close(nowhere)
+
+
+def end_in_words(kind: type[BaseException], error: BaseException, trace) -> None:
+    """sys.excepthook from when this file is imported, so for the seconds in which torch is too."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped by Ctrl-C", file=sys.stderr)
+    elif issubclass(kind, MemoryError):
+        print("error: not enough memory to begin with", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = end_in_words
+
+
 def run(main: Callable[[], None], when_memory_ends: str = "ask for less at a time") -> None:
     """Run a script's main(). An InputError, a file that cannot be read or written (a full disk), or the end of the
     memory ends it with one sentence on stderr, exit code 2; `when_memory_ends` names the flags that help. Ctrl-C ends
     it with code 130, where the script does not listen for it itself (stop.py)."""
+    sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
     try:
         main()
     except KeyboardInterrupt:
@@ -90,7 +132,9 @@ def run(main: Callable[[], None], when_memory_ends: str = "ask for less at a tim
     except InputError as error:
         sentence = str(error)
     except OSError as error:
-        sentence = f"{error.filename or 'a file of the run'}: {error.strerror or error}; free it or name another place"
+        remedy = "free the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+        place = "a file of the run" if error.filename is None else one_line(error.filename)
+        sentence = f"{place}: {error.strerror or error}; {remedy} or name another place"
     except (MemoryError, RuntimeError) as error:
         first_line = (str(error).splitlines() or [""])[0]
         if not isinstance(error, MemoryError) and not any(words in first_line.lower() for words in NO_MEMORY):

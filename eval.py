@@ -10,6 +10,9 @@ Metrics are MedLoc-R1's: A@t = share of samples whose one greedy box has IoU >= 
 ... .95; mIoU = mean IoU. IoU is taken in the frame of the original image. An answer without a box has IoU 0 and counts.
 """
 
+import errors  # first: from here on Ctrl-C is one sentence, in the seconds too that importing torch takes
+
+# isort: split
 import argparse
 import json
 import math
@@ -21,7 +24,7 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-import errors
+import config
 import hub
 import ranks
 import rewards
@@ -35,15 +38,16 @@ from data import (
     View,
     build_prompt,
     check_prompt,
+    check_query,
     check_style,
     load,
     load_samples,
     load_tokenizer,
     prompt_style,
 )
-from errors import InputError, named
+from errors import InputError, named, one_line, parse_json, read_text
 from images import PIXEL_LIMIT
-from model import Policy, check_device, collate, read_json
+from model import Policy, check_device, collate, read_json, short
 from scheduler import hit
 
 NANO = Path(__file__).parent / "assets" / "nano"
@@ -123,10 +127,10 @@ def model_folder(model: str, weights: bool = True) -> Path:
 def default_prompt(folder: Path) -> str:
     """The prompt a policy was trained with, if its folder says so (the nano one's does); else the paper's, think."""
     file = folder / PROMPT_FILE
-    style = read_json(file).get("prompt") if file.exists() else "think"
-    with named(f"{file}: field 'prompt'"):
+    style = read_json(file).get("prompt") if os.path.lexists(file) else "think"
+    with named(f"{one_line(file)}: field 'prompt'"):
         if not isinstance(style, str):
-            raise InputError(f"must be a string, not {style!r:.80}")
+            raise InputError(f"must be a string, not {short(style)}")
         return check_style(style)
 
 
@@ -213,7 +217,7 @@ def constant_box(train: list[Sample], samples: list[Sample]) -> dict:
 
 def summary(name: str, m: dict) -> str:
     return (
-        f"{name}: mIoU {m['miou']:.3f} +- {m['miou_standard_error']:.3f}  A@.5 {m['acc@0.5']:.3f}  "
+        f"{one_line(name)}: mIoU {m['miou']:.3f} +- {m['miou_standard_error']:.3f}  A@.5 {m['acc@0.5']:.3f}  "
         f"A@.8 {m['acc@0.8']:.3f}  pmAP {m['pmap']:.3f}  n {m['n']}  without a box {m['parse_failures']}"
     )
 
@@ -276,21 +280,20 @@ def read_predictions(file: str, samples: list[Sample]) -> list[str]:
 
     Boxes are in ORIGINAL pixels: another model's frame is its own business.
     """
-    texts = []
-    try:
-        lines = [line for line in Path(file).read_text(encoding="utf-8").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read ({error})") from None
+    texts, remedy = [], 'write {"text": answer} or {"box": [x1, y1, x2, y2] or null} into each line'
+    lines = [line for line in read_text(file, remedy).split("\n") if line.strip()]
     for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{file}:{number}: is not valid JSON ({error})") from None
+        place = f"{one_line(file)}:{number}"
+        record = parse_json(line, place, remedy)
         if not isinstance(record, dict) or not ("box" in record or isinstance(record.get("text"), str)):
-            raise InputError(f"{file}:{number}: needs the field 'box' (original pixels, or null) or 'text'")
-        texts.append(json.dumps(record["box"]) if "box" in record else record["text"])
+            raise InputError(f"{place}: needs the field 'box' (original pixels, or null) or 'text'; {remedy}")
+        box = record.get("box")
+        if box is not None and not (isinstance(box, list) and all(type(v) in (int, float) for v in box)):
+            raise InputError(f"{place}: field 'box' must be four numbers or null, not {short(box)}; {remedy}")
+        texts.append(json.dumps(box) if "box" in record else record["text"])
     if len(texts) != len(samples):
-        raise InputError(f"{file}: has {len(texts)} answers for {len(samples)} samples; they are matched by line")
+        counts = f"has {len(texts)} answers for {len(samples)} samples"
+        raise InputError(f"{one_line(file)}: {counts}; they are matched by line")
     return texts
 
 
@@ -312,6 +315,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, help="of an answer; default 24 for the prompt 'answer', else 512")
     outside = "records may name pictures outside the folder of their file"
     parser.add_argument("--allow-outside", action="store_true", help=outside)
+    parser.add_argument("--clip", action="store_true", help="cut boxes that reach over the picture's edge")
     limit = "pixels of the largest picture file that is opened"
     parser.add_argument("--pixel-limit", type=int, default=PIXEL_LIMIT, help=limit)
     parser.add_argument("--limit", type=int, help="evaluate the first N samples")
@@ -320,11 +324,13 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.image is None) != (args.query is None):
         parser.error("--image and --query go together")
+    if args.query is not None:
+        with named("--query"):
+            args.query = check_query(args.query)
     if args.image and args.queries:
         parser.error("--queries changes nothing beside --query; drop it")
-    for name in ("limit", "batch_size", "max_tokens", "pixel_limit"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for sentence in config.out_of_bounds(args):
+        parser.error(sentence)
     check_device(args.device)
     return args
 
@@ -337,7 +343,12 @@ def make_task(args: argparse.Namespace) -> Task:
     policy.compute_dtype = next(policy.parameters()).dtype
     args.prompt = args.prompt or default_prompt(folder)
     args.max_tokens = args.max_tokens or (24 if args.prompt == "answer" else 512)
-    return Task(policy, folder, args.prompt)
+    room = policy.config.max_position_embeddings - args.max_tokens
+    if room < 1:
+        raise InputError(
+            f"--max-tokens {args.max_tokens}: the model has {policy.config.max_position_embeddings} positions"
+        )
+    return Task(policy, folder, args.prompt, room)
 
 
 def main() -> None:
@@ -348,16 +359,23 @@ def main() -> None:
     if args.image:
         task = make_task(args)
         # The box is unknown; a sample needs one, and the whole picture is the only honest stand-in.
-        sample = Sample(Path(args.image), args.query, (0.0, 0.0, 1.0, 1.0), "image", source=args.image)
+        sample = Sample(Path(args.image), args.query, (0.0, 0.0, 1.0, 1.0), "image", source=one_line(args.image))
         prompt = task.prompt(sample)
         (text,) = task.answer([prompt], args.max_tokens)
         (row,) = score_rows([sample], [text], [prompt.box], [prompt.scale])
-        print(text)
+        print(repr(text)[1:-1])  # as long as --max-tokens lets it be, but one line of printable characters
         print(f"box in original pixels: {row['box'] or 'none: ' + row['reason']}")
         overlay(sample, [row["box"]], args.query, truth=False).save(out / "overlay.png")
         return
-    given = {"queries": args.queries, "outside": args.allow_outside}
-    samples = load_samples(args.data, seed=0, split="test", **given)[: args.limit]
+
+    def read(spec: str, split: str, queries: str | None = None) -> list[Sample]:
+        bad = BadRecords()
+        samples = load_samples(spec, 0, split, bad, queries, args.allow_outside, args.clip)
+        for line in bad.lines():
+            print(line)
+        return samples
+
+    samples = read(args.data, "test", args.queries)[: args.limit]
     if args.predictions:
         boxes = [load(sample)[1] for sample in samples]
         rows = score_rows(samples, read_predictions(args.predictions, samples), boxes, [(1.0, 1.0)] * len(samples))
@@ -370,9 +388,7 @@ def main() -> None:
     if reasons := Counter(row["reason"] for row in rows if row["reason"]):
         print("answers without a box: " + ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common()))
     if args.train:
-        result["constant_box"] = constant_box(
-            load_samples(args.train, seed=0, split="train", outside=args.allow_outside), samples
-        )
+        result["constant_box"] = constant_box(read(args.train, "train"), samples)
         print(summary("constant box", result["constant_box"]))
     (out / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
     with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:

@@ -33,8 +33,9 @@ REASONS = {  # from the special to the general, as the client's errors inherit
 
 def is_name(model: str) -> bool:
     """Is it org/name or org/name@revision, and not a path? Where there is a folder out, out/step-000100 is one."""
-    named = re.fullmatch(r"(\w[\w.-]*)/\w[\w.-]*(@[\w./-]+)?", model, re.ASCII)
-    return named is not None and not Path(named[1]).exists()
+    # A revision becomes a path under the cache: its parts begin as names do, and none is "..".
+    named = re.fullmatch(r"(\w[\w.-]*)/\w[\w.-]*(@\w[\w.-]*(/\w[\w.-]*)*)?", model, re.ASCII)
+    return named is not None and ".." not in model and not Path(named[1]).exists()
 
 
 def fetch(model: str, weights: bool = True) -> Path:

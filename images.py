@@ -5,6 +5,7 @@ normalises them and cuts them into patches. The two frames of a box are explaine
 """
 
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,10 @@ from phantoms import phantom
 Box = tuple[float, float, float, float]
 
 PIXEL_LIMIT = 89_478_485  # of --pixel-limit: Pillow's own, 256 MB as RGB
+# What is opened, whatever a file's name says. Pillow would go by content and read forty more: for EPS it starts
+# Ghostscript, with the file as its program, and decoders that nobody uses are the ones that nobody has attacked yet.
+# JPEG has MPO in it, the several pictures in one file of many phones; PPM has PGM and PBM.
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "PPM", "WEBP")
 MAX_ASPECT = 200  # Qwen's limit: beyond it one side would be a single token
 
 
@@ -86,16 +91,19 @@ def picture(path: Path) -> Iterator[Image.Image]:
     Image.MAX_IMAGE_PIXELS is --pixel-limit, a guard against small files that unfold to more than the memory. PIL only
     warns up to twice that.
     """
+    if not os.path.isfile(path):  # PIL would wait for ever at a pipe
+        raise InputError(f"image {one_line(path)} is not a file; name a picture")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
+            with Image.open(path, formats=FORMATS) as file:
                 yield file
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = f"has more than {Image.MAX_IMAGE_PIXELS} pixels"
         raise InputError(f"image {one_line(path)} {limit}; scale it down, or let it in by --pixel-limit") from error
     except Exception as error:  # PIL's plugins raise all kinds on damaged files, down to NotImplementedError
-        why = "no picture format that PIL knows" if isinstance(error, UnidentifiedImageError) else cause_of(error)
+        unknown = f"no picture format that is read here: {', '.join(FORMATS)}"
+        why = unknown if isinstance(error, UnidentifiedImageError) else cause_of(error)
         raise InputError(f"image {one_line(path)} cannot be read ({why}); replace it") from error
 
 

@@ -20,7 +20,9 @@ Left out: video, sliding-window text attention (no published Qwen2.5-VL uses it)
 
 import json
 import math
+import os
 import re
+import reprlib
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
@@ -36,9 +38,10 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
+import errors
 import kernels
 import ranks
-from errors import InputError
+from errors import InputError, one_line
 from generate import Completions, generate
 
 HEAD_ROWS = (
@@ -55,6 +58,22 @@ COMPANIONS = (
 
 
 # ------------------------------------------------------------------------------------------------------- configuration
+
+# Modules are made one by one and sizes are multiplied before any weight is looked at: layers without a bound would take
+# hours, and a product beyond 64 bits is no tensor. Far above what there is (the 72B: 80 layers, 152064 tokens).
+MOST = dict.fromkeys(("num_hidden_layers", "depth", "patch_size"), 256)
+MOST |= dict.fromkeys(("spatial_merge_size", "temporal_patch_size", "in_channels"), 16)
+MOST_ELSE = 2**22
+
+
+def short(value) -> str:
+    """A value of a file's for a message: one line of at most 80 characters, whatever its size and depth."""
+    return reprlib.repr(value)[:80]
+
+
+def listed(value):
+    """A list as a tuple, which can be hashed; anything else as it is."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -90,18 +109,45 @@ class ModelConfig:
     vision: VisionConfig
 
     def __post_init__(self):
-        counts = {"": self, "vision_config.": self.vision}
-        for prefix, config in counts.items():
+        vision = self.vision
+        for prefix, config in {"": self, "vision_config.": vision}.items():
             for field in fields(config):
-                value = getattr(config, field.name)
+                value, most = getattr(config, field.name), MOST.get(field.name, MOST_ELSE)
                 if field.type in (int, "int") and (type(value) is not int or value < (field.name != "image_token_id")):
-                    raise ValueError(f"{prefix}{field.name} is {value!r:.80}, a whole number above 0 is needed")
+                    raise ValueError(f"{prefix}{field.name} is {short(value)}, a whole number above 0 is needed")
+                if field.type in (int, "int") and value > most:
+                    raise ValueError(f"{prefix}{field.name} is {short(value)}, at most {most} is possible here")
+        for name, (least, most) in {"rms_norm_eps": (0, 1), "rope_theta": (1, 1e12)}.items():
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not least < value < most:
+                raise ValueError(f"{name} is {short(value)}, a number between {least} and {most:g} is needed")
         heads = (self.hidden_size, self.num_attention_heads), (self.num_attention_heads, self.num_key_value_heads)
-        for whole, part in (*heads, (self.vision.hidden_size, self.vision.num_heads)):
+        for whole, part in (*heads, (vision.hidden_size, vision.num_heads)):
             if whole % part:
                 raise ValueError(f"{whole} cannot be split into {part} heads")
-        if len(self.mrope_section) != 3 or sum(self.mrope_section) * 2 != self.head_dim:
-            raise ValueError(f"mrope_section {self.mrope_section} must be 3 numbers with the sum {self.head_dim // 2}")
+        if vision.hidden_size // vision.num_heads % 4:  # row and column turn pairs of numbers
+            raise ValueError(f"vision_config.hidden_size {vision.hidden_size}: a head of it must be a multiple of 4")
+        section = self.mrope_section
+        whole = isinstance(section, list | tuple) and all(type(n) is int and n >= 0 for n in section)
+        if not whole or len(section) != 3 or sum(section) * 2 != self.head_dim:
+            raise ValueError(
+                f"mrope_section {short(section)} must be 3 whole numbers with the sum {self.head_dim // 2}, half of a "
+                f"head's {self.head_dim}"
+            )
+        if self.image_token_id >= self.vocab_size:
+            raise ValueError(f"image_token_id {self.image_token_id} is none of vocab_size {self.vocab_size} tokens")
+        if vision.out_hidden_size != self.hidden_size:
+            raise ValueError(
+                f"vision_config.out_hidden_size {vision.out_hidden_size} is not hidden_size {self.hidden_size}"
+            )
+        if vision.in_channels != 3:
+            raise ValueError(f"vision_config.in_channels is {vision.in_channels}, pictures have 3")
+        unit = vision.patch_size * vision.spatial_merge_size
+        if vision.window_size < unit:
+            raise ValueError(f"vision_config.window_size {vision.window_size} is less than a token's {unit} pixels")
+        blocks = vision.fullatt_block_indexes
+        if not isinstance(blocks, list | tuple) or not all(type(i) is int and i >= 0 for i in blocks):
+            raise ValueError(f"vision_config.fullatt_block_indexes {short(blocks)} must be a list of whole numbers")
 
     @property
     def head_dim(self) -> int:
@@ -110,15 +156,33 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw: dict, source: str = "config.json") -> "ModelConfig":
         """Read a config.json: flat as published (rope_scaling mrope) or nested as transformers 5 writes it."""
+        source = one_line(source)
         if raw.get("model_type") != "qwen2_5_vl":
+            kind = short(raw.get("model_type"))
+            raise InputError(f"{source}: model_type is {kind}, only 'qwen2_5_vl' is implemented here.")
+
+        def part(whole: dict, *names: str) -> dict:
+            """The first of these that is given."""
+            name = next((name for name in names if whole.get(name) is not None), names[0])
+            if not isinstance(whole.get(name, {}), dict | None):
+                raise InputError(f"{source}: {name} is {short(whole[name])}, an object is needed; is it as published?")
+            return whole.get(name) or {}
+
+        text, vision = part(raw, "text_config") or raw, part(raw, "vision_config")
+        rope = part(text, "rope_parameters", "rope_scaling")
+        if (kind := rope.get("rope_type", rope.get("type", "mrope"))) not in ("mrope", "default"):
             raise InputError(
-                f"{source}: model_type is {raw.get('model_type')!r}, only 'qwen2_5_vl' is implemented here."
+                f"{source}: rope type {short(kind)} is not implemented, only Qwen2.5-VL's plain M-RoPE is."
             )
-        text = raw.get("text_config") or raw
-        vision = raw.get("vision_config") or {}
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "mrope")) not in ("mrope", "default"):
-            raise InputError(f"{source}: rope type {rope} is not implemented, only Qwen2.5-VL's plain M-RoPE is.")
+        for name, whole in {"": text, "vision_config.": vision}.items():
+            if whole.get("hidden_act", "silu") != "silu":
+                raise InputError(
+                    f"{source}: {name}hidden_act is {short(whole['hidden_act'])}, only 'silu' is implemented."
+                )
+        tied = [whole["tie_word_embeddings"] for whole in (raw, text) if whole.get("tie_word_embeddings") is not None]
+        if not all(type(value) is bool for value in tied):
+            raise InputError(f"{source}: tie_word_embeddings is {short(tied[0])}, true or false is needed.")
+        theta = next((t for t in (rope.get("rope_theta"), text.get("rope_theta")) if t is not None), 1e6)
         if text.get("use_sliding_window"):
             raise InputError(f"{source}: use_sliding_window is true; sliding-window attention is not implemented.")
         if "quantization_config" in raw:
@@ -127,14 +191,14 @@ class ModelConfig:
             return cls(
                 **{key: text[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
                 **{key: text[key] for key in ("num_attention_heads", "num_key_value_heads", "rms_norm_eps")},
-                rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
-                mrope_section=tuple(rope.get("mrope_section", (16, 24, 24))),
-                tie_word_embeddings=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+                rope_theta=theta,
+                mrope_section=listed(rope.get("mrope_section", (16, 24, 24))),
+                tie_word_embeddings=any(tied),
                 image_token_id=raw["image_token_id"],
                 max_position_embeddings=text.get("max_position_embeddings", 32768),
                 vision=VisionConfig(
                     **{
-                        f.name: tuple(vision[f.name]) if f.name == "fullatt_block_indexes" else vision[f.name]
+                        f.name: listed(vision[f.name])
                         for f in fields(VisionConfig)
                         if f.name in vision or f.default is MISSING
                     }
@@ -142,7 +206,7 @@ class ModelConfig:
             )
         except KeyError as missing:
             raise InputError(f"{source}: field {missing} is missing; is this a Qwen2.5-VL checkpoint?") from None
-        except (TypeError, ValueError, AttributeError) as error:
+        except ValueError as error:
             raise InputError(f"{source}: a field has the wrong type ({error}); is it as published?") from None
 
 
@@ -511,6 +575,7 @@ class PromptBatch:
     image_tokens: Tensor | None  # (N / 4, H), of a frozen vision tower that has seen all of them; else None
     grids: tuple[tuple[int, int], ...]  # rows and columns of each image, in patches
     order: Tensor  # (B,) the b-th row is prompt order[b] of the caller
+    host_ids: Tensor | None = None  # (B, P) ids where they came from, the CPU: counted there, nobody waits for a GPU
 
 
 def collate(prompts: list, device: torch.device | str = "cpu") -> PromptBatch:
@@ -520,8 +585,9 @@ def collate(prompts: list, device: torch.device | str = "cpu") -> PromptBatch:
     rows = [prompts[i] for i in order]
     longest = len(rows[-1].ids)
     seen = all(p.image_tokens is not None for p in rows)
+    ids = torch.stack([F.pad(p.ids, (0, longest - len(p.ids)), value=int(p.ids[-1])) for p in rows])
     return PromptBatch(
-        ids=torch.stack([F.pad(p.ids, (0, longest - len(p.ids)), value=int(p.ids[-1])) for p in rows]).to(device),
+        ids=ids.to(device),
         positions=torch.stack([F.pad(p.positions, (0, longest - len(p.ids))) for p in rows], dim=1).to(device),
         next_position=torch.tensor([p.next_position for p in rows], device=device),
         lengths=[len(p.ids) for p in rows],
@@ -529,6 +595,7 @@ def collate(prompts: list, device: torch.device | str = "cpu") -> PromptBatch:
         image_tokens=torch.cat([p.image_tokens for p in rows]) if seen else None,
         grids=tuple((int(p.grid[1]), int(p.grid[2])) for p in rows),
         order=torch.tensor(order, device=device),
+        host_ids=ids,
     )
 
 
@@ -587,6 +654,16 @@ class Policy(nn.Module):
             return batch.image_tokens
         return self.visual(batch.patches.to(self.compute_dtype), batch.grids, self.checkpointing)
 
+    def embed_prompts(self, batch: PromptBatch) -> Tensor:
+        """(B, P, H) text and, in its places, image tokens. ValueError unless there are as many of these as places:
+        masked_scatter would take the first ones, and the policy would see parts of pictures in wrong places."""
+        tokens, image = self.look(batch), self.config.image_token_id  # images stand in the order of their prompts
+        if batch.host_ids is not None and (places := int((batch.host_ids == image).sum())) != len(tokens):
+            raise ValueError(
+                f"the prompts have places for {places} image tokens, but their pictures make {len(tokens)}"
+            )
+        return self.embed(batch.ids).masked_scatter((batch.ids == image)[..., None], tokens)
+
     @torch.no_grad()
     def see(self, prompts: list) -> None:
         """Let a frozen vision tower look once: its tokens stay with the prompts, and prefix() takes them from there.
@@ -604,9 +681,7 @@ class Policy(nn.Module):
 
     def prefix(self, batch: PromptBatch) -> Prefix:
         """Vision tower and prompt, once per prompt. Gradients flow if they are enabled."""
-        x = self.embed(batch.ids)  # (B, P, H)
-        is_image = batch.ids == self.config.image_token_id
-        x = x.masked_scatter(is_image[..., None], self.look(batch))  # images stand in the order of their prompts
+        x = self.embed_prompts(batch)  # (B, P, H)
         cos, sin = self.rotary(batch.positions)
         keys, values = [], []
         for layer in self.model.layers:
@@ -653,8 +728,7 @@ class Policy(nn.Module):
         """The naive equivalent of logprobs(prefix(batch), ...): one full row per completion, nothing shared."""
         order = batch.order.to(ids.device)
         out = torch.zeros(ids.shape, dtype=torch.promote_types(self.compute_dtype, torch.float32), device=ids.device)
-        is_image = batch.ids == self.config.image_token_id
-        prompts = self.embed(batch.ids).masked_scatter(is_image[..., None], self.look(batch))
+        prompts = self.embed_prompts(batch)
         for row, caller in enumerate(order.tolist()):
             p = batch.lengths[row]
             for member in range(ids.shape[1]):
@@ -730,34 +804,52 @@ class Policy(nn.Module):
         """
         folder = Path(folder)
         raw = read_json(folder / "config.json")
-        config, eos_ids = ModelConfig.from_dict(raw, str(folder / "config.json")), read_eos_ids(folder, raw)
+        config = ModelConfig.from_dict(raw, str(folder / "config.json"))
+        eos_ids, files = read_eos_ids(folder, raw), checkpoint_files(folder)
+        if max(eos_ids) >= config.vocab_size:
+            raise InputError(
+                f"{one_line(folder)}: eos_token_id {short(max(eos_ids))} is none of {config.vocab_size} tokens."
+            )
+        for name in COMPANIONS:  # else save_folder, at the end of a run, is the first to meet it
+            if os.path.lexists(folder / name) and not os.path.isfile(folder / name):
+                raise InputError(f"{one_line(folder / name)}: is not a file; restore it from its checkpoint.")
         with torch.device("meta"):
             policy = cls(config, eos_ids)
         wanted = dict(policy.named_parameters())
         found = set()
-        for file in checkpoint_files(folder):
+        for path in files:
+            file = one_line(path)
             try:
-                with safe_open(file, framework="pt") as tensors:
+                with safe_open(path, framework="pt") as tensors:
                     for key in tensors.keys():
-                        name = published_name(key)
+                        name, shown = published_name(key), one_line(key)
                         if name == "lm_head.weight" and policy.config.tie_word_embeddings:
                             continue  # some exporters write the tied head twice
                         if name not in wanted:
-                            raise InputError(f"{file}: tensor {key} is not one of Qwen2.5-VL's; is this another model?")
+                            raise InputError(
+                                f"{file}: tensor {shown} is not one of Qwen2.5-VL's; is this another model?"
+                            )
+                        if name in found:
+                            raise InputError(f"{file}: tensor {shown} is there a second time; which one is meant?")
+                        if (kind := tensors.get_slice(key).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+                            raise InputError(
+                                f"{file}: tensor {shown} is of type {kind}; weights must be floating point."
+                            )
                         tensor = tensors.get_tensor(key)  # still in the file: read when it is copied
                         if tensor.shape != wanted[name].shape:
                             shapes = f"{tuple(tensor.shape)}, config.json asks for {tuple(wanted[name].shape)}"
-                            raise InputError(f"{file}: tensor {key} has shape {shapes}.")
+                            raise InputError(f"{file}: tensor {shown} has shape {shapes}.")
                         module = policy.get_submodule(name.rpartition(".")[0])
                         weight = nn.Parameter(tensor.to(device, dtype, copy=True))  # no weight hangs on the open file
                         setattr(module, name.rpartition(".")[2], weight)
                         found.add(name)
             except SafetensorError as error:
+                why = errors.cause_of(error)
                 raise InputError(
-                    f"{file}: not a readable safetensors file ({error}); was the download cut off?"
+                    f"{file}: not a readable safetensors file ({why}); was the download cut off?"
                 ) from None
         if missing := sorted(wanted.keys() - found):
-            raise InputError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}.")
+            raise InputError(f"{one_line(folder)}: {len(missing)} tensors are missing, the first is {missing[0]}.")
         policy.source, policy.raw_config = folder, raw
         return policy
 
@@ -831,31 +923,29 @@ def check_device(name: str) -> str:
 
 
 def read_json(file: Path) -> dict:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    """A JSON file that holds an object. InputError else."""
+    if not os.path.lexists(file):
         raise InputError(
-            f"{file} does not exist; --model wants a folder of a Qwen2.5-VL checkpoint or 'nano', "
+            f"{one_line(file)} does not exist; --model wants a folder of a Qwen2.5-VL checkpoint or 'nano', "
             "or org/name of the Hugging Face Hub."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not readable as JSON ({error}).") from None
+        )
+    value = errors.read_json(file, "restore it from where it came")
     if not isinstance(value, dict):
-        raise InputError(f"{file}: a JSON object was expected, not {type(value).__name__}.")
+        raise InputError(f"{one_line(file)}: a JSON object was expected, not {type(value).__name__}.")
     return value
 
 
 def read_eos_ids(folder: Path, raw: dict) -> tuple[int, ...]:
     """EOS ids of the generation config if there is one (Qwen has two: end of turn, end of text), else of the config."""
     file = folder / "generation_config.json"
-    generation = read_json(file) if file.exists() else {}
-    sources = (generation, raw, raw.get("text_config", {}))
+    generation = read_json(file) if os.path.lexists(file) else {}
+    sources = (generation, raw, raw.get("text_config") or {})
     eos = next((s["eos_token_id"] for s in sources if s.get("eos_token_id") is not None), None)
     if eos is None:
-        raise InputError(f"{folder}: neither generation_config.json nor config.json has eos_token_id.")
+        raise InputError(f"{one_line(folder)}: neither generation_config.json nor config.json has eos_token_id.")
     ids = tuple(eos) if isinstance(eos, list) else (eos,)
     if not ids or not all(type(i) is int and i >= 0 for i in ids):
-        raise InputError(f"{folder}: eos_token_id must be a token's id or a list of them, not {eos!r:.80}.")
+        raise InputError(f"{one_line(folder)}: eos_token_id must be a token's id or a list of them, not {short(eos)}.")
     return ids
 
 
@@ -867,13 +957,16 @@ def published_name(name: str) -> str:
 def checkpoint_files(folder: Path) -> list[Path]:
     """The safetensors files that hold the weights, all of which exist."""
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
-    if index.exists():
+    if os.path.lexists(index):
         where = read_json(index).get("weight_map")
         files = list(where.values()) if isinstance(where, dict) else [None]
         if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in files):
-            raise InputError(f"{index}: field 'weight_map' must say which file of the folder each tensor is in.")
+            raise InputError(
+                f"{one_line(index)}: field 'weight_map' must say which file of the folder each tensor is in."
+            )
         names = sorted(set(where.values()))
     for name in names:
-        if not (folder / name).exists():
-            raise InputError(f"{folder / name} does not exist; the checkpoint is not whole.")
+        if not os.path.isfile(folder / name):  # a pipe or a device would be waited for
+            what = "is not a file" if os.path.lexists(folder / name) else "does not exist"
+            raise InputError(f"{one_line(folder / name)} {what}; the checkpoint is not whole.")
     return [folder / name for name in names]

@@ -16,7 +16,7 @@ gradients, when the backward pass has let go of more. Of several ranks, these ar
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -417,7 +417,7 @@ def remedy(run: Run, memory: int) -> str:
 
 def read_memory(text: str) -> int:
     """24GB -> bytes."""
-    if not re.fullmatch(r"\d+(\.\d+)?GB", text) or float(text[:-2]) == 0:
+    if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?GB", text) or float(text[:-2]) == 0:
         raise InputError(f"--memory wants a number of GB such as 24GB, not {text!r:.40}")
     return int(float(text[:-2]) * GB)
 
@@ -430,10 +430,38 @@ def free_memory(device: str, root: Path = Path("/")) -> int:
     if (root / "proc/meminfo").exists():  # Linux
         found = re.search(r"MemAvailable: *(\d+) kB", (root / "proc/meminfo").read_text())
         sizes += [int(found[1]) * 1024] if found else []
-    most, taken = root / "sys/fs/cgroup/memory.max", root / "sys/fs/cgroup/memory.current"
-    if most.exists() and (limit := most.read_text().strip()) != "max":
-        sizes.append(int(limit) - int(taken.read_text()))
-    return max(min(sizes), 0)
+    return max(min([*sizes, *left_by_groups(root)]), 0)
+
+
+GROUPS = (  # of version 2 and 1: folder, limit, bytes in use, of which the pages of files that can be dropped
+    ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def left_by_groups(root: Path) -> Iterator[int]:
+    """Bytes that each of the process's control groups leaves below its limit: its own and all those around it."""
+
+    def read(file: Path) -> str:
+        try:
+            return file.read_text()
+        except OSError:  # a container has the files of its own group only, and not always all of them
+            return ""
+
+    paths = {}  # version -> the process's group
+    for line in read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers or "memory" in controllers.split(","):
+            paths[1 if controllers else 0] = path.strip("/")
+    for version, (folder, limit, used, dropped) in enumerate(GROUPS):
+        group = root / folder / paths.get(version, "")
+        for place in (group, *group.parents):
+            most, taken = read(place / limit).strip(), read(place / used).strip()
+            if most.isdigit() and taken.isdigit():  # "max", or some 2^63 in version 1, is no limit
+                cache = re.search(rf"^{dropped} (\d+)$", read(place / "memory.stat"), re.MULTILINE)
+                yield int(most) - int(taken) + (int(cache[1]) if cache else 0)
+            if place == root / folder:
+                break
 
 
 def share_of_memory(args) -> int:

@@ -13,14 +13,18 @@ place % size. With one process each function is the identity and torch.distribut
 No DistributedDataParallel: it reduces in the backward pass of its own forward(), which prefix() and logprobs() go
 round, and would do it once a micro-batch. Nothing is pickled: values travel as JSON.
 
-A rank that ends takes the others with it: torchrun ends them, and who waits for it says so and ends by itself.
+A rank that ends takes the others with it: torchrun ends them, and who waits for it says so and ends by itself. So does
+torchrun, if it is killed and can end nobody: the system tells its ranks (Linux).
 
 Left out: more than one way to split (tensor, pipeline), gradients that travel during the backward pass (replicated).
 """
 
 import atexit
+import ctypes
 import json
 import os
+import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -44,6 +48,7 @@ TIMEOUT = timedelta(minutes=30)  # of a collective: a checkpoint on a slow disk,
 # its tensors, and needs the interpreter to let them go; where it comes too late, it aborts the process (before Python
 # 3.14). Nobody can wait for that thread: DTensor's caches keep a mesh, and the mesh keeps its process group.
 LAST_BREATH = 0.5
+PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that comes when the parent ends
 BUCKET = 2**26  # gradients added up at a time: the copy is 256 MB in fp32, or as large as the largest weight
 
 rank, size = 0, 1
@@ -53,6 +58,8 @@ collectives = 0  # that this process took part in
 def start(device: str) -> None:
     """Join the processes that torchrun started, if there are several; on CUDA each takes the GPU of its local rank."""
     global rank, size
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     on_gpu = device.startswith("cuda")

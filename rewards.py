@@ -39,8 +39,13 @@ REASONS = {
 }
 MAX_COORDINATE = 1e6  # pixels; larger than any image that fits into a model, small enough for areas in fp32
 CORNERS = ("x1", "y1", "x2", "y2")
-# Qwen's JSON repeats the question's phrase behind the box; numbers in it are no coordinates.
-_LABEL = re.compile(r'"label"\s*:\s*"(?:[^"\\]|\\.)*"?', re.DOTALL)
+# Qwen's JSON repeats the question's phrase behind the box; numbers in it are no coordinates. A string ends at the kind
+# of quote that it began with: the others are part of it.
+_STRING = "|".join(rf"{a}(?:[^{b}\\]|\\.)*{b}?" for a, b in ('""', "“”", "＂＂"))
+_LABEL = re.compile(rf'["“”＂]label["“”＂]\s*[:：]\s*(?:{_STRING})', re.DOTALL)
+# How Chinese text writes brackets, commas, colons, quotes, signs and digits -> ASCII, one character for one.
+_ASCII = {0xFEE0 + c: c for c in range(0x21, 0x7F)}  # the fullwidth forms
+_ASCII |= str.maketrans("【】〔〕、“”‘’−\u3000\xa0", "[][],\"\"''-  ")
 
 # A list of numbers with its brackets, and the key in front if that names a corner. Linear in the text: behind the first
 # number everything is optional, so a match that has begun cannot fail late; and a number begins and ends where a word
@@ -76,12 +81,13 @@ def parse_box(text: str) -> Parsed:
     The last complete box decides even if it is inverted or infinite: no earlier box is tried, so hedging does not pay.
     A list of fewer or more than four numbers, or one cut off before its bracket closes (its last number may be half of
     one), is not a complete box; it does not hide one before it, and gives the reason where there is none. A lone number
-    in prose is no list, nor is anything inside the string of a "label".
+    in prose is no list, nor is anything inside the string of a "label". Fullwidth digits, brackets, commas, colons and
+    quotes, as Chinese text has them, are read as their ASCII twins; digits of other scripts are not.
     """
     _, tag, answer = text.rpartition("<answer>")
     if tag:
         answer, _, _ = answer.partition("</answer>")
-    numbers, last = _find_box(_LABEL.sub('"label"', answer))
+    numbers, last = _find_box(_LABEL.sub('"label"', answer).translate(_ASCII))
     if numbers is None:
         if not last:
             return Parsed(None, "no box")

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from statistics import fmean, pstdev
 
-from errors import InputError
+from errors import InputError, one_line
 
 SLACK = 1e-6  # tau is held to 1e-6: 0.3 + 0.15 is 0.44999999999999996, and no decision may hang on that
 MIN_DELTA = 0.02  # linear and cosine steps shrink towards 0 and would never reach the target; so does a rest below this
@@ -258,17 +258,49 @@ class Schedule:
         return {"settings": self.settings(), "step": self.step, "tau": self.tau, "window": window}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on exactly where state_dict was taken. InputError, and no change, if schedule or settings differ."""
+        """Go on exactly where state_dict was taken. InputError, and no change, if schedule or settings differ, or if it
+        is none that state_dict() could have given."""
+        if not isinstance(state, dict) or not isinstance(settings := state.get("settings"), dict):
+            raise InputError("field 'schedule' has no object 'settings'; go on from another checkpoint")
         for name, ours in self.settings().items():
-            theirs = state["settings"].get(name)
-            if theirs != ours:
+            if (theirs := settings.get(name)) != ours:
+                theirs = one_line(str(theirs))
                 raise InputError(
                     f"the checkpoint was trained with {_flag(name)} {theirs}, not {ours}: resume with {theirs} "
                     "or start a new run"
                 )
-        self.step, self.tau = state["step"], state["tau"]
+        step, tau, window = (state.get(name) for name in ("step", "tau", "window"))
+
+        def is_tau(value: object) -> bool:
+            return value is None if self.tau is None else type(value) in (int, float) and 0 <= value <= 1
+
+        def is_entry(entry: object) -> bool:
+            return (
+                isinstance(entry, list)
+                and len(entry) == 2
+                and is_tau(entry[0])
+                and isinstance(entry[1], list)
+                and len(entry[1]) > 0
+                and all(type(iou) in (int, float) and -SLACK <= iou <= 1 + SLACK for iou in entry[1])
+            )
+
+        rules = {  # what state_dict() gives
+            "step": (type(step) is int and 0 <= step < 2**53, "a whole number of at least 0"),
+            "tau": (is_tau(tau), "null" if self.tau is None else "from 0 to 1"),
+            "window": (
+                isinstance(window, list) and len(window) <= self.window.size and all(map(is_entry, window)),
+                f"a list of at most {self.window.size} pairs [tau, [IoU, ...]]",
+            ),
+        }
+        for name, (fine, rule) in rules.items():
+            if not fine:
+                found = one_line(repr(state[name])) if name in state else "missing"
+                raise InputError(
+                    f"field '{name}' of 'schedule' must be {rule}, it is {found}; go on from another checkpoint"
+                )
+        self.step, self.tau = step, tau
         self.window.entries.clear()
-        self.window.entries.extend((tau, ious) for tau, ious in state["window"])
+        self.window.entries.extend((tau, ious) for tau, ious in window)
 
 
 class MedLoc(Schedule):

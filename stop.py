@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the step under way is dropped, what was learned is saved, and --resume goes on exactly.
+"""Ctrl-C, SIGTERM, SIGHUP (a closed terminal): the step under way is dropped, the rest saved; --resume goes on exactly.
 
     with stop.listening():
         for ...:              long loops look at the flag, and leave early where it is set:
@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SIGNALS = signal.SIGINT, signal.SIGTERM
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 ECHO = 1.0  # seconds in which another signal is the same request: a scheduler tells torchrun and its processes alike
 
 asked = False
@@ -40,7 +40,8 @@ def listening() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    heard = SIGNALS if signal.getsignal(SIGNALS[-1]) != signal.SIG_IGN else SIGNALS[:-1]  # nohup: deaf to its terminal
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield
     finally:

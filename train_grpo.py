@@ -12,6 +12,9 @@ Randomness follows from (seed, step, sample), never from wall clock or state: a 
 Left out here: learned reward models, a critic, top-p sampling (the sampled policy must be the trained one).
 """
 
+import errors  # first: from here on Ctrl-C is one sentence, in the seconds too that importing torch takes
+
+# isort: split
 import copy
 import itertools
 import json
@@ -34,15 +37,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
-import errors
 import hub
 import kernels
+import lock
 import lora
 import plan
 import ranks
 import rewards
 import stop
-from config import describe, parse_arguments, restarted
+from config import describe, parse_arguments, restarted, same_threads
 from data import BadRecords, Prompt, Sample, Sampler, View, held_out_phantoms, load_samples
 from diagnose import Watch
 from errors import InputError
@@ -54,6 +57,7 @@ from pipeline import Readers
 from scheduler import WATCHING, ByShareOfSteps, Schedule, ScheduleConfig, hit, make_schedule
 
 STATE = ("schedule", "bad_in_a_row", "drawn", "bad", "evaluation")  # what a resumed run needs beside the weights
+LINES = "metrics.jsonl", "samples.jsonl"
 LEFT = -1.0  # in the table of a step that is to be dropped
 PATIENCE = 5  # steps with a non-finite loss or gradient in a row before the run stops
 MEMORY = (
@@ -534,29 +538,6 @@ def write_samples(out: Path, step: int, roll: Rollout, tau: float | None) -> Non
 # ----------------------------------------------------------------------------------------------------------------- run
 
 
-def check_out(args) -> Path:
-    """--out as a path that a run may write to; nothing is created yet, so that a refused run leaves nothing behind."""
-    out = Path(args.out)
-    if args.resume or args.estimate or not os.path.lexists(out):
-        return out
-    if not out.is_dir() or not all(path.name.startswith(checkpoint.PARTIAL) for path in out.iterdir()):
-        raise InputError(f"--out {out} is not empty: name a new folder, or go on with the run in it by --resume")
-    return out
-
-
-def keep_until(file: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, which a resumed run writes again, and a last one that a kill cut off."""
-    if file.exists():
-        kept = []
-        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], 1):
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{file}:{number}: is no line of this run's; delete it") from None
-        checkpoint.write_whole(file, "".join(kept))
-
-
 def json_line(row: dict) -> str:
     """One line of strict JSON: a number that is not finite becomes null."""
     return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
@@ -596,9 +577,7 @@ def main() -> None:
         try:
             train(args, ending)
         except stop.Stopped:
-            saved = checkpoint.checkpoints(Path(args.out))
-            what = f"{saved[-1]} has all that was learned" if saved else "nothing was learned yet"
-            ranks.say(f"stopped as asked: {what}; python train_grpo.py --resume --out {args.out} goes on")
+            ranks.say(checkpoint.stopped(Path(args.out), "train_grpo.py"))
     ranks.end()
 
 
@@ -609,6 +588,15 @@ def train(args, ending: ExitStack) -> None:
         torch.use_deterministic_algorithms(True)
     # Where cuBLAS splits a sum of bf16 products, the parts are added in fp32 too.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    if args.begins:
+        ranks.say(f"--resume: {args.out} holds no run yet, so this begins one")
+    free = args.resume or args.estimate
+    out = checkpoint.check_out(args.out, free)
+    if not args.estimate:
+        ranks.first(lambda: ending.enter_context(lock.held(out)))
+        checkpoint.check_out(args.out, free)  # as it is now that nobody else writes to it
+    if args.resume and (words := same_threads(out / "config.json")):
+        ranks.say(words)
     base = model_folder(args.model, weights=not args.estimate)
     args.model = hub.pinned(args.model, base)
     args.prompt = args.prompt or default_prompt(base)
@@ -617,7 +605,6 @@ def train(args, ending: ExitStack) -> None:
     args.decode = args.decode or ("graph" if on_gpu and not args.shard else "eager")
     schedule_config = ScheduleConfig(**{f.name: getattr(args, f.name) for f in fields(ScheduleConfig)})
     schedule = make_schedule(args.schedule, schedule_config, args.steps)
-    out = check_out(args)
     if args.resume and not args.estimate:
         ranks.first(lambda: checkpoint.tidy(out))
     saved = checkpoint.checkpoints(out) if args.resume else []
@@ -625,9 +612,10 @@ def train(args, ending: ExitStack) -> None:
 
     bad = BadRecords(args.skip_bad)
     Image.MAX_IMAGE_PIXELS = args.pixel_limit
-    samples = load_samples(args.data, args.seed, "train", bad, args.queries, args.allow_outside)
+    given = bad, args.queries, args.allow_outside, args.clip
+    samples = load_samples(args.data, args.seed, "train", *given)
     held_out = args.val or held_out_phantoms(args.data)
-    val = load_samples(held_out, args.seed, "test", bad, args.queries, args.allow_outside) if held_out else []
+    val = load_samples(held_out, args.seed, "test", *given) if held_out else []
     planned, words = plan.settle(args, base, samples + val)
     ranks.say(words)
     if args.estimate:
@@ -656,12 +644,14 @@ def train(args, ending: ExitStack) -> None:
     latest = None  # what the newest checkpoint holds: steps, evaluations
     if saved:
         state = checkpoint.load(start, policy, optimizer)
+        checkpoint.check_state(start, state, args.batch_size, args.inner_steps)
         first, bad_in_a_row, evaluation = state["step"], state["bad_in_a_row"], state["evaluation"]
         if first > args.steps:
             raise InputError(f"--steps {args.steps}: {start} has {first} already; give more, or a new --out")
         stream.drawn = state["drawn"]
         bad.sentences |= state["bad"]
-        schedule.load_state_dict(state["schedule"])
+        with errors.named(f"{start}/trainer.json"):
+            schedule.load_state_dict(state.get("schedule"))
         latest = first, len(evaluation["history"])
     elif base == NANO and args.data == "phantoms" and not args.val:
         # The nano policy was made coarse on purpose; what plain supervision on exact boxes reaches stands beside.
@@ -673,8 +663,8 @@ def train(args, ending: ExitStack) -> None:
         nonlocal log
         try:
             out.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                keep_until(out / name, first)
+            for name in LINES:
+                checkpoint.keep_until(out / name, first, each=name == "metrics.jsonl")
             checkpoint.write_whole(out / "config.json", json.dumps(config, indent=2) + "\n")
             if args.log:
                 log = open_log(args.log, out, config, first)
@@ -713,11 +703,15 @@ def train(args, ending: ExitStack) -> None:
         values = schedule.state_dict(), bad_in_a_row, drawn, bad.sentences, evaluation
         state = dict(zip(STATE, values, strict=True))
 
+        def sync() -> None:  # a checkpoint must find its lines there, after a power cut too
+            for file in (out / name for name in LINES):
+                if file.exists():
+                    checkpoint.sync(file)
+
         def write() -> str:
-            if leads:
-                checkpoint.sync(metrics)  # a checkpoint must find its lines there, after a power cut too
             return str(checkpoint.save(out, step, task, optimizer, state, args.keep))
 
+        ranks.first(sync)
         (ranks.everyone if args.shard else ranks.first)(write)
         latest = step, len(evaluation["history"])
 
@@ -739,8 +733,8 @@ def train(args, ending: ExitStack) -> None:
     idle = {f.name for f in fields(ScheduleConfig)} - {*WATCHING, *schedule.own}
     asked = {name: value for name, value in vars(args).items() if value is not None and name not in idle}
     ranks.say(" ".join(f"{name}={value}" for name, value in asked.items()))
-    for sentence in bad.sentences.values():
-        ranks.say(f"left out: {sentence}")
+    for line in bad.lines():
+        ranks.say(line)
     parameters, of_them = (sum(p.numel() for p in some) / 1e6 for some in (policy.parameters(), trained))
     ranks.say(
         f"{parameters:.1f} M parameters ({of_them:.1f} M trained), {len(samples)} training samples, "

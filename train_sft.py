@@ -11,11 +11,16 @@ label keeps where a lesion is and loses how far it reaches: the start that the p
 Everything follows from --seed: weights, order of the samples, coarse labels.
 """
 
+import errors  # first: from here on Ctrl-C is one sentence, in the seconds too that importing torch takes
+
+# isort: split
 import argparse
 import json
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
@@ -27,9 +32,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm
 
 import checkpoint
-import errors
+import config
 import hub
-from config import DEFAULTS
+import lock
+import stop
 from data import (
     CLIP_MEAN,
     CLIP_STD,
@@ -163,17 +169,23 @@ def coarse_box(box: Box, width: int, height: int, rng: np.random.Generator, shif
     return max(x - w / 2, 0.0), max(y - h / 2, 0.0), min(x + w / 2, float(width)), min(y + h / 2, float(height))
 
 
+def adamw(policy: Policy, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
 def sft(
-    task: Task, samples: list, args: argparse.Namespace, steps: int, lr: float, coarse: bool, log, readers: Readers
-) -> None:
-    """Train task.policy in place: AdamW, linear warm-up, cosine to a twentieth. `log` gets one dict per step."""
+    task: Task, optimizer, samples: list, args: argparse.Namespace, steps: int, lr: float, coarse: bool,
+    readers: Readers, first: int = 0,
+) -> Iterator[dict]:  # fmt: skip
+    """Train task.policy in place from step `first` on: AdamW, linear warm-up, cosine to a twentieth. -> each step's
+    metrics, once it is done. Ends early, its step dropped, where stop.asked."""
     policy, device = task.policy, next(task.policy.parameters()).device
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     sampler = Sampler(len(samples), args.batch_size, args.seed)
-    indices = (index for step in range(steps) for index in sampler.indices(step))
+    indices = (index for step in range(first, steps) for index in sampler.indices(step))
     views = readers.read(indices, samples, task.image_config, ahead=args.batch_size)
     eos = policy.eos_ids[0]
-    for step in (bar := tqdm(range(steps), desc="sft coarse" if coarse else "sft")):
+    name = "sft coarse" if coarse else "sft"
+    for step in (bar := tqdm(range(first, steps), initial=first, total=steps, desc=name)):
         started = time.perf_counter()
         now = lr * min(1.0, (step + 1) / args.warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
@@ -193,6 +205,8 @@ def sft(
         loss_sum, tokens = 0.0, sum(map(len, answers))
         optimizer.zero_grad(set_to_none=True)
         for i in range(0, len(prompts), args.micro_batch):
+            if stop.asked:
+                return
             batch, part = prompts[i : i + args.micro_batch], answers[i : i + args.micro_batch]
             lengths = torch.tensor([len(a) for a in part], device=device)[:, None]  # (B, 1): groups of one
             ids = torch.stack([F.pad(a, (0, int(lengths.max()) - len(a))) for a in part]).to(device)[:, None]
@@ -204,10 +218,9 @@ def sft(
         if not math.isfinite(loss_sum) or not math.isfinite(norm):
             raise InputError(f"step {step + 1}: loss {loss_sum} or gradient norm {norm} is not finite; lower --lr")
         optimizer.step()
-        log(
-            {"step": step + 1, "loss": loss_sum, "grad_norm": norm, "lr": now, "seconds": time.perf_counter() - started}
-        )
         bar.set_postfix_str(f"loss {loss_sum:.3f}")
+        seconds = time.perf_counter() - started
+        yield {"step": step + 1, "loss": loss_sum, "grad_norm": norm, "lr": now, "seconds": seconds}
 
 
 def make_nano(args: argparse.Namespace, readers: Readers) -> None:
@@ -217,12 +230,12 @@ def make_nano(args: argparse.Namespace, readers: Readers) -> None:
     test = load_samples("phantoms", args.seed, "test")
     task = Task(Policy.from_folder(folder), folder, "answer")
     results = {"command": "python train_sft.py --make-nano", "seed": args.seed}
-    metrics_log = []
     for name, steps, lr, coarse in NANO_STAGES:
         # The second stage draws its phantoms from where the first one stopped: no picture is seen twice.
         start = 0 if not coarse else NANO_STAGES[0][1] * args.batch_size
         samples = phantom_samples(None, NANO_DATA_SEED, start, steps * args.batch_size)
-        sft(task, samples, args, steps, lr, coarse, metrics_log.append, readers)
+        for _ in sft(task, adamw(task.policy, lr), samples, args, steps, lr, coarse, readers):
+            pass
         # What is stored is bf16: go on from, and evaluate, exactly that.
         for parameter in task.policy.parameters():
             parameter.data = parameter.data.to(torch.bfloat16).float()
@@ -234,111 +247,203 @@ def make_nano(args: argparse.Namespace, readers: Readers) -> None:
     (folder / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
-def parse_arguments() -> argparse.Namespace:
+DEFAULTS = dict(
+    make_nano=False,
+    keep_exact=None,
+    model="nano",
+    data="phantoms",
+    val=None,  # held-out phantoms for phantoms, else nothing
+    out=None,
+    prompt=None,  # the one that the policy was trained with, else think
+    queries=None,
+    max_pixels=None,  # what its folder says
+    skip_bad=0,
+    allow_outside=False,
+    clip=False,
+    pixel_limit=PIXEL_LIMIT,
+    steps=200,
+    batch_size=32,
+    micro_batch=32,
+    lr=5e-4,  # suits the nano policy; 1e-5 a 3B one
+    warmup=50,
+    max_tokens=None,
+    coarse=False,
+    coarse_shift=0.22,
+    coarse_scale=0.8,
+    coarse_spread=0.35,
+    save_every=config.DEFAULTS["save_every"],
+    keep=None,
+    workers=config.DEFAULTS["workers"],
+    seed=0,
+    device=config.DEFAULTS["device"],
+)
+# Of the flags those that a resumed run may change: none of them decides what is learned. --steps does, by the cosine.
+FREE_ON_RESUME = config.FREE_ON_RESUME & DEFAULTS.keys() - {"steps"} | {"resume"}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Only flags that were given end up in its namespace."""
     parser = errors.Parser(
-        prog="train_sft.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="train_sft.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--make-nano", action="store_true", help="make assets/nano (or --out) from random weights")
-    parser.add_argument("--keep-exact", help="with --make-nano: also save the exact-SFT policy in this folder")
-    parser.add_argument("--model", default="nano", help="checkpoint folder, nano, or org/name of the Hugging Face Hub")
-    parser.add_argument("--data", default="phantoms", help="JSONL files, or phantoms[:dermoscopy|xray|ultrasound]")
-    parser.add_argument(
-        "--val", help="evaluated before and after; default: held-out phantoms for phantoms, else nothing"
-    )
-    parser.add_argument("--out", help="folder for the trained checkpoint, metrics.jsonl and eval.json")
-    parser.add_argument(
-        "--prompt",
-        type=prompt_style,
-        help="answer, think, qwen or a text file with {query} in it; default: the one it was trained with, else think",
-    )
-    parser.add_argument("--queries", help="JSON file: what the records call it -> the phrase to ask with, or several")
-    parser.add_argument("--max-pixels", type=int, help="largest picture that the policy sees; default: its folder's")
-    parser.add_argument(
-        "--skip-bad", type=int, default=0, help="records that may be unusable; they are left out, listed"
-    )
-    outside = "records may name pictures outside the folder of their file"
-    parser.add_argument("--allow-outside", action="store_true", help=outside)
-    limit = "pixels of the largest picture file that is opened"
-    parser.add_argument("--pixel-limit", type=int, default=PIXEL_LIMIT, help=limit)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=32, help="answers per optimiser step")
-    parser.add_argument("--micro-batch", type=int, default=32, help="answers per forward pass")
-    parser.add_argument("--lr", type=float, default=5e-4, help="5e-4 suits the nano policy; 1e-5 a 3B one")
-    parser.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
-    parser.add_argument("--max-tokens", type=int, help="of an answer in evaluations")
-    parser.add_argument("--coarse", action="store_true", help="jittered, inflated boxes")
-    parser.add_argument("--coarse-shift", type=float, default=0.22, help="std of the centre's shift, in box sizes")
-    parser.add_argument("--coarse-scale", type=float, default=0.8, help="mean of the log of the size factor")
-    parser.add_argument("--coarse-spread", type=float, default=0.35, help="std of the log of the size factor")
-    parser.add_argument("--workers", type=int, default=DEFAULTS["workers"], help="processes that read pictures ahead")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    for name in ("steps", "batch_size", "micro_batch", "warmup", "pixel_limit"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.workers < 0:
-        parser.error("--workers must be at least 0")
-    if not (math.isfinite(args.lr) and args.lr > 0):
+
+    def flag(name: str, text: str = "", kind: type | None = None, **options) -> None:
+        default = DEFAULTS[name]
+        shown = "" if default in (None, False) else f" (default {default})"
+        if default is False:
+            options["action"] = "store_true"
+        else:
+            options["type"] = kind or type(default)
+        parser.add_argument(config.flag(name), help=f"{text}{shown}" or None, **options)
+
+    flag("make_nano", "make assets/nano (or --out) from random weights")
+    flag("keep_exact", "with --make-nano: also save the exact-SFT policy in this folder", str)
+    flag("model", "checkpoint folder, nano, or org/name of the Hugging Face Hub")
+    flag("data", "JSONL files, or phantoms[:dermoscopy|xray|ultrasound]")
+    flag("val", "evaluated before and after; default: held-out phantoms for phantoms, else nothing", str)
+    flag("out", "folder for checkpoints, metrics.jsonl and eval.json; must be empty or new", str)
+    resume = "go on from the newest checkpoint in --out, or begin if there is no run in it"
+    parser.add_argument("--resume", action="store_true", help=resume)
+    prompt = "answer, think, qwen or a text file with {query} in it; default: the one it was trained with, else think"
+    flag("prompt", prompt, prompt_style)
+    flag("queries", "JSON file: what the records call it -> the phrase to ask with, or several", str)
+    flag("max_pixels", "largest picture that the policy sees; default: its folder's", int)
+    flag("skip_bad", "records that may be unusable; they are left out, listed")
+    flag("allow_outside", "records may name pictures outside the folder of their file")
+    flag("clip", "cut boxes that reach over the picture's edge, and count them")
+    flag("pixel_limit", "pixels of the largest picture file that is opened")
+    flag("steps", "optimiser steps")
+    flag("batch_size", "answers per optimiser step")
+    flag("micro_batch", "answers per forward pass")
+    flag("lr", "learning rate; 1e-5 suits a 3B policy")
+    flag("warmup", "steps of linear warm-up")
+    flag("max_tokens", "of an answer in evaluations", int)
+    flag("coarse", "jittered, inflated boxes")
+    flag("coarse_shift", "std of the centre's shift, in box sizes")
+    flag("coarse_scale", "mean of the log of the size factor")
+    flag("coarse_spread", "std of the log of the size factor")
+    flag("save_every", "steps between checkpoints; the last step is always saved")
+    flag("keep", "checkpoints that stay, the newest; default: all", int)
+    flag("workers", "processes that read pictures ahead")
+    flag("seed", "of the order of samples, phantoms and coarse boxes")
+    flag("device", "cpu or cuda")
+    return parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The resolved flags: those that were given, the resumed run's, the defaults."""
+    parser, saved = make_parser(), {}
+    explicit = vars(parser.parse_args())
+    making, out = explicit.get("make_nano"), explicit.get("out")
+    asked_to = explicit.pop("resume", False)
+    if not making and not out:
+        parser.error("--out is needed: the folder for the trained checkpoint")
+    if making and asked_to:
+        parser.error("--resume changes nothing beside --make-nano, which always begins anew; drop it")
+    file = Path(out or NANO) / "config.json"
+    there = asked_to and os.path.lexists(file)
+    if there:
+        saved = config.read_saved(file, DEFAULTS)
+        explicit = config.pinned(explicit, saved)
+        config.refuse_changes(parser, explicit, saved, FREE_ON_RESUME)
+    args = argparse.Namespace(**DEFAULTS | saved | explicit, resume=there, begins=asked_to and not there)
+    for sentence in config.out_of_bounds(args):
+        parser.error(sentence)
+    if args.warmup < 1:
+        parser.error("--warmup must be at least 1")
+    if not args.lr > 0:
         parser.error("--lr must be above 0 and finite")
     check_device(args.device)
-    if not args.make_nano and not args.out:
-        parser.error("--out is needed: the folder for the trained checkpoint")
     return args
 
 
 def main() -> None:
     args = parse_arguments()
-    with Readers(args.workers) as readers:
-        make_nano(args, readers) if args.make_nano else train(args, readers)
+    with ExitStack() as ending:
+        readers = ending.enter_context(Readers(args.workers))
+        if args.make_nano:
+            make_nano(args, readers)
+            return
+        try:
+            train(args, readers, ending)
+        except stop.Stopped:
+            tqdm.write(checkpoint.stopped(Path(args.out), "train_sft.py"))
 
 
-def train(args: argparse.Namespace, readers: Readers) -> None:
+def train(args: argparse.Namespace, readers: Readers, ending: ExitStack) -> None:
     """Any policy on any records, evaluated before and after."""
-    out = Path(args.out)
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"--out {out} is not empty; name a new folder or remove it")
+    if args.begins:
+        tqdm.write(f"--resume: {args.out} holds no run yet, so this begins one")
+    out = checkpoint.check_out(args.out, args.resume)
+    ending.enter_context(lock.held(out))
+    checkpoint.check_out(args.out, args.resume)  # as it is now that nobody else writes to it
+    saved = []
+    if args.resume:
+        if words := config.same_threads(out / "config.json"):
+            tqdm.write(words)
+        checkpoint.tidy(out)
+        saved = checkpoint.checkpoints(out)
     folder = model_folder(args.model)
     args.model = hub.pinned(args.model, folder)
-    prompt = args.prompt or default_prompt(folder)
-    max_tokens = args.max_tokens or (24 if prompt == "answer" else 512)
-    policy = Policy.from_folder(folder, args.device)
+    args.prompt = args.prompt or default_prompt(folder)
+    max_tokens = args.max_tokens or (24 if args.prompt == "answer" else 512)
+    if saved:
+        checkpoint.verify(saved[-1])
+    if args.resume:
+        tqdm.write(
+            "--resume: " + (f"going on from {saved[-1]}" if saved else f"{out} has no checkpoint yet, so from step 0")
+        )
+    policy = Policy.from_folder(saved[-1] if saved else folder, args.device)
+    policy.source = folder  # whose tokenizer goes with every checkpoint; the one that is gone on from may be pruned
     policy.compute_dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     bad = BadRecords(args.skip_bad)
     Image.MAX_IMAGE_PIXELS = args.pixel_limit
-    samples = load_samples(args.data, args.seed, "train", bad, args.queries, args.allow_outside)
+    given = (bad, args.queries, args.allow_outside, args.clip)
+    samples = load_samples(args.data, args.seed, "train", *given)
     held_out = args.val or held_out_phantoms(args.data)
-    val = load_samples(held_out, args.seed, "test", bad, args.queries, args.allow_outside) if held_out else []
-    task = Task(policy, folder, prompt, policy.config.max_position_embeddings - max_tokens, args.max_pixels)
+    val = load_samples(held_out, args.seed, "test", *given) if held_out else []
+    task = Task(policy, folder, args.prompt, policy.config.max_position_embeddings - max_tokens, args.max_pixels)
     samples, val = task.usable(samples, bad), task.usable(val, bad, decode=True)
-    for sentence in bad.sentences.values():
-        tqdm.write(f"left out: {sentence}")
-    os.makedirs(out, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-    results = {}
-    if val:
+    for line in bad.lines():
+        tqdm.write(line)
+    optimizer, first, results = adamw(policy, args.lr), 0, {}
+    if saved:
+        state = checkpoint.load(saved[-1], policy, optimizer)
+        checkpoint.check_results(saved[-1], state)
+        first, results = state["step"], state["evaluation"]
+    checkpoint.keep_until(out / "metrics.jsonl", first, each=True)
+    checkpoint.write_whole(out / "config.json", json.dumps(config.describe(args), indent=2) + "\n")
+    ending.enter_context(stop.listening())
+    if val and "start" not in results:
         results["start"], _ = evaluate(task, val, 50, max_tokens, progress="start")
         tqdm.write(summary("start", results["start"]))
-    with open(out / "metrics.jsonl", "w") as file:
-        sft(
-            task,
-            samples,
-            args,
-            args.steps,
-            args.lr,
-            args.coarse,
-            lambda row: print(json.dumps(row), file=file, flush=True),
-            readers,
-        )
+
+    latest = done = first  # latest: what the newest checkpoint has
+
+    def save(step: int) -> None:
+        nonlocal latest
+        if step > latest:
+            checkpoint.sync(out / "metrics.jsonl")
+            checkpoint.save(out, step, task, optimizer, {"evaluation": results}, args.keep)
+            latest = step
+
+    with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
+        for row in sft(task, optimizer, samples, args, args.steps, args.lr, args.coarse, readers, first):
+            print(json.dumps(row), file=file, flush=True)
+            done = row["step"]
+            if done == args.steps or done % args.save_every == 0:
+                save(done)
+    if stop.asked:
+        save(done)
+        raise stop.Stopped
     if val:
         results["final"], _ = evaluate(task, val, 50, max_tokens, progress="final")
         tqdm.write(summary("final", results["final"]))
     checkpoint.write_whole(out / "eval.json", json.dumps(results, indent=2) + "\n")
-    trained = out / f"step-{args.steps:06d}"
-    partial = out / f"{checkpoint.PARTIAL}{trained.name}"
-    task.save(partial)
-    checkpoint.seal(partial, trained)
-    tqdm.write(f"saved {trained}")
+    tqdm.write(f"saved {out}/step-{args.steps:06d}")
 
 
 if __name__ == "__main__":

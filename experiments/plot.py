@@ -412,7 +412,7 @@ def save(fig, file: Path) -> None:
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=100)
     # A palette counted from the picture would lose the colour of a line that is short or thin.
-    picture = Image.open(buffer).convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE)
+    picture = Image.open(buffer, formats=("PNG",)).convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE)
     try:
         picture.save(file, format="PNG", optimize=True)
     except OSError as error:

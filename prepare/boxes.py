@@ -3,13 +3,14 @@
 Boxes are (x1, y1, x2, y2) in pixels, half-open (x2 = last column + 1), sizes are (width, height).
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import ImageOps
 
-from errors import InputError
+from errors import InputError, one_line
 from images import Box, picture
 
 # ------------------------------------------------------------------------------------------------------------- masks
@@ -55,8 +56,8 @@ def mask_box(path: Path, threshold: int, choice: str) -> tuple[Box | None, int, 
     integers keeps 255 alone and loses the edge, any value above 0 takes in the ringing around it. choice, of several
     parts: "largest" (of equal ones the first), "union" for the box around all, "drop" for None.
     """
-    if not path.is_file():
-        raise InputError(f"the mask {path} is not there")
+    if not os.path.isfile(path):
+        raise InputError(f"the mask {one_line(path)} is not there")
     with picture(path) as mask:
         ImageOps.exif_transpose(mask, in_place=True)
         mask.load()
@@ -65,7 +66,9 @@ def mask_box(path: Path, threshold: int, choice: str) -> tuple[Box | None, int, 
     if len(areas) == 0:
         if gray.any():
             hint = "--threshold 0 suits masks of 0 and 1, or of class numbers"
-            raise InputError(f"mask {path}: its largest value is {gray.max()}, --threshold is {threshold}; {hint}")
+            raise InputError(
+                f"mask {one_line(path)}: its largest value is {gray.max()}, --threshold is {threshold}; {hint}"
+            )
         return None, 0, mask.size
     box = {
         "largest": boxes[areas.argmax()],

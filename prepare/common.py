@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import reprlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -24,8 +25,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import errors
-from data import BadRecords, load_jsonl
-from errors import InputError, cause_of, named
+from data import MAX_TEXT, BadRecords, counted, load_jsonl
+from errors import InputError, named, one_line, read_json
 from eval import overlay, sheet
 from images import PIXEL_LIMIT, Box, Sample, size_and_orientation
 from prepare.boxes import as_displayed, drawn_as_stored, mask_box
@@ -37,6 +38,7 @@ HELD_OUT = ("test", "val", "train", "all")  # a picture in two splits belongs to
 PLAIN = {"images", "image", "jpegimages", "data"}  # folders whose names say nothing about the pictures in them
 PARTS = {"largest": "the largest is taken", "union": "the box is around all of them", "drop": "left out"}  # --component
 SHEET = 24  # pictures of --overlay
+MAX_SENTENCE = 2000  # characters; names of files may have 255 bytes, and a path has many
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,18 @@ class Entry:
     group: str = ""  # pictures of one group show the same thing and must share a split; see groups_of
 
 
+def plain(text: Path | str) -> str:
+    """A text for the terminal, whatever names of files and texts in them have in it: one line of printable characters,
+    the others as repr() writes them; of a long one the beginning and the end, where the remedy stands."""
+    text = text if len(str(text)) <= MAX_SENTENCE else f"{str(text)[:1200]} ... {str(text)[-700:]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def short(value) -> str:
+    """A value of any kind, size and depth out of other people's JSON, for a sentence."""
+    return one_line(value if isinstance(value, str) else reprlib.repr(value))
+
+
 class Report:
     """What was left out or changed on the way, by reason; and the faults that --skip-bad allows."""
 
@@ -72,11 +86,8 @@ class Report:
 
     def lines(self, home: Path) -> list[str]:
         """One for each fault, one for each reason with how often and the first three places, below home."""
-        lines = [f"left out: {sentence}" for sentence in self.bad.sentences.values()]
-        for reason, where in self.notes.items():
-            some = ", ".join(where[:3]).replace(f"{home}{os.sep}", "")
-            lines.append(f"{reason}: {len(where)} ({some}{', ...' if len(where) > 3 else ''})")
-        return lines
+        notes = [counted(*note).replace(f"{home}{os.sep}", "") for note in self.notes.items()]
+        return [plain(line) for line in self.bad.lines() + notes]
 
 
 # ------------------------------------------------------------------------------------------------------------- boxes
@@ -102,9 +113,14 @@ def locate(entry: Entry, size: tuple[int, int], orientation: int, args, report: 
     inside = tuple(min(max(v, 0), side) for v, side in zip(box, frame * 2, strict=True))
     beyond = max(abs(a - b) for a, b in zip(box, inside, strict=True))
     if beyond > 1:
-        shown = [round(v, 2) for v in box]
-        raise InputError(f"its box {shown} reaches {beyond:.1f} pixels out of the {frame[0]}x{frame[1]} picture")
-    if beyond > 0.01:  # less is what is left of a share's six decimals
+        shown = f"its box {[round(v, 2) for v in box]}"
+        if not args.clip:
+            over = f"reaches {beyond:.1f} pixels out of the {frame[0]}x{frame[1]} picture"
+            raise InputError(f"{shown} {over}; correct it, or have boxes cut by --clip")
+        if inside[0] >= inside[2] or inside[1] >= inside[3]:
+            raise InputError(f"{shown} has nothing inside the {frame[0]}x{frame[1]} picture; correct it")
+        report.note("clipped at the picture's edge (--clip)", entry.source)
+    elif beyond > 0.01:  # less is what is left of a share's six decimals
         report.note("cut at the picture's edge, by a pixel at most", entry.source)
     if inside[2] - inside[0] < 1 or inside[3] - inside[1] < 1:
         report.note("left out, the box is less than a pixel wide or high", entry.source)
@@ -131,11 +147,10 @@ def phrase_of(query: str | None, source: Path) -> Callable[[Entry], str | None]:
     if query is None:
         return lambda entry: entry.label
     if query.endswith(".json"):
-        table = read_json(Path(query))
+        table = read_json(query)
         if not isinstance(table, dict) or not all(isinstance(v, str) and v.strip() for v in table.values()):
-            raise InputError(
-                f'--query {query}: must hold one object of texts, such as {{"WBC": "the white blood cell"}}'
-            )
+            example = '{"WBC": "the white blood cell"}'
+            raise InputError(f"--query {query}: must hold one object of texts, such as {example}")
         return lambda entry: table.get(entry.label)
     if re.search(r"[{}]", query.replace("{class}", "").replace("{folder}", "")) or not query.strip():
         raise InputError(f"--query {query!r}: {{class}} and {{folder}} are the fields that it can have")
@@ -152,7 +167,7 @@ def folder_of(image: Path, source: Path) -> str:
     for folder in (f for f in image.parents if f.name):
         if folder.name.lower() not in PLAIN and (folder == source or split_of(folder.name) == "all"):
             return folder.name
-    raise InputError(f"{image}: no folder's name says what is to be found, for {{folder}} of --query")
+    raise InputError(f"{one_line(image)}: no folder's name says what is to be found, for {{folder}} of --query")
 
 
 # ------------------------------------------------------------------------------------------------------------ splits
@@ -199,7 +214,7 @@ def equal_files(files: Iterable[Path]) -> list[list[Path]]:
     """The files of equal bytes, together. Only those are read whose size another one has too."""
     of_size, of_content = defaultdict(list), defaultdict(list)
     for file in files:
-        if file.is_file():  # if not, it is named when its turn comes to be opened
+        if os.path.isfile(file):  # if not, it is named when its turn comes to be opened
             of_size[file.stat().st_size].append(file)
     for file in (file for some in of_size.values() if len(some) > 1 for file in some):
         try:
@@ -250,49 +265,66 @@ def part_groups(entries: list[Entry], groups: dict[Path, str], leaks: str, repor
 def records_of(image: Path, entries: list[Entry], phrase: Callable, args, report: Report) -> list[tuple[str, dict]]:
     """(split, record) of one picture. InputError if it or one of its objects cannot be read: the others might then
     not be the only ones of their phrase any more, so that a picture is used as a whole or not at all."""
-    if not image.is_file():
-        raise InputError(f"{entries[0].source}: the picture {image} is not there")
+    if not os.path.isfile(image):  # unlike Path.is_file, False also for names that no file can have
+        raise InputError(f"{entries[0].source}: the picture {one_line(image)} is not there")
     size, orientation = size_and_orientation(image, whole=True)
     found = defaultdict(list)  # phrase -> [(box or None for a crowd, split)]
     for entry in entries:
         query = phrase(entry)
         if query is None:
-            report.note(f"left out, class {entry.label!r} has no phrase in --query", entry.source)
+            report.note(f"left out, class '{one_line(entry.label)}' has no phrase in --query", entry.source)
             continue
+        if entry.crowd:
+            report.note("left out, a crowd in one box", entry.source)
         with named(entry.source):
+            usable(query, "its phrase")
             box = None if entry.crowd else locate(entry, size, orientation, args, report)
         if (box, entry.split) in found[query] and box:
             report.note("left out, the same record again", entry.source)
         elif box or entry.crowd:
             found[query].append((box, entry.split))
-    name = Path(os.path.relpath(image, args.out)).as_posix()
+    name = usable(Path(os.path.relpath(image, args.out)).as_posix(), "the picture's path")
     start = {"image": name, "width": size[0], "height": size[1]}
     records = []
     for query, boxes in found.items():
         if not args.all and len({box for box, _ in boxes}) > 1:
-            report.note("left out, one phrase for several objects (--all keeps them)", f"{image}: {query}")
+            report.note("left out, one phrase for several objects (--all keeps them)", f"{image}: {one_line(query)}")
             continue
         for box, split in boxes:
-            if box is None:
-                report.note("left out, a crowd in one box", f"{image}: {query}")
-                continue
-            records.append((split, start | {"query": query, "bbox": list(box), "dataset": args.dataset}))
+            if box is not None:
+                records.append((split, start | {"query": query, "bbox": list(box), "dataset": args.dataset}))
     return records
+
+
+def usable(text: str, what: str) -> str:
+    """The text, if a record can hold it and the loader will take it."""
+    if not text.strip() or len(text) > MAX_TEXT:
+        raise InputError(f"{what} '{one_line(text)}' has {len(text.strip())} characters; 1 to {MAX_TEXT} are possible")
+    if re.search("[\ud800-\udfff]", text):  # half a character, or a byte of a file's name that is not UTF-8
+        raise InputError(f"{what} '{one_line(text)}' cannot be written in UTF-8; rename it")
+    return text
 
 
 def convert(args, read: Callable[[argparse.Namespace, Report], list[Entry]]) -> None:
     """Read the source, look at every picture, write --out, say what came out and what did not."""
+    try:
+        _convert(args, read)
+    except InputError as error:  # names that other people gave stand in it
+        raise InputError(plain(str(error))) from error
+
+
+def _convert(args, read: Callable[[argparse.Namespace, Report], list[Entry]]) -> None:
     args.source = Path(os.path.realpath(args.source))  # pictures may be links, the folder that paths start from may not
     Image.MAX_IMAGE_PIXELS = args.pixel_limit
-    if not args.source.exists():
+    if not os.path.exists(args.source):
         raise InputError(f"--source {args.source}: is not there")
     home = args.source if args.source.is_dir() else args.source.parent
     args.out = Path(os.path.realpath(args.out or home))
-    args.dataset = args.dataset or home.name
+    args.dataset = usable(args.dataset or home.name or "data", "--dataset")
     phrase, report = phrase_of(args.query, home), Report(args.skip_bad)
     entries = read(args, report)
     groups = groups_of(entries)
-    if args.val or args.test:
+    if entries and (args.val or args.test):
         entries = make_splits(entries, groups, args.val, args.test, args.seed)
     entries = part_groups(entries, groups, args.leaks, report)
     splits = {split: [] for split in sorted({entry.split for entry in entries}, key=HELD_OUT.index, reverse=True)}
@@ -310,9 +342,9 @@ def convert(args, read: Callable[[argparse.Namespace, Report], list[Entry]]) -> 
         sheet([overlay(sample, [], f"{sample.image.name}: {sample.query}") for sample in some], 6).save(args.overlay)
     for split, records in splits.items():
         count = f"{len(records)} records of {len({r['image'] for r in records})} pictures" if records else "no record"
-        tqdm.write(f"{args.out / split}.jsonl: {count}")
+        tqdm.write(plain(f"{args.out / split}.jsonl: {count}"))
     if any(record["image"].startswith("../") for records in splits.values() for record in records):
-        tqdm.write(f"image paths lead out of {args.out}: train with --allow-outside, or write --out {home}")
+        tqdm.write(plain(f"image paths lead out of {args.out}: train with --allow-outside, or write --out {home}"))
 
 
 def look(entries: list[Entry], phrase: Callable, splits: dict[str, list[dict]], args, report: Report) -> None:
@@ -358,20 +390,6 @@ def files_below(folder: Path, *endings: str) -> list[Path]:
     return sorted(f for f in folder.rglob("*") if f.suffix.lower() in endings and f.name[0] != "." and f.is_file())
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({cause_of(error)})") from error
-
-
-def read_json(path: Path):
-    try:
-        return json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not valid JSON ({error})") from error
-
-
 def share(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
@@ -401,6 +419,7 @@ def parser(script: str, doc: str, query: str | None = "the {class}", masks: bool
     leaks = ["refuse", "drop", "keep"]
     flag("--leaks", choices=leaks, default="refuse", help="when a picture, or copies of it, are in two splits")
     flag("--skip-bad", type=int, default=0, help="pictures that may be unusable; they are left out and listed")
+    flag("--clip", action="store_true", help="cut boxes that reach over the picture's edge, and count them")
     flag("--pixel-limit", type=int, default=PIXEL_LIMIT, help="pixels of the largest picture that is opened")
     flag("--overlay", type=png, help="a PNG of some pictures with their boxes: look at it")
     flag("--overwrite", action="store_true", help="replace train.jsonl ... if they are there")

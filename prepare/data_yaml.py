@@ -11,8 +11,7 @@ Left out, and refused under a key that matters: nesting, anchors, tags, multi-li
 import re
 from pathlib import Path
 
-from errors import InputError, named
-from prepare.common import read_text
+from errors import InputError, named, one_line, read_text
 
 KEYS = ("path", "train", "val", "valid", "test", "nc", "names")  # all that matters; other keys are stepped over
 QUOTED = r"""(?:'(?:[^']|'')*'|"[^"\\]*")"""
@@ -30,11 +29,11 @@ def read_yaml(path: Path) -> dict[str, str | list[str] | dict[int, str]]:
             continue
         key, colon, rest = line.partition(":")
         if not colon or line[0] in " \t-]}" or (rest and not rest[0].isspace()):
-            raise InputError(f"{path}:{number}: {line!r:.80} is not `key: value`")
+            raise InputError(f"{one_line(path)}:{number}: {line!r:.80} is not `key: value`")
         lines = found[key.strip("'\" ")] = [rest]
     values = {}
     for key in (key for key in KEYS if key in found):
-        with named(f"{path}: {key}"):
+        with named(f"{one_line(path)}: {key}"):
             values[key] = value(found[key])
     return values
 
@@ -76,7 +75,7 @@ def numbered(texts: list[str]) -> dict[int, str]:
     names = {}
     for text in texts:
         key, colon, name = text.partition(":")
-        if not colon or not key.strip().isdigit() or int(key) in names:
+        if not colon or not re.fullmatch("[0-9]{1,9}", key.strip()) or int(key) in names:
             raise InputError(f"{text.strip()!r:.80} is not a new class number, a colon and a name")
         names[int(key)] = scalar(name)
     return names

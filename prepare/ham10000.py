@@ -11,7 +11,7 @@ same one. The set has no official split; ours is by lesion, --val and --test giv
 import csv
 
 import errors
-from errors import InputError
+from errors import InputError, cause_of, one_line, read_text
 from prepare import common
 from prepare.common import Entry
 
@@ -27,17 +27,30 @@ DIAGNOSES = {  # column dx, for {class} in --query
 MASK = "_segmentation"
 
 
-def metadata(source) -> list[tuple[str, dict]]:
+def metadata(source, report) -> list[tuple[str, dict]]:
     """(file and line, row) of the one metadata file."""
     files = [f for f in sorted(source.rglob("HAM10000_metadata*")) if f.is_file()]
     if len(files) != 1:
-        found = ", ".join(map(str, files)) or "none"
+        found = ", ".join(map(str, files[:3])) or "none"
         raise InputError(f"{source}: one HAM10000_metadata.csv is needed for its lesion_id, found {found}")
-    lines = common.read_text(files[0]).splitlines()
+    lines, rows = read_text(files[0]).splitlines(), []
     reader = csv.DictReader(lines, delimiter="\t" if "\t" in (lines or [""])[0] else ",")
-    if missing := {"lesion_id", "image_id", "dx"} - set(reader.fieldnames or ()):
-        raise InputError(f"{files[0]}:1: column {min(missing)!r} is missing; it has {reader.fieldnames}")
-    return [(f"{files[0]}:{reader.line_num}", row) for row in reader]
+    try:
+        columns = reader.fieldnames or []
+    except csv.Error as error:
+        raise InputError(f"{files[0]}:1: cannot be read ({cause_of(error)}); restore it") from error
+    if missing := {"lesion_id", "image_id", "dx"} - set(columns):
+        raise InputError(f"{files[0]}:1: column {min(missing)!r} is missing; it has {common.short(columns)}")
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return rows
+        except csv.Error as error:  # of this row: the reader goes on behind it
+            where = f"{files[0]}:{reader.reader.line_num}"
+            report.bad.add(where, InputError(f"{where}: cannot be read ({cause_of(error)}); correct the line"))
+        else:
+            rows.append((f"{files[0]}:{reader.line_num}", row))
 
 
 def by_name(files: list, report) -> dict:
@@ -51,7 +64,7 @@ def by_name(files: list, report) -> dict:
 
 
 def read(args, report) -> list[Entry]:
-    rows = metadata(args.source)
+    rows = metadata(args.source, report)
     pictures = by_name(common.files_below(args.source, ".jpg"), report)
     masks = by_name([f for f in common.files_below(args.source, ".png") if f.stem.endswith(MASK)], report)
     entries = []
@@ -60,7 +73,7 @@ def read(args, report) -> list[Entry]:
         picture, mask = pictures.get(name), masks.get(name + MASK)
         needed = {f"{name}.jpg": picture, f"{name}{MASK}.png": mask, "a lesion_id": lesion}
         if lacking := [what for what, there in needed.items() if not there]:
-            report.bad.add(where, InputError(f"{where}: {lacking[0]} is not there; unpack all archives"))
+            report.bad.add(where, InputError(f"{where}: {one_line(lacking[0])} is not there; unpack all archives"))
             continue
         entries.append(Entry(picture, where, DIAGNOSES.get(dx, dx), mask=mask, group=lesion))
     for name in sorted(pictures.keys() - {row["image_id"] for _, row in rows}):

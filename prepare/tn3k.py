@@ -10,7 +10,7 @@ masks are JPEGs; boxes.mask_box says what that takes.
 """
 
 import errors
-from errors import InputError
+from errors import InputError, cause_of, read_json
 from prepare import common
 from prepare.common import Entry
 
@@ -20,7 +20,7 @@ def numbered(folder) -> list:
     try:
         files = sorted(common.files_below(folder, *common.PICTURES), key=lambda f: int(f.stem))
     except ValueError as error:
-        raise InputError(f"{folder}: pictures are named by number, such as 0000.jpg ({error})") from error
+        raise InputError(f"{folder}: pictures are named by number, such as 0000.jpg ({cause_of(error)})") from error
     if not files:
         raise InputError(f"{folder}: no pictures are there; --source must be the folder that holds it")
     return files
@@ -28,7 +28,7 @@ def numbered(folder) -> list:
 
 def fold_splits(path, count: int) -> list[str]:
     """The split of each of count pictures."""
-    fold = common.read_json(path)
+    fold = read_json(path)
     splits = [""] * count
     for name in ("train", "val"):
         indices = fold.get(name) if isinstance(fold, dict) else None

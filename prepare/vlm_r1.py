@@ -17,7 +17,7 @@ from prepare.common import Entry
 
 def read(args, report) -> list[Entry]:
     images = Path(args.images) if args.images else None
-    samples = load_jsonl(args.source, report.bad, images, args.allow_outside)
+    samples = load_jsonl(args.source, report.bad, images, args.allow_outside, args.clip)
     return [Entry(Path(s.image).absolute(), s.source, s.query, s.box, size=s.size) for s in samples]
 
 

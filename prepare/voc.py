@@ -9,12 +9,13 @@ Coordinates. What tools write today (labelImg, CVAT, Roboflow) are a box's edges
 count pixels from 1 and include the last one: --one-based takes 1 off xmin and ymin. The wrong choice is off by a pixel.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import errors
-from errors import InputError, named
+from errors import InputError, cause_of, named, one_line, read_text
 from prepare import common
 from prepare.common import Entry
 
@@ -26,12 +27,14 @@ def picture_of(file: Path, stated: str, pictures: dict[tuple[Path, str], Path]) 
     """
     folders = [file.parent, file.parent.parent / "JPEGImages", file.parent.parent / "images"]
     stated = stated.replace("\\", "/").rpartition("/")[2]
-    named = next((folder / stated for folder in folders if stated and (folder / stated).is_file()), None)
+    named = next((folder / stated for folder in folders if stated and os.path.isfile(folder / stated)), None)
     paired = next((pictures[folder, file.stem] for folder in folders if (folder, file.stem) in pictures), None)
     if named and paired and named.stem != paired.stem:
-        raise InputError(f"its <filename> is {stated}, its own name tells of {paired.name}, and both are there")
+        raise InputError(
+            f"its <filename> is {one_line(stated)}, its own name tells of {paired.name}, and both are there"
+        )
     if not named and not paired:
-        raise InputError(f"no picture {stated or file.stem} is beside it, in JPEGImages or in images")
+        raise InputError(f"no picture {one_line(stated or file.stem)} is beside it, in JPEGImages or in images")
     return named or paired
 
 
@@ -40,15 +43,15 @@ def number(parent, path: str) -> float:
     try:
         return float(text)
     except (TypeError, ValueError):
-        raise InputError(f"<{path.replace('/', '><')}> must be a number, not {text!r}") from None
+        raise InputError(f"<{path.replace('/', '><')}> must be a number, not {text!r:.80}") from None
 
 
 def objects(file: Path, pictures: dict[tuple[Path, str], Path], one_based: bool) -> list[Entry]:
     """The entries of one file; pictures as in picture_of."""
     try:
         root = ElementTree.parse(file).getroot()
-    except (ElementTree.ParseError, OSError, ValueError) as error:
-        raise InputError(f"is not XML that can be read ({error})") from error
+    except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:  # LookupError: of its encoding's name
+        raise InputError(f"is not XML that can be read ({cause_of(error)})") from error
     image = picture_of(file, root.findtext("filename") or "", pictures)
     stated = root.find("size") is not None
     size = tuple(number(root, f"size/{side}") for side in ("width", "height")) if stated else (0, 0)
@@ -70,7 +73,7 @@ def split_lists(source: Path) -> dict[str, str]:
     splits = {}
     for file in sorted(source.rglob("ImageSets/Main/*.txt")):
         if file.stem in common.SPLITS:
-            lines = common.read_text(file).splitlines()
+            lines = read_text(file).splitlines()
             splits |= {line.split()[0]: common.SPLITS[file.stem] for line in lines if line.strip()}
     return splits
 

@@ -8,18 +8,22 @@
     cx cy width height        a box, as shares of the picture's sides
     x1 y1 x2 y2 x3 y3 ...     a polygon of three points or more (segments, oriented boxes): its extent is taken
 
+What data.yaml names must lie in its folder, where Roboflow's ../train/images is looked for too, else --allow-outside.
 Shares are taken of the picture as displayed where EXIF does not turn it; else --frame must say what they are of.
 """
 
+import math
 import os
 import re
 from pathlib import Path
 
 import errors
-from errors import InputError
+from errors import InputError, cause_of, one_line, read_text
 from prepare import common
 from prepare.common import Entry
 from prepare.data_yaml import read_yaml
+
+LEADS_OUT = "leads out of the folder of data.yaml; move it there, or allow it by --allow-outside"
 
 
 def class_names(path: Path, values: dict) -> dict[int, str]:
@@ -28,29 +32,40 @@ def class_names(path: Path, values: dict) -> dict[int, str]:
     if not isinstance(names, dict) or not names:
         raise InputError(f"{path}: names: must list the classes, such as ['RBC', 'WBC']")
     if values.get("nc", str(len(names))) != str(len(names)):
-        raise InputError(f"{path}: nc is {values['nc']}, but names has {len(names)} classes")
+        raise InputError(f"{path}: nc is {common.short(values['nc'])}, but names has {len(names)} classes")
     return names
 
 
-def pictures(path: Path, values: dict, split: str) -> list[Path]:
-    """The pictures of a split: a folder, a .txt that lists them, or several of these."""
+def pictures(path: Path, values: dict, split: str, outside: bool) -> list[Path]:
+    """The pictures of a split: a folder, a .txt that lists them, or several of these; in path's folder or `outside`."""
     base = path.parent / str(values.get("path", ""))
-    base = base if base.exists() else path.parent  # the path of another machine
+    base = base if os.path.exists(base) else path.parent  # the path of another machine
     named = values.get(split) or []
     found = []
     for name in map(str, [named] if isinstance(named, str) else named):
         # Roboflow writes ../train/images for a folder that lies beside data.yaml
         choices = [base / name, path.parent / name, path.parent / re.sub(r"^(\.\./)+", "", name)]
-        place = next((Path(os.path.normpath(choice)) for choice in choices if choice.exists()), None)
+        there = [Path(os.path.normpath(choice)) for choice in choices if os.path.exists(choice)]
+        place = next((choice for choice in there if outside or inside(choice, path)), None)
+        if there and not place:
+            raise InputError(f"{path}: {split}: {one_line(name)} {LEADS_OUT}")
         if place is None:
-            raise InputError(f"{path}: {split}: {name} is not there, from {base}; unpack it or take the line out")
+            away = f"is not there, from {one_line(base)}; unpack it or take the line out"
+            raise InputError(f"{path}: {split}: {one_line(name)} {away}")
         if place.is_dir():
             found += common.files_below(place, *common.PICTURES)
-        else:
-            listed = [line.strip() for line in common.read_text(place).splitlines() if line.strip()]
-            places = ((place.parent if line.startswith("./") else base) / line for line in listed)
-            found += [Path(os.path.normpath(place)) for place in places]
+            continue
+        for number, line in enumerate(map(str.strip, read_text(place).splitlines()), 1):
+            image = Path(os.path.normpath((place.parent if line.startswith("./") else base) / line))
+            if line and not outside and not inside(image, path):
+                raise InputError(f"{place}:{number}: {one_line(line)} {LEADS_OUT}")
+            found += [image] if line else []
     return found
+
+
+def inside(place: Path, yaml: Path) -> bool:
+    """Whether a place is in the folder of data.yaml, which may come from anywhere. Links in it are its owner's."""
+    return place == yaml.parent or yaml.parent in place.parents
 
 
 def label_file(image: Path) -> Path:
@@ -63,16 +78,18 @@ def label_file(image: Path) -> Path:
 
 def objects(image: Path, label: Path, names: dict[int, str], split: str) -> list[Entry]:
     entries = []
-    for number, line in enumerate(common.read_text(label).splitlines(), 1):
+    for number, line in enumerate(read_text(label).splitlines(), 1):
         if not line.split():
             continue
         where = f"{label}:{number}"
         try:
             kind, *numbers = map(float, line.split())
         except ValueError as error:
-            raise InputError(f"{where}: {error}; a line is a class number and coordinates") from None
+            raise InputError(f"{where}: {cause_of(error)}; a line is a class number and coordinates") from None
         if kind not in names:
             raise InputError(f"{where}: class {kind:g} is none of data.yaml's names")
+        if not all(map(math.isfinite, numbers)):  # min() and max() would step over a NaN
+            raise InputError(f"{where}: coordinates must be finite numbers, not {common.short(numbers)}")
         if len(numbers) == 4:
             cx, cy, width, height = numbers
             box = (cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
@@ -89,11 +106,11 @@ def read(args, report) -> list[Entry]:
     values = read_yaml(path)
     names, entries, labelled = class_names(path, values), [], {}
     for split in ("train", "val", "valid", "test"):
-        for image in pictures(path, values, split):
+        for image in pictures(path, values, split, args.allow_outside):
             label = label_file(image)
             labelled.setdefault(label.parent, set()).add(label)
             try:
-                some = objects(image, label, names, common.SPLITS[split]) if label.is_file() else []
+                some = objects(image, label, names, common.SPLITS[split]) if os.path.isfile(label) else []
             except InputError as error:
                 report.bad.add(str(image), error)
                 continue
@@ -109,6 +126,7 @@ def read(args, report) -> list[Entry]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser("yolo", __doc__)
+    parser.add_argument("--allow-outside", action="store_true", help="data.yaml may name places out of its folder")
     common.convert(parser.parse_args(argv), read)
 
 

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
-import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -89,7 +88,6 @@ def run(out: Path, flags: list[str], begun: tuple[Path, int] | None = None) -> N
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     ranks.start("cpu")
     for out, *rest in json.loads(Path(sys.argv[1]).read_text()):
         run(Path(out), *rest)

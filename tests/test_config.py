@@ -1,7 +1,9 @@
 """config.py: what wins over what, and that flags which cannot be meant end the program by name."""
 
 import json
-from dataclasses import fields
+import math
+from argparse import Namespace
+from dataclasses import asdict, fields
 
 import pytest
 
@@ -43,7 +45,6 @@ def test_a_resumed_run_keeps_its_flags_and_frees_some(tmp_path, capsys):
     assert (args.lr, args.steps, args.recipe, args.loss, args.batch_size) == (0.5, 7, "paper", "dapo", 8)
     assert parse_arguments([*resume, "--steps", "9", "--loss", "dapo"]).steps == 9
     assert "--resume goes on with --loss dapo, not grpo: drop --loss" in refused(capsys, *resume, "--loss", "grpo")
-    assert "config.json does not exist" in refused(capsys, "--resume", "--out", str(tmp_path / "new"))
 
 
 IMPOSSIBLE = {
@@ -63,7 +64,14 @@ IMPOSSIBLE = {
     "infinite": (["--lr", "inf"], "--lr must be a finite number, not inf"),
     "nan that passes no comparison": (["--beta", "nan"], "--beta must be a finite number"),
     "adapters that count nothing": (["--lora-rank", "4", "--lora-alpha", "0"], "--lora-alpha must be above 0"),
-    "seed": (["--seed", str(2**64)], "--seed must be below 2^63"),
+    "seed": (["--seed", str(2**63)], f"--seed must be at most {2**63 - 1}"),
+    "memory without end": (["--memory", "9" * 400 + "GB"], "--memory wants a number of GB such as 24GB"),
+    "a graphics card that is none": (["--estimate", "--device", "cudafoo"], "--device cudafoo is not to be had here"),
+    "the card of another world": (["--estimate", "--device", "cuda:" + "9" * 30], "is not to be had here"),
+    "NUL": (["--out", "a\0b"], r"--out a\x00b holds a character that no name has"),
+    "a name that is no UTF-8": (["--data", "a\udcff"], r"--data a\udcff holds a character that no name has"),
+    "a name that steers a terminal": (["--val", "\x1b[2J"], r"--val \x1b[2J holds a character that no name has"),
+    "stages that are no number": (["--stages", "nan", "0.5"], "--stages must be a finite number, not nan"),
     "a device without numbers": (["--device", "meta"], "--device meta is not to be had here"),
     "reward named twice": (["--rewards", "box=1,box=2"], "--rewards: 'box' is named twice"),
     "linear's": (["--delta0", "0.1"], "--delta0 changes nothing beside --delta-schedule piecewise"),
@@ -113,6 +121,32 @@ IMPOSSIBLE = {
 def test_impossible_and_idle_flags_are_refused_by_name(name, capsys):
     flags, words = IMPOSSIBLE[name]
     assert words in refused(capsys, *flags)
+
+
+@pytest.mark.parametrize("name", sorted({name for names in config.MOST.values() for name in names.split()}))
+def test_a_slip_of_the_keyboard_is_refused_before_anything_is_loaded(name, capsys):
+    """--window 10**30; for the flags of all programs, of which this one's come by its command line."""
+    most = next(most for most, names in config.MOST.items() if name in names.split())
+    sentence = f"{config.flag(name)} must be at most {most}"
+    for value in (most * 2, 10**30):
+        assert sentence in list(config.out_of_bounds(Namespace(**{name: value, "another": None})))
+    assert not list(config.out_of_bounds(Namespace(**{name: most})))
+    if name in DEFAULTS | RECIPES["nano"] | {"window": 30}:
+        assert sentence in refused(capsys, config.flag(name), str(10**30))
+
+
+def test_bounds_let_in_what_anybody_has_use_for():
+    """Each flag with a kind of number has a largest value, or what it is good for says one (tau and its kin: 1)."""
+    bounded = {name for names in config.MOST.values() for name in names.split()}
+    known = DEFAULTS | RECIPES["nano"]
+    numbers = {name for name in known if config.TYPES.get(name, type(known[name])) in (int, float)}
+    assert numbers - bounded == {"clip_low"}
+    assert not list(config.out_of_bounds(Namespace(**asdict(ScheduleConfig()), **DEFAULTS, **RECIPES["paper"])))
+    assert list(config.out_of_bounds(Namespace(lr=math.inf))) == [
+        "--lr must be a finite number, not inf",
+        "--lr must be at most 10000",
+    ]
+    assert list(config.out_of_bounds(Namespace(coarse_shift=-0.1))) == ["--coarse-shift must be at least 0"]
 
 
 @pytest.mark.parametrize("name", sorted(scheduler.SCHEDULES))

@@ -1,6 +1,7 @@
 """Records, frames, prompts and order. Oracles: transformers' processor, chat template and get_rope_index."""
 
 import json
+import os
 import shutil
 import struct
 import tracemalloc
@@ -32,6 +33,7 @@ from data import (
     load_jsonl,
     load_samples,
     mrope_positions,
+    read_queries,
 )
 from errors import InputError
 from images import open_image
@@ -253,9 +255,16 @@ def test_a_line_of_100_mb_is_refused_without_reading_it_whole(folder):
 
 
 def test_bad_files(folder):
-    for name, why in [("none.jsonl", "No such file"), ("folder.png", "Is a directory"), ("n" * 300, "name too long")]:
+    for name, why in [("none.jsonl", "No such file"), ("n" * 300, "name too long")]:
         with pytest.raises(InputError, match=f"^{folder}/{name}: cannot be read .*{why}.*; name a JSONL file"):
             load_jsonl(folder / name)
+    os.mkfifo(folder / "pipe")
+    (folder / "link").symlink_to(folder / "pipe")
+    for path in (folder / "folder.png", folder / "pipe", folder / "link", Path("/dev/zero"), Path("/dev/null")):
+        with pytest.raises(InputError, match=f"^{path}: is not a file; name a JSONL file of records"):
+            load_samples(str(path), 0, "train", BadRecords(9))
+        with pytest.raises(InputError, match=f"^{path}: is not a file; write {{"):
+            read_queries(path)
     with pytest.raises(InputError, match=r"^a\\x00\\n: cannot be read"):
         load_jsonl("a\0\n")
     with pytest.raises(InputError, match="a.png:1: not valid JSON in UTF-8 .*can't decode byte 0x89"):
@@ -274,18 +283,64 @@ def test_bad_files(folder):
         load_jsonl(write(folder, "[{}", "{}]", name="old.json"), BadRecords(9))
     with pytest.raises(InputError, match="old.json: holds no usable records"):
         load_jsonl(write(folder, "[]", name="old.json"))
+    with open(folder / "old.json", "r+") as file:
+        file.truncate(data.MAX_LIST + 1)  # a hole: takes no room on the disk
+    with pytest.raises(InputError, match="old.json: has more than 2147483648 bytes; write one JSON object per line"):
+        load_jsonl(folder / "old.json")
     listed = write(folder, json.dumps([RECORD, {}, RECORD]), name="old.json")
     with pytest.raises(InputError, match="old.json record 2: field 'query' is missing"):
         load_jsonl(listed)
     assert [s.source for s in load_jsonl(listed, BadRecords(1))] == [f"{listed} record 1", f"{listed} record 3"]
 
 
+@pytest.mark.parametrize(
+    "box, inside",
+    [
+        ([-10, -5, 30, 35], (0, 0, 30, 35)),
+        ([50, 30, 99, 99.5], (50, 30, 60, 40)),
+        ([-1e8, 2, 1e8, 4.5], (0, 2, 60, 4.5)),
+        ([59.5, -0.001, 60.5, 1], (59.5, 0, 60, 1)),
+    ],
+)
+def test_boxes_over_the_edge_are_cut_and_counted_where_that_is_asked_for(folder, box, inside):
+    turns = [TURN, {"value": f"<answer>{box}</answer>"}]
+    path = write(folder, RECORD, RECORD | {"bbox": box}, {"image": "a.png", "conversations": turns})
+    with pytest.raises(InputError, match=":2: field 'bbox' .* reaches outside the 60x40 image; .* cut by --clip"):
+        load_jsonl(path)
+    bad = BadRecords()
+    samples = load_samples(str(path), 0, "train", bad, clip=True)
+    assert [s.box for s in samples] == [(1, 2.5, 30, 40), inside, inside]
+    assert bad.clipped == [f"{path}:2", f"{path}:3"]
+    assert bad.lines() == [f"boxes clipped at the picture's edge: 2 ({path}:2, {path}:3)"]
+
+
+@pytest.mark.parametrize(
+    "box", [[60, 2, 70, 4], [-9, 2, 0, 4], [1, 40, 3, 41], [1, -4, 3, 0], [1e8, 1e8, 2e8, 2e8], [70, 2, -3, 4]]
+)
+def test_of_a_box_outside_the_picture_nothing_is_left_to_cut(folder, box):
+    path = write(folder, RECORD | {"bbox": box}, *[RECORD | {"bbox": [-1, 2, 3, 4]}] * 4)
+    for clip in (False, True):
+        with pytest.raises(InputError, match=":1: field 'bbox' .* (lies outside the 60x40|is an empty or inverted)"):
+            load_jsonl(path, clip=clip)
+    bad = BadRecords(1)
+    assert len(load_jsonl(path, bad, clip=True)) == len(bad.clipped) == 4
+    assert bad.lines()[0].startswith(f"left out: {path}:1: field 'bbox' ")
+    some = ", ".join(f"{path}:{n}" for n in (2, 3, 4))
+    assert bad.lines()[1:] == [f"boxes clipped at the picture's edge: 4 ({some}, ...)"]
+
+
+def test_a_record_that_is_left_out_is_not_clipped(folder):
+    path, bad = write(folder, RECORD, RECORD | {"bbox": [-1, 2, 3, 4], "task": 7}), BadRecords(1)
+    load_jsonl(path, bad, clip=True)
+    assert bad.clipped == [] and len(bad.lines()) == 1
+
+
 def test_a_picture_that_cannot_be_read_is_named(folder, monkeypatch):
-    (folder / "odd.dds").write_bytes(b"DDS \x7c".ljust(128, b"\0"))  # for these PIL raises a NotImplementedError
-    with pytest.raises(InputError, match="train.jsonl:1: field 'image': image .*odd.dds cannot be read .Unknown pixel"):
+    (folder / "odd.dds").write_bytes(b"DDS \x7c".ljust(128, b"\0"))  # PIL could be asked to read these
+    with pytest.raises(InputError, match="train.jsonl:1: field 'image': image .*odd.dds cannot be read .no picture fo"):
         load_jsonl(write(folder, RECORD | {"image": "odd.dds"}))
 
-    def refuse(path):  # what the system says to anybody but root
+    def refuse(path, **_):  # what the system says to anybody but root
         raise PermissionError(13, "Permission denied", str(path))
 
     path = write(folder, RECORD)
@@ -511,7 +566,7 @@ def test_prompts_are_checked_without_their_pictures(folder, tokenizer):
     (folder / "a.png").unlink()
     check_prompt(first, tokenizer, ImageConfig(), "answer", n)
     check_prompt(first, tokenizer, ImageConfig(), "answer", None)
-    with pytest.raises(InputError, match="train.jsonl:1: image .*a.png cannot be read .No such file"):
+    with pytest.raises(InputError, match="train.jsonl:1: image .*a.png is not a file; name a picture"):
         check_prompt(first, tokenizer, ImageConfig(), "answer", n, decode=True)
     for sample, field in [(first, "query"), (second, "problem"), (third, r"conversations\[0\].value")]:
         with pytest.raises(

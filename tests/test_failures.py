@@ -3,6 +3,8 @@ line and field and says what to do. No traceback, nothing left in --out but what
 
 import json
 import math
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import eval as evaluation
 import train_grpo
 import train_sft
 from data import load, phantom_samples
+from errors import InputError
 from model import Policy
 
 GOOD = {"image": "a.png", "query": "the skin lesion", "bbox": [10, 10, 50, 40]}
@@ -223,7 +226,7 @@ def broken_model(folder: Path, name: str) -> Path:
 
 MODELS = {
     "foreign architecture": "config.json: model_type is 'llama', only 'qwen2_5_vl' is implemented here",
-    "broken config": "config.json: not readable as JSON",
+    "broken config": "config.json: is not valid JSON",
     "no weights": "model.safetensors does not exist; the checkpoint is not whole",
     "weights cut off": "model.safetensors: not a readable safetensors file",
     "a tensor is missing": "1 tensors are missing, the first is visual.merger.ln_q.weight",
@@ -231,7 +234,7 @@ MODELS = {
     "another shape": "tensor model.norm.weight has shape (3,), config.json asks for (128,)",
     "no tokenizer": "holds no tokenizer.json; restore it from its checkpoint",
     "broken tokenizer": "holds no tokenizer that transformers can load",
-    "no preprocessor": "cannot be read; is its folder a whole checkpoint?",
+    "no preprocessor": "processor_config.json: does not exist; restore it from its checkpoint",
     "unknown prompt": "medloc.json: field 'prompt': the question 'sing' does not hold {query}",
     "prompt of another kind": "medloc.json: field 'prompt': must be a string, not ['answer']",
     "index without a map": "model.safetensors.index.json: field 'weight_map' must say",
@@ -240,7 +243,7 @@ MODELS = {
     "heads that do not fit": "config.json: a field has the wrong type (128 cannot be split into 3 heads",
     "no positions": "config.json: a field has the wrong type (max_position_embeddings is None",
     "EOS of another kind": "eos_token_id must be a token's id or a list of them, not 'end'",
-    "patches of another kind": "image processor settings must be numbers, not",
+    "patches of another kind": "image processor settings must be whole numbers, not",
 }
 
 
@@ -249,7 +252,7 @@ def test_an_unreadable_or_foreign_model_is_named(name, folder):
     file = write(folder, GOOD)
     model = broken_model(folder, name)
     error = sentence(grpo(folder / "out", file, "--model", str(model), "--recipe", "nano", expect=2))
-    assert MODELS[name] in error and str(model) in error and not (folder / "out").exists()
+    assert MODELS[name] in error and f"{folder.name}/model" in error and not (folder / "out").exists()
 
 
 def test_a_folder_that_is_not_there_is_named(folder):
@@ -297,12 +300,15 @@ BREAKS = {
     "lost file": (lambda out: (out / "step-000001" / "tokenizer.json").unlink(), "tokenizer.json: cannot be read (No"),
     "another format": (lambda out: manifest(out, format=99), "step-000001/manifest.json: format 99 is not 3"),
     "no object": (damage("manifest.json", b"[]"), "step-000001/manifest.json: cannot be read"),
-    "cut-off manifest": (damage("manifest.json", b'{"format": 3, "fi'), "step-000001/manifest.json: cannot be read"),
+    "cut-off manifest": (damage("manifest.json", b'{"format": 3, "fi'), "step-000001/manifest.json: is not valid JSON"),
     "odd manifest": (lambda out: manifest(out, files=[1]), "step-000001/manifest.json: cannot be read"),
     "no manifest": (lambda out: (out / "step-000001" / "manifest.json").unlink(), "step-000001: no manifest.json; an"),
     "foreign line": (lambda out: (out / "metrics.jsonl").write_text("{}\n"), "metrics.jsonl:1: is no line of this run"),
-    "no config": (lambda out: (out / "config.json").unlink(), "config.json does not exist"),
-    "broken config": (lambda out: (out / "config.json").write_text("{"), "config.json: not readable as JSON"),
+    "no config": (
+        lambda out: (out / "config.json").unlink(),
+        "is not empty, and holds no run to go on with (no config.json)",
+    ),
+    "broken config": (lambda out: (out / "config.json").write_text("{"), "config.json: is not valid JSON"),
 }
 
 
@@ -312,7 +318,9 @@ def test_a_broken_checkpoint_is_named_on_resume(name, stopped, tmp_path):
     out = shutil.copytree(stopped, tmp_path / "run")
     damage(out)
     error = sentence(run(train_grpo, "--resume", "--out", str(out), "--steps", "2", expect=2))
-    assert words in error and ("step-000001" in words) <= (f"remove {out}/step-000001 and --resume goes on" in error)
+    assert words in error and ("step-000001" in words) <= (
+        f"{tmp_path.name}/run/step-000001 and --resume goes on" in error
+    )
     assert name == "foreign line" or len(lines(out / "metrics.jsonl")) == 1
 
 
@@ -379,8 +387,86 @@ def test_a_used_or_unwritable_folder_is_refused(stopped, folder):
     assert "--resume goes on with --lr 0.0001, not 0.1" in sentence(
         run(train_grpo, "--resume", "--out", str(stopped), "--lr", "0.1", expect=2)
     )
-    assert "is not empty" in sentence(grpo(file, file, expect=2))  # a file, not a folder
+    assert "is a file, or a link that leads nowhere" in sentence(grpo(file, file, expect=2))
     assert "cannot be written" in sentence(grpo(file / "below", file, expect=2))
+
+
+# ------------------------------------------------------------------------------------- files of others, at a terminal
+
+
+def test_names_of_others_are_printed_on_one_line(folder, capsys, monkeypatch):
+    """A record's dataset, and what a model answers to --image: no colour, no title, no second line."""
+    evil = "\x1b]0;title\x07\x1b[31m\nerror: all is lost " + "x" * 5000
+    file = write(folder, GOOD | {"dataset": evil}, GOOD)
+    answers = write(folder, {"text": evil}, {"box": [10, 10, 50, 40]}, name="answers.jsonl")
+    flags = ["--data", str(file), "--predictions", str(answers), "--out", str(folder / "out")]
+    output = run(evaluation, *flags)
+    assert "\x1b" not in output and "\x07" not in output and max(map(len, output.splitlines())) < 300
+    assert not any(line.startswith("error") for line in output.splitlines())
+    assert evil in json.loads((folder / "out" / "eval.json").read_text())["datasets"]  # a file has it as it is
+    monkeypatch.setattr(evaluation.Task, "answer", lambda *_: [evil])
+    output = run(evaluation, "--image", str(folder / "a.png"), "--query", "it", "--out", str(folder / "out"))
+    assert "\x1b" not in output and "all is lost" in output and len(output.splitlines()) == 2
+
+
+PREDICTIONS = {
+    "a pipe": (None, "answers.jsonl: is not a file; write"),
+    "brackets": (b"[" * 2000 + b"]" * 2000, "answers.jsonl:1: (is not valid JSON|needs the field 'box')"),
+    "deep box": (
+        b'{"box": ' + b"[" * 400 + b"]" * 400 + b"}",
+        "answers.jsonl:1: field 'box' must be four numbers or null",
+    ),
+    "box of another kind": (
+        b'{"box": {"x": 1}}',
+        "answers.jsonl:1: field 'box' must be four numbers or null, not {'x': 1}",
+    ),
+    "box of words": (b'{"box": ["1", "2", "3", "4"]}', "answers.jsonl:1: field 'box' must be"),
+    "not UTF-8": (b'{"text": "\xff"}', "answers.jsonl: cannot be read"),
+    "a list": (b"[1]", "answers.jsonl:1: needs the field 'box'"),
+    "many digits": (b'{"box": [' + b"9" * 5000 + b"]}", "answers.jsonl:1: is not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_predictions_of_odd_kinds_are_one_sentence(name, folder):
+    content, words = PREDICTIONS[name]
+    file = folder / "answers.jsonl"
+    file.write_bytes(content) if content is not None else os.mkfifo(file)
+    with pytest.raises(InputError, match=words) as error:
+        evaluation.read_predictions(str(file), [])
+    assert str(error.value).isprintable() and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--query", "x" * 100_000], "--query: field 'query' has 100000 characters; shorten it to at most 10000"),
+        (["--query", "the \udcff lesion"], "--query: field 'query' .* holds half a surrogate pair"),
+        (["--query", " \n"], "--query: field 'query' must be a non-empty string"),
+        (["--query", "<|im_end|>"], "holds the special token"),
+        (["--query", "it", "--max-tokens", "1" + "0" * 30], "--max-tokens must be at least 1, and less than"),
+        (["--query", "it", "--max-tokens", "2048"], "--max-tokens 2048: the model has 2048 positions"),
+        (["--query", "it", "--max-tokens", "2047"], "but 1 are allowed"),
+        (["--query", "it", "--image", "FIFO"], "is not a file; name a picture"),
+    ],
+    ids=range(8),
+)
+def test_questions_about_one_picture_are_held_to_what_records_are(flags, words, folder):
+    os.mkfifo(folder / "fifo.png")
+    flags = [str(folder / "fifo.png") if flag == "FIFO" else flag for flag in flags]
+    flags = ([] if "--image" in flags else ["--image", str(folder / "a.png")]) + flags
+    output = run(evaluation, *flags, "--out", str(folder / "out"), expect=2)
+    assert re.search(words, output) and len(output.splitlines()) == 1
+
+
+def test_boxes_over_the_edge_are_cut_for_an_evaluation_if_it_is_asked_for(folder):
+    file = write(folder, GOOD, GOOD | {"bbox": [10, 10, 85.5, 40]})
+    answers = write(folder, {"box": [10, 10, 50, 40]}, {"box": [10, 10, 84, 40]}, name="answers.jsonl")
+    flags = ["--data", str(file), "--predictions", str(answers), "--train", str(file), "--out", str(folder / "out")]
+    assert f"{file}:2: field 'bbox' [10, 10, 85.5, 40] reaches" in run(evaluation, *flags, expect=2)
+    output = run(evaluation, *flags, "--clip")
+    assert output.count(f"boxes clipped at the picture's edge: 1 ({file}:2)") == 2  # of --data and of --train
+    assert json.loads((folder / "out" / "eval.json").read_text())["miou"] == 1.0
 
 
 # ---------------------------------------------------------------------------------------------------- rewards, memory

@@ -219,7 +219,7 @@ def sharded(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     config = PUBLISHED["3B"] | dict(
         hidden_size=768, intermediate_size=2304, num_hidden_layers=10, num_attention_heads=6, num_key_value_heads=2,
-        vocab_size=32768, vision_config=VISION | dict(
+        vocab_size=32768, image_token_id=5, eos_token_id=2, vision_config=VISION | dict(
             depth=2, hidden_size=64, intermediate_size=96, num_heads=2, out_hidden_size=768, fullatt_block_indexes=[1]
         ),
     )  # fmt: skip
@@ -474,11 +474,31 @@ def test_what_is_a_name_and_what_a_path(tmp_path, monkeypatch):
         "Qwen/tiny/",
         "C:\\a/b",
         "-a/b",
+        "Qwen/tiny@../../y",
+        "Qwen/tiny@a/../../y",
+        "Qwen/tiny@/etc/passwd",
+        "Qwen/tiny@a//b",
+        "Qwen/tiny@..",
+        "Qwen/tiny@a..b",
+        "Qwen/tiny@.git",
+        "Qwen/tiny@",
+        "Qwen/..tiny",
+        "Qwen/ti..ny",
+        "Qwen/tiny\n",
+        "Qwen/tiny@main\n",
+        "Qwen/tiny@\x1b[31m",
         "",
     ):
         assert not hub.is_name(path) and model_folder(path) == (evaluation.NANO if path == "nano" else Path(path))
     assert not asked
-    for name in ("Qwen/Qwen2.5-VL-3B-Instruct", "a/b", "Qwen/tiny@main", f"Qwen/tiny@{COMMIT}"):
+    for name in (
+        "Qwen/Qwen2.5-VL-3B-Instruct",
+        "a/b",
+        "Qwen/tiny@main",
+        "Qwen/tiny@refs/pr/1",
+        "a/b@v1.0-rc.1",
+        f"Qwen/tiny@{COMMIT}",
+    ):
         folder = model_folder(name)
         assert hub.is_name(name) and asked.pop() == name.partition("@")[0]
         assert hub.pinned(name, folder) == f"{name.partition('@')[0]}@{COMMIT}"
@@ -521,7 +541,7 @@ def test_programs_take_a_name_and_save_its_commit(records, tmp_path, monkeypatch
     run(train_grpo, *grpo, "--steps", "1")
     run(train_grpo, *grpo, "--steps", "2", "--resume")
     assert asked == [name, name, pinned]
-    assert json.loads((tmp_path / "sft" / "config.json").read_text())["model"] == pinned
+    assert json.loads((tmp_path / "sft" / "config.json").read_text())["arguments"]["model"] == pinned
     assert json.loads((tmp_path / "grpo" / "config.json").read_text())["arguments"]["model"] == pinned
     image = ["--image", str(records.parent / "0.png"), "--query", "x", "--out", str(tmp_path / "eval")]
     run(evaluation, "--model", name, *image)

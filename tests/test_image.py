@@ -1,6 +1,8 @@
 """The image step: what a file becomes before the policy sees it. Oracle: transformers' PIL processor, bit by bit."""
 
 import json
+import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from transformers import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as qwen_smart_resize
 
+import data
 from data import ImageConfig, Sample, load, load_jsonl, pixels_to_patches
 from errors import InputError
-from images import open_image, resized, smart_resize
+from images import displayed_size, open_image, resized, smart_resize
 
 DATA = Path(__file__).parents[2] / "shared" / "data"  # real images stay outside the repository
 
@@ -190,6 +193,48 @@ def test_real_rotated_xray_is_in_the_displayed_frame(tmp_path):
         load(load_jsonl(tmp_path / "raw.jsonl")[0])
 
 
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\n(x) print\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("name", ["b.png", "b.jpg", "b.eps", "b"])
+def test_a_picture_starts_no_program(tmp_path, monkeypatch, name):
+    """Pillow goes by content, and decodes EPS by `gs` from PATH, with the file as its program."""
+    gs = tmp_path / "gs"
+    gs.write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
+    gs.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # it is looked for once a process
+    (tmp_path / name).write_bytes(POSTSCRIPT)
+    with pytest.raises(InputError, match="no picture format that is read here: PNG, JPEG, TIFF, BMP, GIF, PPM, WEBP"):
+        displayed_size(tmp_path / name)
+    with pytest.raises(InputError, match="no picture format"):
+        open_image(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_formats_that_are_read_and_some_that_are_not(tmp_path):
+    rgb = picture(40, 30)
+    for name in ("a.png", "a.jpg", "a.tif", "a.bmp", "a.gif", "a.webp", "a.ppm", "a.pgm"):
+        rgb.convert("L" if name == "a.pgm" else "RGB").save(tmp_path / name)
+        assert open_image(tmp_path / name).size == displayed_size(tmp_path / name) == (40, 30)
+    rgb.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[picture(40, 30, 1)])
+    assert open_image(tmp_path / "phone.jpg").size == (40, 30)
+    for name in ("a.ico", "a.tga", "a.pcx", "a.sgi", "a.icns", "a.jp2", "a.pdf", "a.dds"):
+        picture(64, 64).save(tmp_path / name)
+        with pytest.raises(InputError, match="no picture format that is read here"):
+            open_image(tmp_path / name)
+
+
+def test_a_picture_that_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    for name in ("fifo.png", "zero.png", "loop.png", "none.png", ".", "a\0b.png", "x" * 5000):
+        for function in (open_image, displayed_size):
+            with pytest.raises(InputError, match="is not a file; name a picture"):
+                function(tmp_path / name)
+
+
 # ---------------------------------------------------------------- configuration
 
 
@@ -211,11 +256,98 @@ def test_config_from_folder_reads_the_published_keys_and_transformers_5(tmp_path
 
 
 def test_config_errors_name_the_file(tmp_path):
-    with pytest.raises(InputError, match="processor_config.json: cannot be read"):
+    with pytest.raises(InputError, match="processor_config.json: does not exist; restore"):
         ImageConfig.from_folder(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(InputError, match="preprocessor_config.json: not valid JSON"):
+    with pytest.raises(InputError, match="preprocessor_config.json: is not valid JSON"):
         ImageConfig.from_folder(tmp_path)
     for low, high in [(0, 10_000), (5000, 4000), (100, 783)]:
         with pytest.raises(InputError, match="leave no image"):
             ImageConfig(min_pixels=low, max_pixels=high)
+
+
+NANO = Path(data.__file__).parent / "assets" / "nano"
+PROCESSOR = json.loads((NANO / "preprocessor_config.json").read_text())
+BOTH = "{} is {}, but .*config.json: vision_config.{} is {}; take both files from one"
+ODD_SETTINGS = [
+    ({"merge_size": 4}, BOTH.format("merge_size", 4, "spatial_merge_size", 2)),
+    ({"merge_size": 1}, BOTH.format("merge_size", 1, "spatial_merge_size", 2)),
+    ({"patch_size": 7}, BOTH.format("patch_size", 7, "patch_size", 14)),
+    ({"temporal_patch_size": 3}, BOTH.format("temporal_patch_size", 3, "temporal_patch_size", 2)),
+    ({"patch_size": True}, "must be whole numbers, not .*True"),
+    ({"patch_size": 10**9}, "leave no image"),
+    ({"patch_size": -14, "merge_size": -2}, "must be at least 1, not .-14, -2, 2."),
+    ({"image_std": [0.2, 0.3]}, "image_std must be three numbers, 1e-06 to 1000, not .0.2, 0.3."),
+    ({"image_std": [0.2] * 4}, "image_std must be three numbers"),
+    ({"image_mean": [0.5, 0.5]}, "image_mean must be three numbers"),
+    ({"image_mean": 3}, "image_mean must be three numbers, -1000 to 1000, not 3"),
+    ({"image_mean": "abc"}, "image_mean must be three numbers, .* not 'abc'"),
+    ({"image_mean": [0.5, True, 0.5]}, "image_mean must be three numbers"),
+    ({"image_mean": {"r": 1, "g": 1, "b": 1}}, "image_mean must be three numbers"),
+    ({"image_mean": [1e300, 0, 0]}, "image_mean must be three numbers"),
+    ({"image_std": [0.2, 0, 0.2]}, "image_std must be three numbers"),
+    ({"image_std": [0.2, math.nan, 0.2]}, "image_std must be three numbers"),
+    ({"image_std": [0.2, 1e-300, 0.2]}, "image_std must be three numbers"),
+    ({"image_std": [0.2, -0.2, 0.2]}, "image_std must be three numbers"),
+    ({"image_std": [0.2, 10**400, 0.2]}, "image_std must be three numbers"),
+    ({"max_pixels": "63504"}, "must be whole numbers, not .*'63504'"),
+    ({"max_pixels": [63504]}, "must be whole numbers"),
+    ({"max_pixels": 63504.0}, "must be whole numbers"),
+    ({"max_pixels": 10**400}, "max_pixels 1000.* leave no image"),
+    ({"min_pixels": 0}, "min_pixels 0 and max_pixels 63504 leave no image"),
+    ({"min_pixels": 10**9, "max_pixels": 10**10}, "leave no image"),
+    ({"size": [3136, 63504]}, "holds no image processor settings"),
+    ({"size": 3136}, "holds no image processor settings"),
+    ({"do_resize": False}, "do_resize is False, only True is implemented"),
+    ({"do_normalize": "no"}, "do_normalize is 'no', only True is implemented"),
+    ({"resample": 0}, "resample is 0, only 3 is implemented"),
+    ({"rescale_factor": 1.0}, "rescale_factor is 1.0, only 0.0039"),
+]
+
+
+@pytest.mark.parametrize("patch, words", ODD_SETTINGS, ids=range(len(ODD_SETTINGS)))
+def test_settings_that_are_not_the_models_or_of_odd_kinds_are_one_sentence(tmp_path, patch, words):
+    (tmp_path / "config.json").write_text((NANO / "config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | patch))
+    with pytest.raises(InputError, match=f"preprocessor_config.json: .*{words}") as error:
+        ImageConfig.from_folder(tmp_path)
+    assert str(error.value).isprintable() and len(str(error.value)) < 450
+    (tmp_path / "preprocessor_config.json").unlink()
+    nested = {"image_processor": PROCESSOR | patch}
+    (tmp_path / "processor_config.json").write_text(json.dumps(nested))
+    with pytest.raises(InputError, match=f"/processor_config.json: .*{words}"):
+        ImageConfig.from_folder(tmp_path)
+
+
+def test_the_models_own_settings_are_taken_and_flags_still_win(tmp_path):
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_text((NANO / name).read_text())
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "Qwen2_5_VLProcessor"}')
+    images = ImageConfig.from_folder(tmp_path, max_pixels=19600)
+    assert images.max_pixels == 19600 and images.factor == 28
+    config = json.loads((NANO / "config.json").read_text())
+    for name in ("patch_size", "spatial_merge_size", "temporal_patch_size"):  # as the published 32B leaves them out
+        del config["vision_config"][name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert ImageConfig.from_folder(tmp_path, max_pixels=19600) == images
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | {"merge_size": 4}))
+    with pytest.raises(InputError, match="merge_size is 4, but .*spatial_merge_size is 2"):
+        ImageConfig.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", '"x"', "[" * 2000, "{", '{"image_processor": 3}'])
+def test_processor_files_of_another_kind_are_found_before_the_run(tmp_path, content):
+    """Also the one that is not read, if the other is there: write_max_pixels, at the end of a run, would meet it."""
+    (tmp_path / "processor_config.json").write_text(content)
+    with pytest.raises(InputError, match="processor_config.json: .*restore it"):
+        ImageConfig.from_folder(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    if content == '{"image_processor": 3}':
+        ImageConfig.from_folder(tmp_path).write_max_pixels(tmp_path)
+    else:
+        with pytest.raises(InputError, match="processor_config.json: "):
+            ImageConfig.from_folder(tmp_path)
+    os.remove(tmp_path / "preprocessor_config.json")
+    os.mkfifo(tmp_path / "preprocessor_config.json")
+    with pytest.raises(InputError, match="preprocessor_config.json: is not a file; restore it from its checkpoint"):
+        ImageConfig.from_folder(tmp_path)

@@ -2,8 +2,11 @@
 
 import copy
 import json
+import math
+import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForCondit
 import model
 from errors import InputError
 from generate import sample
-from model import Policy, collate
+from model import ModelConfig, Policy, collate
 
 IMAGE, EOS = 120, 5
 
@@ -408,7 +411,7 @@ def test_bad_checkpoints_are_refused_in_one_sentence(pair, tmp_path):
     policy.save_folder(tmp_path)
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text("{")
-    refuses("config.json: not readable as JSON")
+    refuses("config.json: is not valid JSON")
     (tmp_path / "config.json").write_text(json.dumps(json.loads(config) | {"model_type": "llama"}))
     refuses("model_type is 'llama'")
     (tmp_path / "config.json").write_text(config)
@@ -424,6 +427,208 @@ def test_bad_checkpoints_are_refused_in_one_sentence(pair, tmp_path):
     refuses("not a readable safetensors file")
     (tmp_path / "model.safetensors").unlink()
     refuses("model.safetensors does not exist")
+
+
+# ------------------------------------------------------------------------------------------- folders of another kind
+
+CONFIG = json.loads((Path(model.__file__).parent / "assets" / "nano" / "config.json").read_text())
+VISION = CONFIG["vision_config"]
+
+
+def vision(**changes) -> dict:
+    return {"vision_config": VISION | changes}
+
+
+def rope(**changes) -> dict:
+    return {"rope_scaling": CONFIG["rope_scaling"] | changes}
+
+
+ODD_CONFIGS = [  # what config.json says instead, words of the sentence
+    ({"num_hidden_layers": 1000000}, "num_hidden_layers is 1000000, at most 256"),
+    (vision(depth=1000000), "vision_config.depth is 1000000, at most 256"),
+    (vision(depth=10**30), "vision_config.depth is 1000000000"),
+    ({"hidden_size": 10**30}, "hidden_size is 1000000000"),
+    ({"vocab_size": 2**40}, "vocab_size is 1099511627776, at most"),
+    ({"intermediate_size": 1e3}, "intermediate_size is 1000.0, a whole number above 0"),
+    ({"num_hidden_layers": True}, "num_hidden_layers is True, a whole number"),
+    ({"max_position_embeddings": "2048"}, "max_position_embeddings is '2048'"),
+    ({"image_token_id": 320}, "image_token_id 320 is none of vocab_size 320 tokens"),
+    ({"image_token_id": -1}, "image_token_id is -1"),
+    ({"rope_scaling": [1]}, r"rope_scaling is \[1\], an object is needed"),
+    ({"rope_scaling": "mrope"}, "rope_scaling is 'mrope', an object is needed"),
+    ({"rope_parameters": 7}, "rope_parameters is 7, an object is needed"),
+    ({"text_config": [1]}, r"text_config is \[1\], an object is needed"),
+    ({"text_config": "x"}, "text_config is 'x', an object is needed"),
+    ({"vision_config": [VISION]}, "vision_config is .*, an object is needed"),
+    ({"vision_config": None}, "field '.*' is missing"),
+    (rope(mrope_section=[-4, 14, 6]), r"mrope_section \(-4, 14, 6\) must be 3 whole numbers with the sum 16"),
+    (rope(mrope_section=[4.0, 6.0, 6.0]), "mrope_section .* must be 3 whole numbers"),
+    (rope(mrope_section=[True, 9, 6]), "mrope_section .* must be 3 whole numbers"),
+    (rope(mrope_section="466"), "mrope_section '466' must be"),
+    (rope(mrope_section=16), "mrope_section 16 must be"),
+    (rope(mrope_section=None), "mrope_section None must be"),
+    (rope(mrope_section=[[4], 6, 6]), "mrope_section .* must be"),
+    (rope(type=["mrope"]), r"rope type \['mrope'\] is not implemented"),
+    (rope(type="yarn"), "rope type 'yarn' is not implemented"),
+    (rope(rope_theta="1e6"), "rope_theta is '1e6', a number between 1 and 1e.12"),
+    ({"rope_theta": 0}, "rope_theta is 0, a number"),
+    ({"rope_theta": math.nan}, "rope_theta is nan, a number"),
+    ({"rope_theta": 10**400}, "rope_theta is 1000"),
+    ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6', a number between 0 and 1"),
+    ({"rms_norm_eps": -1e-6}, "rms_norm_eps is -1e-06"),
+    ({"rms_norm_eps": None}, "rms_norm_eps is None"),
+    ({"rms_norm_eps": math.inf}, "rms_norm_eps is inf"),
+    (vision(window_size=1), "vision_config.window_size 1 is less than a token's 28 pixels"),
+    (vision(window_size=27), "vision_config.window_size 27 is less"),
+    (vision(patch_size=0), "vision_config.patch_size is 0"),
+    (vision(patch_size=257), "vision_config.patch_size is 257, at most 256"),
+    (vision(spatial_merge_size=10**9), "spatial_merge_size is 1000000000, at most 16"),
+    (vision(temporal_patch_size="2"), "temporal_patch_size is '2'"),
+    (vision(num_heads=64), "a head of it must be a multiple of 4"),
+    (vision(num_heads=3), "128 cannot be split into 3 heads"),
+    (vision(in_channels=4), "vision_config.in_channels is 4, pictures have 3"),
+    (vision(out_hidden_size=64), "vision_config.out_hidden_size 64 is not hidden_size 128"),
+    (vision(fullatt_block_indexes="02"), "fullatt_block_indexes '02' must be a list of whole numbers"),
+    (vision(fullatt_block_indexes=[0.0]), "fullatt_block_indexes .* must be a list"),
+    (vision(fullatt_block_indexes=3), "fullatt_block_indexes 3 must be a list"),
+    (vision(hidden_act="gelu"), "vision_config.hidden_act is 'gelu', only 'silu'"),
+    ({"hidden_act": ["silu"]}, r"hidden_act is \['silu'\], only 'silu'"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', true or false"),
+    ({"model_type": "\x1b]0;x\x07" * 10**5}, "model_type is '"),
+    ({"model_type": {"a": [[[[[[]]]]]]}}, "model_type is {"),
+]
+
+
+@pytest.mark.parametrize("patch, words", ODD_CONFIGS, ids=range(len(ODD_CONFIGS)))
+def test_a_config_of_odd_kinds_is_one_short_sentence(patch, words):
+    with pytest.raises(InputError, match=f"^config.json: .*{words}") as error:
+        ModelConfig.from_dict(CONFIG | patch)
+    assert str(error.value).isprintable() and len(str(error.value)) < 300
+
+
+def test_what_published_configs_leave_out_or_call_otherwise_is_still_taken():
+    whole = ModelConfig.from_dict(CONFIG)
+    assert ModelConfig.from_dict(CONFIG | {"text_config": {}, "rope_parameters": None}) == whole
+    text = {key: CONFIG[key] for key in CONFIG if key not in ("vision_config", "model_type", "image_token_id")}
+    assert (
+        ModelConfig.from_dict({key: CONFIG[key] for key in CONFIG if key not in text} | {"text_config": text}) == whole
+    )
+    assert ModelConfig.from_dict(CONFIG | {"rope_theta": 10000}).rope_theta == whole.rope_theta
+    assert ModelConfig.from_dict(CONFIG | {"tie_word_embeddings": None}).tie_word_embeddings is False
+
+
+@pytest.fixture
+def folder(pair, tmp_path):
+    pair[0].save_folder(tmp_path)
+    return tmp_path
+
+
+def fifo(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+
+
+def link(file: Path, to: str = "/dev/zero") -> None:
+    file.unlink(missing_ok=True)
+    file.symlink_to(to)
+
+
+def directory(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    file.mkdir()
+
+
+@pytest.mark.parametrize("strike", [fifo, link, directory])
+@pytest.mark.parametrize(
+    "name", "config.json generation_config.json model.safetensors model.safetensors.index.json vocab.json".split()
+)
+def test_what_is_no_file_is_not_waited_for(folder, name, strike):
+    """vocab.json: nothing reads it, but save_folder, at the end of a run, would copy it."""
+    strike(folder / name)
+    with pytest.raises(InputError, match=f"{name}:? is not a file; "):
+        Policy.from_folder(folder)
+
+
+def test_a_shard_that_is_no_file_and_a_link_to_nothing(folder):
+    link(folder / "generation_config.json", "nowhere")  # a cache that was cleaned: other EOS, if it were passed over
+    with pytest.raises(InputError, match="generation_config.json: is not a file"):
+        Policy.from_folder(folder)
+    (folder / "generation_config.json").unlink()
+    fifo(folder / "a.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "a.safetensors"}}')
+    with pytest.raises(InputError, match="a.safetensors is not a file; the checkpoint is not whole"):
+        Policy.from_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"[" * 2000 + b"]" * 2000, "is not valid JSON|a JSON object was expected"),
+        (b'{"a":' * 100_000, "is not valid JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is not valid JSON"),
+        (b'{"a": "\xff"}', "cannot be read"),
+        (b"[1]", "a JSON object was expected, not list"),
+        (b"", "is not valid JSON"),
+    ],
+    ids=["2000 brackets", "deep", "digits", "latin", "list", "empty"],
+)
+def test_json_that_is_none_or_too_deep_is_one_sentence(folder, name, content, words):
+    (folder / name).write_bytes(content)
+    with pytest.raises(InputError, match=words) as error:
+        Policy.from_folder(folder)
+    assert name in str(error.value) and len(str(error.value)) < 400 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("eos", [10**30, 128, -1, 1.0, True, "5", [], [[5]], [5, 128], {"a": 5}], ids=repr)
+def test_an_eos_that_is_no_token_is_refused(folder, eos):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(InputError, match="eos_token_id .*(is none of 128 tokens|must be a token's id or a list)"):
+        Policy.from_folder(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.uint8, torch.float8_e4m3fn], ids=str)
+def test_weights_that_are_no_floating_point_numbers_are_refused(folder, dtype):
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"model.norm.weight": weights["model.norm.weight"].to(dtype)}, folder / "model.safetensors")
+    with pytest.raises(InputError, match="tensor model.norm.weight is of type .*; weights must be floating point"):
+        Policy.from_folder(folder)
+
+
+def test_a_tensor_under_two_names_or_in_two_files_is_refused(folder):
+    weights = load_file(folder / "model.safetensors")
+    twice = weights | {"model.language_model.norm.weight": weights["model.norm.weight"] + 1}
+    save_file(twice, folder / "model.safetensors")
+    with pytest.raises(InputError, match="tensor model.(language_model.)?norm.weight is there a second time"):
+        Policy.from_folder(folder)
+    save_file(weights, folder / "a.safetensors")
+    save_file({"model.norm.weight": weights["model.norm.weight"]}, folder / "b.safetensors")
+    where = dict.fromkeys(weights, "a.safetensors") | {"model.norm.weight": "b.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(InputError, match="b.safetensors: tensor model.norm.weight is there a second time"):
+        Policy.from_folder(folder)
+
+
+def test_names_of_tensors_are_printed_on_one_short_line(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"\x1b]0;title\x07\nerror: " + "x" * 10**6: torch.ones(1)}, folder / "model.safetensors")
+    with pytest.raises(InputError, match="is not one of Qwen2.5-VL's") as error:
+        Policy.from_folder(folder)
+    assert str(error.value).isprintable() and len(str(error.value)) < 300
+
+
+def test_places_and_image_tokens_must_be_equally_many(pair, prompts):
+    """masked_scatter would take the first ones: of merge_size 4, a quarter of the picture in wrong places."""
+    policy, at = pair[0], prompts[0].ids.tolist().index(IMAGE)
+    for ids in (prompts[0].ids.clone(), torch.cat((prompts[0].ids, torch.tensor([IMAGE, 1])))):
+        ids[at] = 1 if len(ids) == len(prompts[0].ids) else IMAGE
+        positions = torch.arange(len(ids)).expand(3, -1)
+        odd = replace(prompts[0], ids=ids, positions=positions)
+        places, tokens = int((ids == IMAGE).sum()), int((prompts[0].ids == IMAGE).sum())
+        with pytest.raises(ValueError, match=f"places for {places} image tokens, but their pictures make {tokens}"):
+            policy.prefix(collate([odd]))
+        with pytest.raises(ValueError, match=f"places for {places + tokens} .* make {2 * tokens}"):
+            policy.full_logprobs(collate([prompts[0], odd]), torch.ones(2, 1, 1, dtype=torch.long), torch.ones(2, 1))
 
 
 # ------------------------------------------------------------------------------------------------------------ on a GPU

@@ -538,6 +538,44 @@ def test_what_is_free_minds_the_limit_of_a_container(tmp_path):
         assert plan.free_memory("cpu", tmp_path) == free
 
 
+def group(folder: Path, limit: str, used: str | None, cached: str = "", version: int = 2) -> None:
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in zip((*names, "memory.stat"), (limit, used, cached), strict=True):
+        if text is not None:
+            (folder / name).write_text(text + "\n")
+
+
+V1, OWN, NONE = "5:cpu,cpuacct:/\n4:memory:/job/task\n0::/\n", "0::/job/task\n", "9223372036854771712"
+NESTED = {  # /proc/self/cgroup; folder below sys/fs/cgroup -> limit, use, memory.stat; version; what is left
+    "version 1, its own": (V1, {"memory/job/task": ("900", "100")}, 1, 800),
+    "version 1, around it": (V1, {"memory/job/task": (NONE, "10"), "memory/job": ("500", "100")}, 1, 400),
+    "version 1, of a container": (V1, {"memory": ("700", "100")}, 1, 600),
+    "version 1, without a limit": (V1, {"memory/job/task": (NONE, "10"), "memory": (NONE, "10")}, 1, None),
+    "version 1, cache": (V1, {"memory/job": ("500", "400", "inactive_file 7\ntotal_inactive_file 300")}, 1, 400),
+    "version 1, of several controllers": ("7:cpu,memory:/a\n", {"memory/a": ("50", "20")}, 1, 30),
+    "version 1, another's": (V1, {"memory/job/other": ("5", "4")}, 1, None),
+    "version 2, its own": (OWN, {"job/task": ("900", "100"), "job": ("max", "100")}, 2, 800),
+    "version 2, around it": (OWN, {"job/task": ("900", "100"), "job": ("300", "120"), "": ("max", "9")}, 2, 180),
+    "version 2, of a container": ("0::/../../job\n", {"": ("300", "120")}, 2, 180),
+    "version 2, cache": (OWN, {"job": ("500", "400", "file 350\ninactive_file 300\n")}, 2, 400),
+    "version 2, full": (OWN, {"job": ("500", "600")}, 2, 0),
+    "version 2, use not told": (OWN, {"job": ("500", None)}, 2, None),
+    "version 2, odd": (OWN, {"job": ("5e2", "0"), "": ("", "")}, 2, None),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_what_is_free_minds_every_group_around_the_process(name, tmp_path):
+    own, groups, version, left = NESTED[name]
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "cgroup").write_text(own)
+    (tmp_path / "proc" / "meminfo").write_text("MemAvailable:   700 kB\n")
+    for folder, values in groups.items():
+        group(tmp_path / "sys" / "fs" / "cgroup" / folder, *values, version=version)
+    assert plan.free_memory("cpu", tmp_path) == (700 * 1024 if left is None else left)
+
+
 def test_a_gpu_that_is_not_here_needs_a_number(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     if torch.cuda.is_available():

@@ -6,6 +6,7 @@ Pictures here are dark with one bright rectangle, so that a box can be held agai
 import csv
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -29,6 +30,7 @@ from images import load, size_and_orientation
 from prepare import coco, common, ham10000, masks, tn3k, vlm_r1, voc, yolo
 from prepare.boxes import as_displayed, components, mask_box
 from prepare.data_yaml import KEYS, read_yaml
+from prepare.rle import runs_box
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT.parent / "shared" / "data" / "fixtures"  # real images stay outside the repository
@@ -385,7 +387,8 @@ def test_a_crowd_is_no_object_but_makes_its_phrase_ambiguous(tmp_path):
     file = one_coco(tmp_path, (0, 0, xywh(BOX)), crowd, (0, 1, [1, 2, 3, 4]))
     assert "one phrase for several objects" in run(coco, "--source", file)
     assert boxes(tmp_path / "all.jsonl") == [(1, 2, 4, 6)]
-    assert "left out, a crowd in one box: 1 (a.png: the lesion)" in run(coco, "--source", file, "--all", "--overwrite")
+    assert "left out, a crowd in one box: 1 (coco.json annotation 1)" in run(coco, "--source", file, "--overwrite")
+    assert "left out, a crowd in one box: 1 (" in run(coco, "--source", file, "--all", "--overwrite")
     assert boxes(tmp_path / "all.jsonl") == [BOX, (1, 2, 4, 6)]
     assert "a crowd in one box: 1" in run(coco, "--source", one_coco(tmp_path / "b", crowd), expect=2)
 
@@ -411,6 +414,49 @@ def test_a_pixel_beyond_the_edge_is_cut_and_said_and_more_is_refused(tmp_path):
         file.write_text(file.read_text().replace("55.5", number))
         assert "must be four finite numbers" in run(coco, "--source", file, "--overwrite", expect=2)
         file.write_text(file.read_text().replace(number, "55.5"))
+
+
+@pytest.mark.parametrize("script", [coco, voc, yolo, vlm_r1])
+def test_boxes_over_the_edge_are_cut_and_counted_where_that_is_asked_for(tmp_path, script):
+    """Of a, b and c; d's box lies outside, so that there is nothing to cut."""
+    wide = {"a": (-10, -5, 40, 35), "b": (50, 40, 90, 80), "c": BOX, "d": (70, 8, 90, 28)}
+    source = tmp_path
+    for name, box in wide.items():
+        picture(tmp_path / "images" / f"{name}.png")
+        xml(tmp_path / "v" / f"{name}.xml", f"{name}.png", ("it", *box))
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        (tmp_path / "labels" / f"{name}.txt").write_text(f"0 {shares(box)}")
+    if script is coco:
+        objects = [(i, 0, xywh(box)) for i, box in enumerate(wide.values())]
+        write_coco(tmp_path / "coco.json", [(f"images/{name}.png", *SIZE) for name in wide], objects)
+    elif script is yolo:
+        (tmp_path / "data.yaml").write_text("val: images\nnames: [it]")
+    elif script is vlm_r1:
+        records = [{"image": f"images/{name}.png", "problem": "it", "solution": box} for name, box in wide.items()]
+        source = tmp_path / "rec.json"
+        source.write_text(json.dumps(records))
+    flags = ["--source", source, "--skip-bad", 1]
+    said = run(script, *flags, expect=2)
+    assert "outside the 64x48 image" in said if script is vlm_r1 else "pixels out of the 64x48 picture" in said
+    said = run(script, *flags, "--clip")
+    assert said.count("left out: ") == 1 and ("lies outside" in said or "has nothing inside the 64x48 picture" in said)
+    assert re.search(r"clipped at the picture's edge.*: 2 \(", said)
+    found = boxes(tmp_path / ("val.jsonl" if script is yolo else "all.jsonl"))
+    assert found == [(0, 0, 40, 35), (50, 40, 64, 48), BOX]
+
+
+def test_a_box_is_cut_in_the_frame_that_it_was_drawn_in(tmp_path):
+    picture(tmp_path / "a.png", (50, 8, 64, 28), orientation=6)
+    file = write_coco(tmp_path / "coco.json", [("a.png", *SIZE)], [(0, 0, [50, 8, 400, 20])])
+    assert "clipped at the picture's edge (--clip): 1 (coco.json annotation 0)" in run(coco, "--source", file, "--clip")
+    bright(tmp_path / "all.jsonl")
+
+
+def test_what_a_cut_leaves_of_a_box_may_be_too_little(tmp_path):
+    file = one_coco(tmp_path, (0, 0, [63.5, 8, 50, 20]), (0, 0, xywh(BOX)))
+    said = run(coco, "--source", file, "--clip")
+    assert "less than a pixel wide or high: 1 (coco.json annotation 0)" in said and "edge (--clip): 1 (" in said
+    assert boxes(tmp_path / "all.jsonl") == [BOX]
 
 
 # ---------------------------------------------------------------- faults
@@ -477,6 +523,208 @@ def test_counts_are_those_of_the_pictures_that_are_used(tmp_path):
         picture(tmp_path / name)
     file = write_coco(tmp_path / "coco.json", [("a.png", *SIZE), ("b.png", *SIZE)], objects)
     assert "less than a pixel" not in run(coco, "--source", file, "--skip-bad", 1)
+
+
+HAM_CSV, LETTERS = "HAM10000_metadata.csv", b"m" * 200_000  # more than csv takes for a field
+NASTY = "\r\x1b[2J\x1b[31mX\x1b]0;title\x07\nsecond\u202e\x9b"
+
+
+def nasty_coco(folder: Path, name: str) -> list:
+    objects = [(0, 0, xywh(BOX)), (0, 0, [1, 2, 3, 4]), (0, 1, [1, 2, 300, 4], {"id": name})]
+    picture(folder / f"{name[:40]}.png")
+    file = write_coco(folder / "coco.json", [(f"{name[:40]}.png", *SIZE), (name, 9, 9)], objects, [name, f"{name}2"])
+    whole = json.loads(file.read_text())
+    whole["images"][1] |= {"id": name}
+    whole["annotations"].append({"id": name, "image_id": name, "category_id": 0, "bbox": [name] * 4})
+    whole["annotations"].append({"id": name, "image_id": f"{name}2"})
+    file.write_text(json.dumps(whole))
+    (folder / "q.json").write_text("{}")
+    return [["--skip-bad", n, *query] for n in range(4) for query in ([], ["--query", folder / "q.json"])]
+
+
+def nasty_voc(folder: Path, name: str) -> list:
+    """XML cannot hold control characters, but names of files can, and letters that turn the line around."""
+    short = name[:40]
+    picture(folder / f"{short}.png")
+    xml(folder / f"{short}.xml", name[-9:-7] * 10**5, (f"\u202e\n{name[-9:-7] * 10**5}", *BOX), ("a\u2028", 1, 2, 3, 4))
+    xml(folder / f"{short}2.xml", "\u202e", ("it", *BOX))
+    xml(folder / f"{short}3.xml", f"{short[-1]}\u202e" * 10**5, ("it", 1, "\u202e\n" * 10**5, 3, 4))
+    return [["--skip-bad", n] for n in range(4)]
+
+
+def nasty_yolo(folder: Path, name: str) -> list:
+    short = name[:40]
+    picture(folder / "images" / f"{short}.png")
+    picture(folder / "images" / "b.png")
+    names = name.replace("\n", "").replace("'", "")
+    (folder / "labels").mkdir()
+    (folder / "labels" / f"{short}.txt").write_text(f"0 {shares(BOX)}\n1 {shares(BOX)}\n1 .1 .1 .1 .1")
+    (folder / "labels" / f"{short}2.txt").write_text(f"0 {shares(BOX)}")
+    (folder / "labels" / "b.txt").write_text(f"0 {name}")
+    (folder / "data.yaml").write_text(f"train: images\nnames: ['{names}', '{names}2']\nval: {names}")
+    (folder / "list.yaml").write_text(f"train: images\nnames: ['{names}', '{names}2']\nval: list.txt")
+    (folder / "list.txt").write_text(f"../{name}")
+    (folder / "good.yaml").write_text(f"train: images\nnames: ['{names}', '{names}2']\n{names}: a")
+    return [
+        ["--source", folder / f, "--skip-bad", n] for f in ("data.yaml", "list.yaml", "good.yaml") for n in range(4)
+    ]
+
+
+def nasty_ham(folder: Path, name: str) -> list:
+    ham_folder(folder, 2)
+    rows = [
+        ["ISIC_0000000", name[:9], name],
+        ["ISIC_0000001", "L", "nv"],
+        [name, name, name],
+        ["I", "L" * 200_000, "nv"],
+    ]
+    lines = [["image_id", "lesion_id", "dx"], *rows]
+    with open(folder / "HAM10000_metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows(lines)
+    picture(folder / f"{name[:40]}.jpg")
+    flags = ["--val", 0, "--test", 0, "--query", "{class}"]
+    return [[*flags, "--skip-bad", n] for n in range(9)]
+
+
+def nasty_masks(folder: Path, name: str) -> list:
+    pairs(folder, **{name[:40]: [(0, 0, 2, 2), BOX], f"{name[:40]}2": []})
+    picture(folder / "images" / f"{name[:40]}3.png")
+    mask(folder / "masks" / f"{name[:40]}4_mask.png", BOX)
+    flags = ["--images", "images/*.png", "--masks", "masks/*_mask.png", "--query", "the {folder}"]
+    return [[*flags, "--skip-bad", n] for n in range(4)]
+
+
+def nasty_vlm_r1(folder: Path, name: str) -> list:
+    picture(folder / f"{name[:40]}.png")
+    good = {"image": f"{name[:40]}.png", "problem": name[:5000], "solution": BOX}
+    bad = [{"image": name}, {"solution": name}, {name: name}, {"solution": [name]}, {"dataset": [name]}]
+    (folder / "rec.jsonl").write_text("".join(json.dumps(good | some) + "\n" for some in [{}, *bad]))
+    return [["--source", folder / "rec.jsonl", "--skip-bad", n] for n in range(6)]
+
+
+@pytest.mark.parametrize("name", [NASTY, f"{NASTY}'\"{NASTY * 2000}"], ids=["short", "long"])
+@pytest.mark.parametrize(
+    "script, make",
+    [(coco, nasty_coco), (voc, nasty_voc), (yolo, nasty_yolo), (ham10000, nasty_ham), (masks, nasty_masks)]
+    + [(vlm_r1, nasty_vlm_r1)],
+)
+def test_names_of_others_reach_the_terminal_as_printable_text_of_bounded_length(tmp_path, script, make, name):
+    """Wherever a name stands: each run is one sentence or a list of them, and some of them come through."""
+    ends = []
+    for flags in make(tmp_path / "set", name):
+        output = io.StringIO()
+        with redirect_stdout(output), redirect_stderr(output):
+            try:
+                errors.run(
+                    lambda flags=flags: script.main(
+                        ["--source", str(tmp_path / "set"), *map(str, flags), "--overwrite"]
+                    )
+                )
+                ends.append(0)
+            except SystemExit as end:
+                ends.append(end.code)
+        lines = [line for line in output.getvalue().split("\n") if line and not line.startswith("\rpictures")]
+        assert lines and all(line.isprintable() and len(line) < 2100 for line in lines), lines
+        known = r"error: |left out|not used|.*: \d+ records of|the mask has|clipped|image paths|.*: no record$"
+        assert all(re.match(known, line) for line in lines), lines
+    assert set(ends) <= {0, 2} and 2 in ends
+
+
+def test_an_id_or_a_message_of_a_megabyte_is_cut(tmp_path):
+    assert common.plain("a\x1bb\nc") == r"a\x1bb\nc" and common.plain(r"a\x1b 'ä'") == r"a\x1b 'ä'"
+    long = common.plain("begin" + "x" * 10**6 + "remedy")
+    assert len(long) < 2000 and long.startswith("begin") and long.endswith("remedy")
+
+
+@pytest.mark.parametrize(
+    "script, name, content, why",
+    [
+        (
+            voc,
+            "a.xml",
+            b'<?xml version="1.0" encoding="foo"?><annotation/>',
+            "is not XML that can be read .unknown encoding: foo",
+        ),
+        (voc, "a.xml", b'<?xml version="1.0" encoding="rot13"?><annotation/>', "is not XML that can be read"),
+        (voc, "a.xml", b'<?xml version="1.0" encoding="utf-7"?><annotation/>', "a.xml: "),
+        (voc, "a.xml", b'<?xml version="1.0" encoding="base64"?><annotation/>', "is not XML that can be read"),
+        (voc, "a.xml", b'<?xml version="1.0" encoding="undefined"?><annotation/>', "is not XML that can be read"),
+        (voc, "a.xml", b'<?xml version="1.0" encoding="gb2312"?><annotation/>', "is not XML that can be read"),
+        (voc, "a.xml", b"<a>" * 10**5, "is not XML that can be read"),
+        (
+            voc,
+            "a.xml",
+            b"<annotation><filename>" + b"a" * 5000 + b"</filename></annotation>",
+            "no picture .*aaa is bes",
+        ),
+        (voc, "a.xml", b"", "is not XML that can be read .no element found"),
+        (coco, "a.json", b"[" * 10**5, "a.json: is not valid JSON .maximum recursion"),
+        (coco, "a.json", b"\xff", "a.json: cannot be read .'utf-8'"),
+        (coco, "a.json", b"9" * 5000, "a.json: is not valid JSON .Exceeds the limit"),
+        (yolo, "data.yaml", b"names:\n  \xc2\xb2: a", "'\xb2: a' is not a new class number"),
+        (yolo, "data.yaml", b"names:\n  " + b"9" * 5000 + b": a", "is not a new class number"),
+        (yolo, "data.yaml", b"names: [a]\ntrain: " + b"a" * 5000, "data.yaml: train: .*aaa is not there"),
+        (yolo, "data.yaml", b"names: [a]\npath: " + b"a" * 5000 + b"\ntrain: \0", r"train: .x00 is not there"),
+        (yolo, "data.yaml", b"names: [a]\nnc: " + b"9" * 5000, "nc is .*999, but names has 1 classes"),
+        (ham10000, HAM_CSV, b"lesion_id,image_id,dx\nL,I," + LETTERS, "csv:2: cannot be read .field la"),
+        (ham10000, HAM_CSV, b"lesion_id," + LETTERS, "csv:1: cannot be read .field larger than"),
+        (ham10000, HAM_CSV, b"x," * 50_000, "csv:1: column 'dx' is missing; it has "),
+        (ham10000, HAM_CSV, b'lesion_id,image_id,dx\n"' + b"L\n" * 140_000, "csv:.*(.field larger|.jpg is not)"),
+        (tn3k, "trainval-image/\xb2.png", b"", "trainval-image: pictures are named by number"),
+        (vlm_r1, "a.json", b"[" * 10**5, "a.json: not valid JSON in UTF-8 .maximum recursion"),
+    ],
+)
+def test_files_that_are_wrong_in_odd_ways_are_one_sentence(tmp_path, script, name, content, why):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    source = tmp_path / name if script is vlm_r1 else tmp_path
+    for allowed in (0, 5):
+        said = run(script, "--source", source, "--skip-bad", allowed, expect=2)
+        assert re.search(f"{tmp_path}.*{why}", said), said
+        assert said.count("error: ") == 1 and max(map(len, said.splitlines())) < 600
+
+
+@pytest.mark.parametrize("script", [coco, yolo, vlm_r1, voc, ham10000, tn3k])
+@pytest.mark.parametrize("source", ["pipe", "/dev/zero", "loop"])
+def test_sources_that_never_end_are_refused(tmp_path, script, source):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    said = run(script, "--source", tmp_path / source, expect=2)
+    assert said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_pipes_within_a_source_are_no_files(tmp_path):
+    folder = yolo_folder(tmp_path / "y")
+    (folder / "train" / "labels" / "train.txt").unlink()
+    for name in ("train/labels/train.txt", "train/images/pipe.png"):
+        os.mkfifo(folder / name)
+    assert "nothing is marked in the picture: 1 (train/images/train.png)" in run(yolo, "--source", folder)
+    (folder / "data.yaml").unlink()
+    os.mkfifo(folder / "data.yaml")
+    assert run(yolo, "--source", folder, expect=2) == f"error: {folder}/data.yaml: is not a file\n"
+    os.mkfifo(tmp_path / "a.png")
+    file = write_coco(tmp_path / "coco.json", [("a.png", *SIZE)], [(0, 0, xywh(BOX))])
+    assert "a.png is not there" in run(coco, "--source", file, expect=2)
+
+
+def test_one_line_too_long_for_csv_costs_one_record(tmp_path):
+    rows = ham_folder(tmp_path, 3)
+    write_metadata(tmp_path / "HAM10000_metadata.csv", [rows[0], rows[1] | {"age": "9" * 200_000}, *rows[2:]])
+    said = run(ham10000, "--source", tmp_path, "--val", 0, "--test", 0, "--skip-bad", 1)
+    assert said.count("left out: ") == 1 and "HAM10000_metadata.csv:3: cannot be read (field larger than" in said
+    assert len(read(tmp_path / "all.jsonl")) == len(rows) - 1
+
+
+def test_names_of_files_that_are_not_utf8_are_faults_of_their_pictures(tmp_path):
+    flags = pairs(tmp_path, a=[BOX])
+    for folder, end in (("images", ".png"), ("masks", "_mask.png")):
+        (tmp_path / folder / f"b\udcff{end}").write_bytes((tmp_path / folder / f"a{end}").read_bytes() + b"\0")
+    said = run(masks, *flags, expect=2)
+    assert r"b\udcff.png' cannot be written in UTF-8; rename it" in said
+    run(masks, *flags, "--skip-bad", 1)
+    assert names_of(tmp_path / "all.jsonl") == ["a.png"]
+    said = run(masks, *flags, "--skip-bad", 1, "--dataset", "\udcff", "--overwrite", expect=2)
+    assert r"error: --dataset '\udcff' cannot be written in UTF-8" in said
 
 
 # ---------------------------------------------------------------- splits
@@ -739,7 +987,7 @@ def test_tn3k_folds_that_do_not_fit_are_refused(tmp_path, train, val, why):
 
 def test_tn3k_layouts_that_are_not_whole(tmp_path):
     folder = tn3k_folder(tmp_path)
-    assert "fold4.json: cannot be read (No such file" in run(tn3k, "--source", folder, "--fold", 4, expect=2)
+    assert "fold4.json: does not exist" in run(tn3k, "--source", folder, "--fold", 4, expect=2)
     picture(folder / "trainval-image" / "x1.jpg")
     assert "trainval-image: pictures are named by number" in run(tn3k, "--source", folder, expect=2)
     said = run(tn3k, "--source", folder / "test-image", expect=2)
@@ -859,7 +1107,7 @@ def test_coco_files_that_are_wrong_somewhere(tmp_path):
         return run(coco, "--source", file, expect=2)
 
     where = f"error: {file}"
-    for bad in (None, [1, 2, 3], ["1", 2, 3, 4], {"x": 1}, [True, 1, 2, 3], [10**400, 1, 2, 3]):
+    for bad in (None, [1, 2, 3], ["1", 2, 3, "four"], "[1, 2, 3, 4]", {"x": 1}, [True, 1, 2, 3], [10**400, 1, 2, 3]):
         assert (
             f"{where} image 0: {file} annotation 0: field 'bbox' must be four finite numbers [x, y, width, height]"
             in said(lambda w, bad=bad: w["annotations"][0].update(bbox=bad))
@@ -883,6 +1131,211 @@ def test_coco_files_that_are_wrong_somewhere(tmp_path):
     file.write_text(json.dumps(whole))
     assert "left out, nothing is marked in the picture: 1 (coco.json image 1)" in run(coco, "--source", file)
     bright(tmp_path / "all.jsonl")
+
+
+@pytest.mark.parametrize(
+    "image, annotation",
+    [
+        ({}, {"image_id": 0.0, "category_id": 1.0}),
+        ({"id": 7.0}, {"image_id": 7}),
+        ({"id": "7"}, {"image_id": 7.0}),
+        ({"id": "a 7"}, {"image_id": "a 7"}),
+        ({"id": 1e300}, {"image_id": 10**300 + (int(1e300) - 10**300)}),
+        ({}, {"bbox": ["10", "8", "20", "20"]}),
+        ({}, {"bbox": [" 10.0", "8e0", 20.0, 20]}),
+        ({"width": "64", "height": "48"}, {}),
+        ({"width": 64.0, "height": 48.0}, {}),
+        ({"width": None, "height": None}, {}),
+        ({"width": 0, "height": 0}, {"iscrowd": "0"}),
+        ({}, {"iscrowd": 0.0}),
+        ({}, {"bbox": None, "segmentation": [[10, 8, "30", 8, 30, "28", 10, 28]]}),
+    ],
+)
+def test_coco_numbers_as_other_tools_write_them(tmp_path, image, annotation):
+    file = one_coco(tmp_path, (0, 1, xywh(BOX)))
+    whole = json.loads(file.read_text())
+    whole["images"][0] |= image
+    whole["annotations"][0] |= {"image_id": image.get("id", 0)} | annotation
+    file.write_text(json.dumps(whole))
+    run(coco, "--source", file)
+    bright(tmp_path / "all.jsonl")
+    assert read(tmp_path / "all.jsonl")[0]["query"] == "the nodule"
+
+
+@pytest.mark.parametrize(
+    "part, change, why",
+    [
+        ("images", {"width": "wide"}, "fields 'width' and 'height' must be positive integers, not ['wide', 48]"),
+        ("images", {"width": [64] * 10**5}, "must be positive integers, not [[64, 64,"),
+        ("images", {"width": 63.5}, "must be positive integers"),
+        ("images", {"height": -48}, "must be positive integers"),
+        ("images", {"id": None}, "field 'id' must be a number or a text, and that of no other image"),
+        ("images", {"id": [0]}, "field 'id' must be a number or a text"),
+        ("images", {"file_name": "\ud800.png"}, r"the picture .*\ud800.png is not there, .* by --images"),
+        ("images", {"file_name": "a" * 10**6}, "the picture .*aaa is not there"),
+        ("images", {"file_name": "\0.png"}, r"\x00.png is not there"),
+        ("annotations", {"image_id": float("nan")}, "its 'image_id' is none of 'images'"),
+        ("annotations", {"category_id": 1.5}, "field 'category_id' 1.5 is none of 'categories'"),
+        ("annotations", {"category_id": "x" * 10**6}, "xxx is none of 'categories'"),
+        ("annotations", {"bbox": ["10", "8", "wide", "20"]}, "must be four finite numbers .*, not ['10', '8', 'wide'"),
+        ("annotations", {"bbox": ["10", "8", "nan", "20"]}, "must be four finite numbers"),
+        ("annotations", {"bbox": ["10", "8", "9" * 400, "20"]}, "must be four finite numbers"),
+        ("annotations", {"bbox": []}, "not [], and there is no 'segmentation' to take it from"),
+        ("annotations", {"bbox": [[[[[]]]]] * 10**4}, "must be four finite numbers"),
+        ("categories", {"name": ""}, "its phrase '' has 0 characters; 1 to 10000 are possible"),
+        ("categories", {"name": "x" * 10**5}, "xxx' has 100000 characters"),
+        ("categories", {"name": "a\ud800"}, r"its phrase 'a\ud800' cannot be written in UTF-8; rename it"),
+        ("categories", {"id": 1}, "two of 'categories' have the id 1: lesion and nodule"),
+    ],
+)
+def test_coco_values_that_are_refused_in_one_bounded_sentence(tmp_path, part, change, why):
+    file = one_coco(tmp_path, (0, 0, xywh(BOX)))
+    whole = json.loads(file.read_text())
+    whole[part][0] |= change
+    file.write_text(json.dumps(whole))
+    said = run(coco, "--source", file, "--query", "{class}", expect=2).splitlines()[-1]
+    pattern = ".*".join(map(re.escape, why.split(".*")))
+    assert re.match(f"error: {re.escape(str(file))}.*{pattern}", said), said
+    assert len(said) < 600 and said.isprintable()
+    picture(tmp_path / "b.png")
+    if part != "categories" and change != {"id": None}:
+        whole["images"].append({"id": 9, "file_name": "b.png"})
+        whole["annotations"].append({"id": 9, "image_id": 9, "category_id": 1, "bbox": xywh(BOX)})
+        file.write_text(json.dumps(whole))
+        run(coco, "--source", file, "--skip-bad", 2)
+        assert names_of(tmp_path / "all.jsonl") == ["b.png"]
+
+
+def runs_of(mask: np.ndarray) -> list[int]:
+    """The lengths of a mask's runs, column by column, of zeros first."""
+    flat = np.concatenate([[0], mask.T.reshape(-1), [1 - mask[-1, -1]]])
+    return np.diff(np.concatenate([[0], np.flatnonzero(np.diff(flat))])).tolist()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.floats(0, 1), st.integers(0, 10**6))
+def test_the_box_of_runs_is_that_of_their_pixels(height, width, density, seed):
+    mask = (np.random.default_rng(seed).random((height, width)) < density).astype(int)
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    want = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if mask.any() else (0, 0, 0, 0)
+    assert runs_box({"counts": runs_of(mask), "size": [height, width]}) == (want, (width, height))
+
+
+@pytest.mark.parametrize(
+    "counts, box",
+    {  # what pycocotools 2.0 writes for masks of 64x48, and the box that it finds
+        "X?d0l00000000000000000000000000000000000000hb1": (10, 8, 30, 28),
+        "Pn0:V10Po1": (20, 0, 22, 10),
+        "`7P3`e2": (5, 0, 7, 48),  # whole columns
+        "X`0;]_2": (10, 0, 12, 48),  # one run, from the foot of a column to the head of the next
+        "c:1" + "2" + "0" * 23 + "Y60gI" + "0" * 23 + "Vh0": None,  # cut: not as many pixels as it says
+        "0PP3": (0, 0, 64, 48),
+        "PP3": (0, 0, 0, 0),
+        "Pa09U14M2N2N2N2N2O0O2O0O2O0O2O0000000000000000000000000001N101N101N101N2N2N2N2N3Lbd0": (11, 6, 50, 35),
+    }.items(),
+)
+def test_compressed_runs(counts, box):
+    mask = {"counts": counts, "size": [48, 64]}
+    if box:
+        assert runs_box(mask) == (box, SIZE)
+    else:
+        with pytest.raises(InputError, match="pixels, but 'size' .48, 64. has 3072"):
+            runs_box(mask)
+
+
+@pytest.mark.parametrize(
+    "segmentation, box",
+    [
+        ([[10, 8, 30, 8, 30, 28, 10, 28]], BOX),
+        ([10, 8, 30, 8, 30, 28, 10, 28], BOX),
+        ([[10, 8, 12, 8, 12, 9], [29.5, 27, 30, 28, 29, 28]], BOX),
+        ({"counts": "X?d0l00000000000000000000000000000000000000hb1", "size": [48, 64]}, BOX),
+        ({"counts": [488, *[20, 28] * 19, 20, 1652], "size": [48, 64]}, BOX),
+        ([[10, 8, 30, 8]], "a polygon must be three points or more [x1, y1, x2, y2, ...], not [10, 8, 30, 8]"),
+        ([[10, 8, 30, 8, 30, 28, 10]], "a polygon must be three points"),
+        ([[10, 8, 30, 8, 30, float("nan")]], "a polygon must be three points"),
+        ([10, 8, 30, 8, 30, [28]], "a polygon must be three points"),
+        (["10,8,30,28"], "a polygon must be three points"),
+        ([[]], "a polygon must be three points"),
+        ("X?d0", "a polygon must be three points or more [x1, y1, x2, y2, ...], not X?d0"),
+        (1, "a polygon must be three points"),
+        ({"counts": [3072]}, "'size' must be [height, width] of the mask, not None"),
+        ({"counts": [0], "size": [0, 64]}, "'size' must be [height, width]"),
+        ({"counts": [3072], "size": [48.5, 64]}, "'size' must be [height, width]"),
+        ({"counts": [3072], "size": [10**9, 64]}, "'size' must be [height, width]"),
+        ({"counts": [3071], "size": [48, 64]}, "'counts' are of 3071 pixels, but 'size' [48, 64] has 3072"),
+        ({"counts": [3073, -1], "size": [48, 64]}, "'counts' must be lengths of runs"),
+        ({"counts": [10**4000], "size": [48, 64]}, "'counts' are of "),
+        ({"counts": None, "size": [48, 64]}, "'counts' must be lengths of runs"),
+        ({"counts": "P?\n", "size": [48, 64]}, "'counts' is no text of pycocotools: P?\\n"),
+        ({"counts": "é", "size": [48, 64]}, "'counts' is no text of pycocotools"),
+        ({"counts": "o" * 10**6, "size": [48, 64]}, "'counts' is no text of pycocotools"),
+        ({"counts": "X?d", "size": [48, 64]}, "'counts' ends within a number: X?d"),
+        ({"counts": [2880], "size": [48, 60]}, "its mask is of 60x48, its picture of 64x48; mend 'size'"),
+        (None, "field 'bbox' must be four finite numbers .*and there is no 'segmentation' to take it from"),
+        ([], "there is no 'segmentation'"),
+    ],
+)
+def test_coco_boxes_from_segmentations(tmp_path, segmentation, box):
+    file = one_coco(tmp_path, (0, 0, None, {"segmentation": segmentation}))
+    if isinstance(box, tuple):
+        said = run(coco, "--source", file)
+        assert "without bbox, the box is the extent of the segmentation: 1 (coco.json annotation 0)" in said
+        bright(tmp_path / "all.jsonl")
+    else:
+        said = run(coco, "--source", file, expect=2)
+        assert re.search("annotation 0: .*" + ".*".join(map(re.escape, box.split(".*"))), said) and len(said) < 600
+
+
+def test_coco_masks_that_are_empty_or_crowds_are_counted(tmp_path):
+    empty = {"segmentation": {"counts": [3072], "size": [48, 64]}}
+    crowd = {"segmentation": {"counts": "Pn0:V10Po1", "size": [48, 64]}, "iscrowd": "1"}
+    file = one_coco(tmp_path, (0, 0, xywh(BOX)), (0, 0, [], empty), (0, 1, None, crowd))
+    said = run(coco, "--source", file)
+    assert "less than a pixel wide or high: 1 (coco.json annotation 1)" in said
+    assert "a crowd in one box: 1 (coco.json annotation 2)" in said and "extent of the segmentation: 2 (" in said
+    bright(tmp_path / "all.jsonl")
+
+
+@pytest.mark.parametrize(
+    "file, folder, split",
+    [
+        ("annotations/instances_train2017.json", "train2017", "train"),
+        ("annotations/instances_train2017.json", "images/train2017", "train"),
+        ("annotations/instances_val2017.json", "images/val", "val"),
+        ("annotations/instances_val2017.json", "val", "val"),
+        ("annotations/instances_val.json", "images/valid", "val"),
+        ("annotations/instances_default.json", "images/default", "all"),  # CVAT
+        ("annotations/instances_default.json", "images", "all"),
+        ("Annotations/test.json", "test", "test"),
+        ("labels/train.json", "images/train", "train"),
+        ("result.json", "images", "all"),  # Label Studio
+        ("train/_annotations.coco.json", "train", "train"),
+        ("train/_annotations.coco.json", "train/images", "train"),
+    ],
+)
+def test_coco_layouts(tmp_path, file, folder, split):
+    """Without --images; a folder whose pictures are others, and a picture's name alone elsewhere, change nothing."""
+    picture(tmp_path / folder / "a.png")
+    picture(tmp_path / "other" / "a.png", (0, 0, 5, 5))
+    (tmp_path / "images").mkdir(exist_ok=True)
+    write_coco(tmp_path / file, [("a.png", *SIZE)], [(0, 0, xywh(BOX))])
+    for source in (tmp_path, tmp_path / file):
+        if source == tmp_path or file != "train/_annotations.coco.json":
+            run(coco, "--source", source, "--out", tmp_path, "--overwrite", "--allow-outside")
+            names = {"train": "train", "val": "val", "test": "test"}
+            found = read(tmp_path / f"{names.get(split, 'all')}.jsonl")
+            assert [r["image"] for r in found] == [f"{folder}/a.png"]
+            bright(tmp_path / f"{split}.jsonl")
+            (tmp_path / f"{split}.jsonl").unlink()
+
+
+def test_coco_pictures_are_not_looked_for_above_the_source(tmp_path):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "images" / "a.png")
+    write_coco(tmp_path / "set" / "coco.json", [("a.png", *SIZE)], [(0, 0, xywh(BOX))])
+    said = run(coco, "--source", tmp_path / "set", expect=2)
+    assert f"the picture {tmp_path}/set/a.png is not there" in said and "starts from by --images" in said
 
 
 # ---------------------------------------------------------------- VOC
@@ -1028,7 +1481,11 @@ def test_yolo_shares_of_a_turned_picture_need_to_be_told(tmp_path):
         ("1 .5 .5 .1 .1 .9", "5 coordinates are neither a box (4) nor a polygon (6, 8, ...)"),
         ("1 .5 .5", "2 coordinates are neither"),
         ("WBC .5 .5 .1 .1", "could not convert string to float: 'WBC'; a line is a class number and coordinates"),
-        ("1 .5 .5 nan .1", "is not four finite numbers"),
+        ("1 .5 .5 nan .1", "coordinates must be finite numbers, not [0.5, 0.5, nan, 0.1]"),
+        ("1 .1 .1 nan .5 .5 .5", "coordinates must be finite numbers"),
+        ("1 .1 .1 .2 .5 inf .5", "coordinates must be finite numbers"),
+        ("1 .1 .1 .2 .5 .5 -1e999", "coordinates must be finite numbers"),
+        (f"1 {'x' * 10**5}", "xxx'; a line is a class number and coordinates"),
         ("1 32 24 10 10", "pixels out of the 64x48 picture"),
     ],
 )
@@ -1073,6 +1530,52 @@ def test_yolo_places(tmp_path, places):
     assert read(folder / "train.jsonl")[0]["image"] == "train/images/train.png"
 
 
+@pytest.mark.parametrize(
+    "places, named",
+    [
+        ("train: /", "train: /"),
+        ("train: .", ""),
+        ("train: ..", "train: .."),
+        ("train: ../..", "train: ../.."),
+        ("train: ../elsewhere/images", "train: ../elsewhere/images"),
+        ("train: [train/images, ../elsewhere/images]", "train: ../elsewhere/images"),
+        ("path: ELSEWHERE\ntrain: images", "train: images"),
+        ("path: ..\ntrain: elsewhere/images", "train: elsewhere/images"),
+        ("path: ../..\ntrain: train/images", ""),
+        ("train: ELSEWHERE/images", "train: .*elsewhere/images"),
+        ("train: ELSEWHERE/list.txt", "train: .*elsewhere/list.txt"),
+        ("train: list.txt", "list.txt:2: ../elsewhere/images/a.png"),
+        ("train: absolute.txt", "absolute.txt:1: .*elsewhere/images/a.png"),
+        ("path: /\ntrain: train/images", ""),
+        ("train: ../train/images", ""),
+        ("train: ../../train/images", ""),
+        ("train: HERE/train/images", ""),
+        ("train: link/images", ""),
+    ],
+)
+def test_yolo_reads_nothing_out_of_its_folder_unless_it_may(tmp_path, places, named):
+    """A file of other people says which folders are walked and which pictures overlays show."""
+    folder, elsewhere = yolo_folder(tmp_path / "set"), tmp_path / "elsewhere"
+    picture(elsewhere / "images" / "a.png")
+    (elsewhere / "labels").mkdir()
+    (elsewhere / "labels" / "a.txt").write_text(f"1 {shares(BOX)}")
+    (elsewhere / "list.txt").write_text("./images/a.png\n")
+    (folder / "list.txt").write_text("train/images/train.png\n../elsewhere/images/a.png\n")
+    (folder / "absolute.txt").write_text(f"{elsewhere}/images/a.png\n")
+    (folder / "link").symlink_to(elsewhere)  # made by the owner of the folder
+    places = places.replace("ELSEWHERE", str(elsewhere)).replace("HERE", str(folder))
+    (folder / "data.yaml").write_text(f"{places}\nnames: [RBC, WBC]")
+    if named:
+        said = run(yolo, "--source", folder, expect=2)
+        assert re.search(f"{named} leads out of the folder of data.yaml; .* allow it by --allow-outside", said)
+        if "elsewhere" in named:
+            said = run(yolo, "--source", folder, "--allow-outside")
+            assert "image paths lead out of" in said and "a.png" in names_of(folder / "train.jsonl")
+    else:
+        run(yolo, "--source", folder, "--leaks", "keep")
+        bright(folder / "train.jsonl")
+
+
 def test_yolo_the_same_folder_for_train_and_val(tmp_path):
     folder = yolo_folder(tmp_path, "train: train/images\nval: train/images\nnames: [RBC, WBC]")
     said = run(yolo, "--source", folder, expect=2)
@@ -1095,7 +1598,7 @@ def test_yolo_folders_and_names_that_are_not_there(tmp_path):
     ]:
         assert why in run(yolo, "--source", yolo_folder(tmp_path, yaml), expect=2)
     (tmp_path / "data.yaml").unlink()
-    assert "data.yaml: cannot be read (No such file" in run(yolo, "--source", tmp_path, expect=2)
+    assert "data.yaml: does not exist" in run(yolo, "--source", tmp_path, expect=2)
 
 
 GOOD_YAML = [

@@ -2,7 +2,11 @@
 
 import base64
 import json
+import os
 import re
+import resource
+import shutil
+import time
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -390,7 +394,7 @@ def test_a_query_without_a_phrase_is_a_bad_record(folder):
 @pytest.mark.parametrize(
     "table, words",
     [
-        ("{", "not valid JSON in UTF-8 .*; write {"),
+        ("{", "is not valid JSON .*; write {"),
         (["nv"], r"holds \['nv'\] and no JSON object; write {"),
         ({"nv": []}, "field 'nv' has no phrase; write {"),
         ({"nv": 3}, "field 'nv' must be a non-empty string, not 3"),
@@ -436,3 +440,160 @@ def test_queries_reach_training_and_evaluation(folder, tmp_path, monkeypatch):
     assert "train.jsonl:3: field 'query' '<|im_end|>' holds the special token" in output
     image = ["--image", str(folder / "a.png"), "--query", "x", "--queries", queries]
     assert "--queries changes nothing beside --query" in run(evaluation, *image, expect=2)
+
+
+# -------------------------------------------------------------------------------- folders that never end, or are odd
+
+
+def nano_with(folder: Path, changes: dict | None = None, **settings) -> Path:
+    """A copy of the nano tokenizer with other parts of tokenizer.json, other settings of tokenizer_config.json."""
+    copy = shutil.copytree(evaluation.NANO, folder / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    for name, change in (("tokenizer.json", changes or {}), ("tokenizer_config.json", settings)):
+        (copy / name).write_text(json.dumps(json.loads((copy / name).read_text()) | change))
+    return copy
+
+
+def replaces(*pairs: tuple[str, str]) -> dict:
+    rules = [{"type": "Replace", "pattern": {"String": old}, "content": new} for old, new in pairs]
+    return {"normalizer": {"type": "Sequence", "normalizers": rules}}
+
+
+ENDLESS = {
+    "a long text": {"chat_template": "{{ 'a' * 3000000000 }}"},
+    "a loop": {"chat_template": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"},
+    "a filter": {"chat_template": "{{ '%3000000000d' | format(1) }}"},
+    "a power": {"chat_template": "{{ 10 ** 1000000000 }}"},
+    "twelve rules": replaces(*[("a", "aaaaaaaa")] * 12),
+    "a rule for one letter": replaces(*[("%", "%%%%%%%%")] * 12),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_template_or_a_tokenizer_that_never_ends_is_found_when_it_is_loaded(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "TRIAL", (1, 2**28))
+    known = {"chat_template"}
+    settings = {key: value for key, value in ENDLESS[name].items() if key in known}
+    folder = nano_with(tmp_path, {k: v for k, v in ENDLESS[name].items() if k not in known}, **settings)
+    with pytest.raises(
+        InputError, match="model: its tokenizer or its chat template takes more than 1 seconds or 0.25 GB"
+    ):
+        load_tokenizer(folder)
+
+
+def test_a_template_that_writes_too_much_or_half_a_character_is_one_sentence(tmp_path):
+    folder = nano_with(tmp_path, chat_template="{{ messages[0].content[1].text }}{{ 'a' * 200000 }}")
+    with pytest.raises(InputError, match="chat template writes 200011 characters for a question"):
+        render(load_tokenizer(folder), "answer", "the lesion.")
+    (folder / "chat_template.json").write_text('{"chat_template": "\\ud800"}')
+    with pytest.raises(InputError, match="chat template writes half a surrogate pair for a question"):
+        render(load_tokenizer(folder), "answer", "the lesion.")
+
+
+def test_what_is_tried_costs_little_and_leaves_nothing(capfd):
+    """Of a good checkpoint: no process, no word, and no limit stays behind."""
+    before = resource.getrlimit(resource.RLIMIT_AS), resource.getrlimit(resource.RLIMIT_CPU)
+    tokenizer = load_tokenizer(evaluation.NANO)
+    start = time.perf_counter()
+    for _ in range(5):
+        data._try_out(tokenizer, "nano")
+    assert time.perf_counter() - start < 5  # 0.1 s each beside other work
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+    assert before == (resource.getrlimit(resource.RLIMIT_AS), resource.getrlimit(resource.RLIMIT_CPU))
+    assert "TOKENIZERS_PARALLELISM" not in os.environ and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("template", [3, True, [1], {"a": "b"}, [{"name": "tool_use", "template": "x"}]], ids=repr)
+def test_a_template_of_another_kind_is_one_sentence(template, tmp_path):
+    folder = nano_with(tmp_path, chat_template=template)
+    with pytest.raises(
+        InputError, match="field 'chat_template' must be a string|no tokenizer that transformers can load"
+    ):
+        load_tokenizer(folder)
+
+
+def test_of_several_templates_the_default_is_taken(tmp_path):
+    template = json.loads((evaluation.NANO / "tokenizer_config.json").read_text())["chat_template"]
+    folder = nano_with(
+        tmp_path, chat_template=[{"name": "default", "template": template}, {"name": "b", "template": "x"}]
+    )
+    prompts = [render(load_tokenizer(where), "think", "it") for where in (folder, evaluation.NANO)]
+    assert prompts[0].text == prompts[1].text
+
+
+NAMES = "tokenizer.json tokenizer_config.json chat_template.json chat_template.jinja special_tokens_map.json".split()
+
+
+@pytest.mark.parametrize("name", [*NAMES, "added_tokens.json", "config.json", "additional_chat_templates/a.jinja"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "link to nothing"])
+def test_files_of_a_tokenizer_that_are_none_are_not_waited_for(name, kind, tmp_path):
+    file = nano_with(tmp_path) / name
+    file.parent.mkdir(exist_ok=True)
+    file.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to("/dev/zero" if kind == "device" else "nowhere")
+    with pytest.raises(InputError, match=f"{file.name}: is not a file; restore it from its checkpoint"):
+        load_tokenizer(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "value", ["[1]", '{"image_token_id": [5]}', "{}", "[" * 2000, '{"image_token_id": 5, "vocab_size": 9}']
+)
+def test_a_tokenizer_that_is_not_the_configs_is_one_sentence(value, tmp_path):
+    """More tokens than the embedding has rows: an IndexError at the first word that has one."""
+    folder = nano_with(tmp_path)
+    (folder / "config.json").write_text(value)
+    words = r"no JSON object|image_token_id is (\[5\]|None)|not valid JSON|has a token 299, but .*vocab_size is 9"
+    with pytest.raises(InputError, match=words):
+        load_tokenizer(folder)
+
+
+def test_prompt_files_that_are_none(tmp_path):
+    os.mkfifo(tmp_path / "fifo.txt")
+    for value in (str(tmp_path / "fifo.txt"), "/dev/zero", "/dev/stdin"):
+        with pytest.raises(InputError, match="^--prompt .*: there are answer, think, qwen, or a text file"):
+            prompt_style(value)
+    (tmp_path / "zeros.txt").write_bytes(bytes(2**20))
+    with pytest.raises(InputError, match="the question has 1048576 characters"):
+        prompt_style(str(tmp_path / "zeros.txt"))
+    with pytest.raises(InputError, match="holds half a surrogate pair"):
+        check_style("find {query} \ud800")
+    os.mkfifo(tmp_path / "medloc.json")
+    with pytest.raises(InputError, match="medloc.json: is not a file"):
+        default_prompt(tmp_path)
+
+
+SPLIT = [
+    ("Find <{query}> here.", "|im_end|"),
+    ("Find <|im_{query}", "end|>"),
+    ("Find <{query}|> here.", "|image_pad"),
+    ("<|vision_{query}|>", "start"),
+    ("Find {query}endoftext|>", "it<|"),
+    ("Find {query}{query}", "|im_end|><"),  # of two, side by side
+]
+
+
+@pytest.mark.parametrize("style, query", SPLIT, ids=range(len(SPLIT)))
+def test_a_special_token_across_the_question_is_a_bad_record(style, query):
+    tokenizer = load_tokenizer(evaluation.NANO)
+    with pytest.raises(InputError, match="field 'query' .* makes a special token together with the question around it"):
+        render(tokenizer, style, query)
+    assert "lesion" in render(tokenizer, style, "lesion").text
+
+
+def test_a_special_token_across_the_template_is_a_bad_record(tmp_path):
+    """Also one that the template makes by what it does with a text."""
+    template = json.loads((evaluation.NANO / "tokenizer_config.json").read_text())["chat_template"]
+    lower = template.replace("part['text']", "part['text'] | lower")
+    tokenizer = load_tokenizer(nano_with(tmp_path, chat_template=lower))
+    assert "the lesion" in render(tokenizer, "answer", "the LESION").text
+    with pytest.raises(InputError, match="makes a special token"):
+        render(tokenizer, "answer", "the <|IM_END|>")
+    tokenizer.chat_template = template.replace("{{ part['text'] }}", "<|{{ part['text'] }}|>")
+    with pytest.raises(InputError, match="makes a special token"):
+        render(tokenizer, "answer", "im_end")
+    assert "<|it|>" in render(tokenizer, "answer", "it").text

@@ -52,7 +52,7 @@ def flags(case: str, data: list[str]) -> list[str]:
 
 def torchrun(size: int, *command, expect: int = 0, timeout: float = 240) -> str:
     """The output of `size` processes that run a command to its end, one thread each."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
     start = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", "--standalone"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     job = subprocess.Popen([*start, *map(str, command)], cwd=ROOT, env=environment, start_new_session=True, **pipes)

@@ -66,6 +66,37 @@ ANSWERS = [
     ("X1: 10\nY1: 20\nX2: 30\nY2: 40", B),
     ("{'x1':1,'y1':2,'x2':3,'y2':4},{'x1':10,'y1':20,'x2':30,'y2':40}", B),
     ('{"x1": 10, "y1": 20, "x2": 30, "y2": 40}, {"x1": 1, "y1": 2}', B),  # the second is no patch for the first
+    # as Chinese text writes them
+    ("（10，20，30，40）", B),
+    ("［10，20，30，40］", B),
+    ("【10，20，30，40】", B),
+    ("〔10，20，30，40〕", B),
+    ("病变位于（10，20，30，40）。", B),
+    ("10、20、30、40", B),
+    ("10，20，30，40", B),
+    ("１０，２０，３０，４０", B),
+    ("［１０．０，２Ｅ１，＋３０，４０］", B),
+    ("（－３，−4.5，7，8）", (-3.0, -4.5, 7.0, 8.0)),
+    ("[10，20, 30、\u300040\xa0]", B),
+    ("（10，20），（30，40）", B),
+    ("【（10，20）、（30，40）】", B),
+    ("(10，20)、(30，40)", B),
+    ("“bbox_2d”：［10，20，30，40］", B),
+    ("｛“bbox_2d”：［10，20，30，40］，“label”：“病变（1、2、3、4）”｝", B),
+    ("｛＂bbox_2d＂：［10，20，30，40］，＂label＂：＂病变（1、2、3、4）＂｝", B),
+    ('{“bbox_2d”: [10, 20, 30, 40], “label”: “the "big" one, 1, 2, 3, 4”}', B),
+    ('{"bbox_2d": [10, 20, 30, 40], "label": "the “big” one, 1, 2, 3, 4"}', B),
+    ('{"bbox_2d": [10, 20, 30, 40], "label"："the ”big“ one，1，2，3，4', B),
+    ("ｘ１＝10；ｙ１＝20；ｘ２＝30；ｙ２＝40", B),
+    ("‘x1’：10，‘y1’：20，‘x2’：30，‘y2’：40", B),
+    ("<think>（1，2，3，4）</think><answer>（10，20，30，40）</answer>", B),
+    ("（10，20，30，40，50）", MANY),
+    ("（10，20，30，40", CUT),
+    ("（10，20）到（30，40）", CUT),
+    ("［１０ｐｘ，２０ｐｘ，３０ｐｘ，４０ｐｘ］", NO),
+    ("（30，20，10，40）", "inverted"),
+    ("（0，0，ｉｎｆ，1）", "not finite"),
+    ("有３个病变", NO),
     # numbers
     ("[10.0, 20.0, 30.0, 40.0]", B),
     ("[10., 20., 30., 40.]", B),
@@ -149,7 +180,8 @@ def test_every_reason_is_documented_and_reached():
 
 
 PIECES = st.sampled_from(
-    ["[", "]", "(", ")", "{", "}", ",", " ", "\n", "<answer>", "</answer>", '"x1":', "y1=", "x2:", "'y2':"]
+    ["[", "]", "(", ")", "{", "}", ",", " ", "\n", "（", "］", "，", "、", "３", "“label”：“", "”", '"label":"', '"']
+    + ["<answer>", "</answer>", '"x1":', "y1=", "x2:", "'y2':"]
     + ["1", "20", "-3.5", "1e5", "1e999", "nan", "inf", "-Infinity", ".", "e", "-", "_", "ı", "٣", "ſ", "\0", "bbox_2d"]
 )
 
@@ -220,18 +252,23 @@ LONG = {
     "half exponents": "1e" * (MB // 2),
     "tags": "<answer>" * (MB // 8),
     "boxes": "[1,2,3,4]" * (MB // 9),
+    "fullwidth brackets": "（" * (MB // 3),  # three bytes each
+    "fullwidth digits": "９" * (MB // 3),
+    "a fullwidth list without end": "１、" * (MB // 6),
+    "labels that do not end": "“label”：“" * (MB // 25),
+    "a label and spaces": "“label”" + "\u3000" * (MB // 3),
 }
 
 
 @pytest.mark.parametrize("name", LONG)
-def test_a_megabyte_of_junk_takes_under_a_second(name):
+def test_a_megabyte_of_junk_takes_linear_time(name):
     def seconds() -> float:
         begin = time.process_time()  # not the wall clock: other work on the machine is none of the parser's
         parse_box(LONG[name])
         format_reward("<think></think><answer>" + LONG[name])
         return time.process_time() - begin
 
-    assert seconds() < 1.0 or seconds() < 1.0  # a second try, because the first one may pay for fresh pages
+    assert seconds() < 3.0  # about one, on a machine busy with other work; in quadratic time a megabyte takes hours
 
 
 def test_a_box_behind_a_megabyte_of_digits_is_found():

@@ -502,7 +502,7 @@ def recorded(row: str, one: str, *grids: str) -> list[dict]:
 
 def rerun(tmp_path: Path, result: dict, *more: str) -> None:
     command = [sys.executable, *shlex.split(result["recipe"]), "--out", str(tmp_path / "out"), *more]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as the cell was recorded
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
 
 
