@@ -612,7 +612,7 @@ def test_a_disk_that_fills_in_a_line_of_metrics_is_a_sentence_and_costs_the_line
     with monkeypatch.context() as patch:
         patch.setattr(train_grpo, "update", fill)
         output = run(train_grpo, *flags(records, out, FOUR), expect=2)
-    assert "error: a file of the run: File too large; free it" in output
+    assert "error: a file of the run: File too large; mend that or name another place" in output
     assert not (out / "metrics.jsonl").read_text().endswith("\n")
     limit(resource.RLIM_INFINITY)
     run(train_grpo, "--resume", "--out", str(out))
