@@ -27,9 +27,10 @@ from data import check_style, held_out_phantoms, prompt_style
 from errors import InputError, named, one_line
 from images import PIXEL_LIMIT
 from logs import LOGS
-from model import check_device, read_json
 from plan import read_memory
+from ranks import check_device
 from scheduler import ScheduleConfig
+from weights import read_json
 
 CORES = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each process that torchrun started
 DEFAULTS = dict(

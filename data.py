@@ -18,7 +18,6 @@ import json
 import math
 import os
 import re
-import reprlib
 import signal
 import string
 import warnings
@@ -32,10 +31,10 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from errors import InputError, cause_of, named, one_line, read_json, read_text
+from errors import InputError, cause_of, named, one_line, read_json, read_text, short
 from images import Box, PhantomImage, Picture, Sample, displayed_size, load, read_picture, smart_resize
-from model import COMPANIONS
 from phantoms import KINDS, QUERIES
+from weights import COMPANIONS
 
 IMAGE_TOKEN = "<|image_pad|>"  # names, never ids: the nano policy has ids of its own
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -140,10 +139,10 @@ def read_queries(path: str | Path) -> dict[str, list[str]]:
     table = read_json(path, QUERIES_REMEDY)
     with named(one_line(path)):
         if not isinstance(table, dict):
-            raise InputError(f"holds {_short(table)} and no JSON object; {QUERIES_REMEDY}")
+            raise InputError(f"holds {short(table)} and no JSON object; {QUERIES_REMEDY}")
         phrases = {query: value if isinstance(value, list) else [value] for query, value in table.items()}
         if empty := [query for query, some in phrases.items() if not some]:
-            raise InputError(f"field {_short(empty[0])} has no phrase; {QUERIES_REMEDY}")
+            raise InputError(f"field {short(empty[0])} has no phrase; {QUERIES_REMEDY}")
         return {query: [_text(phrase, query) for phrase in some] for query, some in phrases.items()}
 
 
@@ -159,7 +158,7 @@ def ask_in_words_of(path: str, samples: list[Sample], seed: int | None, bad: Bad
             luck = 0 if seed is None else int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
             asked.append(replace(sample, query=some[luck % len(some)]))
         else:
-            field = f"field {sample.query_field!r} {_short(sample.query)}"
+            field = f"field {sample.query_field!r} {short(sample.query)}"
             bad.add(sample.source, InputError(f"{sample.source}: {field} is not in {one_line(path)}; add it there"))
     if samples and not asked:
         raise InputError(f"{one_line(path)}: holds none of the queries of {len(samples)} records")
@@ -249,15 +248,6 @@ def _parse(text: str | bytes, remedy: str) -> Any:
         raise InputError(f"not valid JSON in UTF-8 ({one_line(why)}); {remedy}") from error
 
 
-_REPR = reprlib.Repr()  # bounded for values of any size and depth, where repr() takes long or hits the recursion limit
-_REPR.maxlevel, _REPR.maxstring = 3, 80
-
-
-def _short(value: Any) -> str:
-    """A value of the user's for a message: one line of at most 80 characters, with nothing but printable ones."""
-    return _REPR.repr(value)[:80]
-
-
 def _sample(record: Any, folder: Path, name: str, source: str, outside: bool, clip: bool) -> tuple[Sample, bool]:
     """The record of a file called name, whose image path is relative to folder; and whether its box was cut."""
     if isinstance(record, bytes):
@@ -265,7 +255,7 @@ def _sample(record: Any, folder: Path, name: str, source: str, outside: bool, cl
             raise InputError(f"the line is longer than {MAX_LINE} bytes; write one JSON object per line")
         record = _parse(record.rstrip(b"\r\n"), "write one JSON object per line")
     if not isinstance(record, dict):
-        raise InputError(f"a record must be a JSON object with image, query and bbox, not {_short(record)}")
+        raise InputError(f"a record must be a JSON object with image, query and bbox, not {short(record)}")
     if "conversations" in record:
         query_field, box_field = "conversations[0].value", "conversations[1].value"
         turns = record["conversations"]
@@ -283,7 +273,7 @@ def _sample(record: Any, folder: Path, name: str, source: str, outside: bool, cl
             query.removeprefix(before).removesuffix(after) if query.startswith(before) else query, query_field
         )
         if isinstance(box, str):
-            with named(f"field {box_field!r} {_short(box)}"):
+            with named(f"field {box_field!r} {short(box)}"):
                 box = _parse(re.sub(r"</?answer>", "", box), "write [x1, y1, x2, y2]")
 
     image, size = _image(record, folder, outside)
@@ -297,7 +287,7 @@ def picture_path(folder: Path, name: str, field: str, outside: bool) -> Path:
     at overlays: the path must not lead out of the folder, unless `outside`. Links in it are its owner's: followed."""
     if not outside and (os.path.isabs(name) or ".." in Path(name).parts):
         raise InputError(
-            f"field {field!r} {_short(name)} leads out of {one_line(folder)}; put the file of records above its "
+            f"field {field!r} {short(name)} leads out of {one_line(folder)}; put the file of records above its "
             "pictures, or allow it by --allow-outside"
         )
     return folder / name
@@ -306,7 +296,7 @@ def picture_path(folder: Path, name: str, field: str, outside: bool) -> Path:
 def _image(record: dict, folder: Path, outside: bool) -> tuple[Path, tuple[int, int]]:
     """The path of a record's picture and its size as displayed, held against the size that the record states."""
     name = _text(_required(record, "image"), "image")
-    image, shown = picture_path(folder, name, "image", outside), _short(name)
+    image, shown = picture_path(folder, name, "image", outside), short(name)
     if not os.path.isfile(image):  # unlike Path.is_file, False also for names that no file can have
         raise InputError(f"field 'image' names {shown}, which is not a file; paths are relative to {one_line(folder)}")
     with named("field 'image'"):
@@ -314,7 +304,7 @@ def _image(record: dict, folder: Path, outside: bool) -> tuple[Path, tuple[int, 
     if "width" in record or "height" in record:
         stated = _required(record, "width"), _required(record, "height")
         if not all(type(side) is int and 0 < side < 1e9 for side in stated):
-            raise InputError(f"fields 'width' and 'height' must be positive integers, not {_short(stated)}")
+            raise InputError(f"fields 'width' and 'height' must be positive integers, not {short(stated)}")
         if stated != size:
             raise InputError(
                 f"fields 'width' and 'height' say {stated[0]}x{stated[1]}, but {shown} is {size[0]}x{size[1]} as "
@@ -325,17 +315,17 @@ def _image(record: dict, folder: Path, outside: bool) -> tuple[Path, tuple[int, 
 
 def _required(record: dict, field: str) -> Any:
     if field not in record:
-        raise InputError(f"field {field!r} is missing, add it; the record has {_short(list(record))}")
+        raise InputError(f"field {field!r} is missing, add it; the record has {short(list(record))}")
     return record[field]
 
 
 def _text(value: Any, field: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"field {field!r} must be a non-empty string, not {_short(value)}")
+        raise InputError(f"field {field!r} must be a non-empty string, not {short(value)}")
     if len(value) > MAX_TEXT:
         raise InputError(f"field {field!r} has {len(value)} characters; shorten it to at most {MAX_TEXT}")
     if re.search("[\ud800-\udfff]", value):  # JSON can escape half a character, which UTF-8 cannot hold
-        raise InputError(f"field {field!r} {_short(value)} holds half a surrogate pair; write the whole character")
+        raise InputError(f"field {field!r} {short(value)} holds half a surrogate pair; write the whole character")
     return value.strip()
 
 
@@ -349,18 +339,18 @@ def _box(value: Any, field: str, size: tuple[int, int], clip: bool) -> tuple[Box
     # The bound also refuses NaN, infinities and integers beyond floats; a bool is an int to Python, but no coordinate.
     numbers = isinstance(value, list) and [type(v) in (int, float) and abs(v) < 1e9 for v in value]
     if numbers != [True] * 4:
-        raise InputError(f"field {field!r} must be four finite numbers [x1, y1, x2, y2], not {_short(value)}")
+        raise InputError(f"field {field!r} must be four finite numbers [x1, y1, x2, y2], not {short(value)}")
     x1, y1, x2, y2 = map(float, value)
     if x2 <= x1 or y2 <= y1:
-        raise InputError(f"field {field!r} {_short(value)} is an empty or inverted box; write x1 < x2 and y1 < y2")
+        raise InputError(f"field {field!r} {short(value)} is an empty or inverted box; write x1 < x2 and y1 < y2")
     if x2 <= 0 or y2 <= 0 or x1 >= size[0] or y1 >= size[1]:
         outside = f"lies outside the {size[0]}x{size[1]} image"
-        raise InputError(f"field {field!r} {_short(value)} {outside}; write pixels of the displayed image")
+        raise InputError(f"field {field!r} {short(value)} {outside}; write pixels of the displayed image")
     inside = max(x1, 0.0), max(y1, 0.0), min(x2, float(size[0])), min(y2, float(size[1]))
     cut = inside != (x1, y1, x2, y2)
     if cut and not clip:
         remedy = "write pixels of the displayed image, or have boxes cut by --clip"
-        raise InputError(f"field {field!r} {_short(value)} reaches outside the {size[0]}x{size[1]} image; {remedy}")
+        raise InputError(f"field {field!r} {short(value)} reaches outside the {size[0]}x{size[1]} image; {remedy}")
     return inside, cut
 
 
@@ -388,17 +378,17 @@ class ImageConfig:
     def __post_init__(self):
         counts = self.patch_size, self.merge_size, self.temporal_patch_size, self.min_pixels, self.max_pixels
         if not all(type(n) is int for n in counts):
-            raise InputError(f"image processor settings must be whole numbers, not {_short(counts)}")
+            raise InputError(f"image processor settings must be whole numbers, not {short(counts)}")
         for field, values, least in (("image_mean", self.mean, -1e3), ("image_std", self.std, 1e-6)):
             numbers = isinstance(values, tuple) and [type(v) in (int, float) and least <= v <= 1e3 for v in values]
             if numbers != [True] * 3:  # the bounds refuse NaN, infinity and what float32 cannot divide by
-                raise InputError(f"{field} must be three numbers, {least:g} to 1000, not {_short(values)}")
+                raise InputError(f"{field} must be three numbers, {least:g} to 1000, not {short(values)}")
         if min(counts[:3]) < 1:
             raise InputError(f"patch_size, merge_size and temporal_patch_size must be at least 1, not {counts[:3]}")
         if not 1 <= self.min_pixels <= self.max_pixels < 2**31 or self.max_pixels < self.factor**2:
             raise InputError(
-                f"min_pixels {_short(self.min_pixels)} and max_pixels {_short(self.max_pixels)} leave no image: "
-                f"1 <= min_pixels <= max_pixels < {2**31} and max_pixels >= {_short(self.factor**2)} are needed"
+                f"min_pixels {short(self.min_pixels)} and max_pixels {short(self.max_pixels)} leave no image: "
+                f"1 <= min_pixels <= max_pixels < {2**31} and max_pixels >= {short(self.factor**2)} are needed"
             )
 
     @property
@@ -434,7 +424,7 @@ class ImageConfig:
         for field, value in PROCESSOR.items():
             if config.get(field, value) not in (value, None):
                 raise InputError(
-                    f"{one_line(path)}: {field} is {_short(config[field])}, only {value} is implemented; restore it "
+                    f"{one_line(path)}: {field} is {short(config[field])}, only {value} is implemented; restore it "
                     "from its checkpoint"
                 )
         size = size or {}  # transformers 5 writes the pixel budget here, under other names
@@ -455,7 +445,7 @@ class ImageConfig:
                 if there not in (here, None) or (there is None and here != getattr(cls, ours)):
                     raise InputError(
                         f"{one_line(path)}: {ours} is {here}, but {one_line(model)}: vision_config.{theirs} is "
-                        f"{_short(getattr(cls, ours) if there is None else there)}; take both files from one checkpoint"
+                        f"{short(getattr(cls, ours) if there is None else there)}; take both files from one checkpoint"
                     )
         return images
 
@@ -477,7 +467,7 @@ def _read_object(path: Path) -> dict:
     """A JSON file of a checkpoint's."""
     value = read_json(path, "restore it from its checkpoint")
     if not isinstance(value, dict):
-        raise InputError(f"{one_line(path)}: holds {_short(value)} and no JSON object; restore it from its checkpoint")
+        raise InputError(f"{one_line(path)}: holds {short(value)} and no JSON object; restore it from its checkpoint")
     return value
 
 
@@ -558,9 +548,9 @@ def check_style(style: str) -> str:
         raise InputError(f"the question holds {other[0]}; {{query}} is the only placeholder there is")
     if "{query}" not in style:
         hint = f"write it where the phrase of a record belongs, or name one of {', '.join(PROMPTS)}"
-        raise InputError(f"the question {_short(style)} does not hold {{query}}; {hint}")
+        raise InputError(f"the question {short(style)} does not hold {{query}}; {hint}")
     if re.search(HALF, style):
-        raise InputError(f"the question {_short(style)} holds half a surrogate pair; write the whole character")
+        raise InputError(f"the question {short(style)} holds half a surrogate pair; write the whole character")
     if IMAGE_TOKEN in style:
         raise InputError(f"the question holds {IMAGE_TOKEN}; leave it out, the picture is put in front of it")
     return style
@@ -617,12 +607,12 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     ids = vocabulary[IMAGE_TOKEN], config.get("image_token_id")
     if ids[0] != ids[1]:
         raise InputError(
-            f"{shown}: {IMAGE_TOKEN} is {ids[0]} in the tokenizer, but config.json: image_token_id is {_short(ids[1])}"
+            f"{shown}: {IMAGE_TOKEN} is {ids[0]} in the tokenizer, but config.json: image_token_id is {short(ids[1])}"
         )
     text_config = config.get("text_config")
     rows = (text_config if isinstance(text_config, dict) and text_config else config).get("vocab_size")
     if type(rows) is int and (last := max(vocabulary.values())) >= rows:
-        raise InputError(f"{shown}: the tokenizer has a token {last}, but config.json: vocab_size is {_short(rows)}")
+        raise InputError(f"{shown}: the tokenizer has a token {last}, but config.json: vocab_size is {short(rows)}")
     template, place = tokenizer.chat_template, folder / "tokenizer_config.json"
     if isinstance(template, dict):  # several, by name
         template = template.get("default", template)
@@ -738,12 +728,12 @@ def _render(sample, size, tokenizer, config, style, max_prompt_tokens) -> tuple[
             h, w = smart_resize(size[1], size[0], *config.limits)
         added = tokenizer.get_added_vocab()
         if special := [token for token in added if token in sample.query]:
-            raise InputError(f"field {field!r} {_short(sample.query)} holds the special token {special[0]}; remove it")
+            raise InputError(f"field {field!r} {short(sample.query)} holds the special token {special[0]}; remove it")
         text, ids = _asked(sample.query, style, tokenizer)
         # The words around a query may make a special token of one that holds none: <|im_{query} and end|>.
         if _specials(ids, added) != _neutral(tokenizer, tokenizer.chat_template, style):
             raise InputError(
-                f"field {field!r} {_short(sample.query)} makes a special token together with the question around it; "
+                f"field {field!r} {short(sample.query)} makes a special token together with the question around it; "
                 "reword one of them"
             )
         if ids.count(image_token_id) != 1:

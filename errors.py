@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import os
+import reprlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,15 @@ def one_line(text: Path | str) -> str:
     """At most 90 printable characters of a path, whose end matters most, or of what another library says."""
     line = repr(str(text))[1:-1]
     return line if len(line) <= 90 else "..." + line[-87:]
+
+
+_REPR = reprlib.Repr()  # bounded for values of any size and depth, where repr() takes long or hits the recursion limit
+_REPR.maxlevel, _REPR.maxstring = 3, 80
+
+
+def short(value: Any) -> str:
+    """A value of the user's for a message: one line of at most 80 characters, with nothing but printable ones."""
+    return _REPR.repr(value)[:80]
 
 
 def cause_of(error: Exception) -> str:

@@ -45,10 +45,12 @@ from data import (
     load_tokenizer,
     prompt_style,
 )
-from errors import InputError, named, one_line, parse_json, read_text
+from errors import InputError, named, one_line, parse_json, read_text, short
 from images import PIXEL_LIMIT
-from model import Policy, check_device, collate, read_json, short
+from model import Policy, collate
+from ranks import check_device
 from scheduler import hit
+from weights import load_policy, read_json, save_policy
 
 NANO = Path(__file__).parent / "assets" / "nano"
 PROMPT_FILE = "medloc.json"  # in a checkpoint folder of ours: which prompt the policy is used to, by name or in full
@@ -102,7 +104,7 @@ class Task:
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """The policy's Hugging Face folder, the prompt that it is used to, and the size of the pictures it has seen."""
-        self.policy.save_folder(folder, dtype)
+        save_policy(self.policy, folder, dtype)
         if ranks.rank > 0:
             return
         self.image_config.write_max_pixels(folder)
@@ -337,9 +339,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_task(args: argparse.Namespace) -> Task:
     folder = model_folder(args.model)
-    policy = Policy.from_folder(
-        folder, args.device, torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    )
+    policy = load_policy(folder, args.device, torch.bfloat16 if args.device.startswith("cuda") else torch.float32)
     policy.compute_dtype = next(policy.parameters()).dtype
     args.prompt = args.prompt or default_prompt(folder)
     args.max_tokens = args.max_tokens or (24 if args.prompt == "answer" else 512)

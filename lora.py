@@ -10,7 +10,7 @@ B (out, rank), and the layer computes
     with torch.no_grad(), lora.disabled(policy): ...                         the reference, without a second copy
 
 They hang on the seven linear layers of every decoder block. The frozen weights may be bfloat16; A and B are float32, as
-all that is trained. Policy.save_folder writes W + (alpha / rank) B A under W's name; checkpoint.py keeps A and B.
+all that is trained. weights.save_policy writes W + (alpha / rank) B A under W's name; checkpoint.py keeps A and B.
 
 Left out: adapters in the vision tower and the head, dropout in front of A, merging for a rollout (in bfloat16 a merge
 cannot be undone, and a merged copy is what LoRA is there to save).
@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Linear, Policy
+from layers import Linear
+from model import Policy
 
 
 class Adapter(nn.Module):

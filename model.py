@@ -1,4 +1,4 @@
-"""Qwen2.5-VL in plain PyTorch: vision tower, M-RoPE, grouped-query decoder, shared prefix, generation, log-probs.
+"""Qwen2.5-VL in plain PyTorch: M-RoPE, grouped-query decoder, shared prefix, log-probs.
 
 Architecture: Qwen2.5-VL (arXiv 2502.13923); tensor names, numerics and files are those of the published checkpoints, so
 that transformers and vLLM load what we save. The tests hold it equal to transformers' own implementation.
@@ -9,8 +9,8 @@ The PREFIX is the heart. The G completions of a group answer one image and one q
     completions = policy.generate(prefix, group_size, ...)            decodes B * G rows on top of it, no gradient
     logp        = policy.logprobs(prefix, completions.ids, lengths)   with gradient, which flows on into the prefix
 
-A group costs P + G * R tokens instead of G * (P + R), and one vision pass instead of G. `full_logprobs` is the naive
-equivalent that repeats every prompt G times; the tests hold the two equal in values and in every gradient.
+A group costs P + G * R tokens instead of G * (P + R), and one vision pass instead of G. The naive equivalent,
+which repeats every prompt G times, is tests/full_rows.py; the tests hold the two equal in values and in every gradient.
 
 Precision: a module computes in the dtype of the activations it is given and casts its weights to it, so one set of fp32
 master weights serves a bf16 forward. Norms, rotary angles and log-softmax are fp32 at least.
@@ -18,43 +18,23 @@ master weights serves a bf16 forward. Norms, rotary angles and log-softmax are f
 Left out: video, sliding-window text attention (no published Qwen2.5-VL uses it), dropout, tensor parallelism.
 """
 
-import json
 import math
-import os
-import re
-import reprlib
-import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import MISSING, dataclass, fields
-from functools import lru_cache
-from itertools import islice
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
-from torch.utils.checkpoint import checkpoint
 
-import errors
 import kernels
-import ranks
-from errors import InputError, one_line
+from errors import short
 from generate import Completions, generate
+from layers import Linear, RMSNorm, SwiGLU, recomputed, rotary_axes, rotary_frequencies, rotate, scores, turns
+from vision import VisionConfig, VisionTower
 
-HEAD_ROWS = (
-    1024  # rows of the vocabulary head computed at a time: [1024, 151936] in bf16 is 0.3 GB, all rows would be 10
-)
-SHARD_BYTES = 5 * 10**9  # size of one file of a saved checkpoint, as the hub has it
-
-# What belongs to a checkpoint beside weights and config.json, and is carried on from folder to folder as it is.
-COMPANIONS = (
-    "tokenizer.json tokenizer_config.json vocab.json merges.txt special_tokens_map.json added_tokens.json "
-    "chat_template.json chat_template.jinja preprocessor_config.json video_preprocessor_config.json "
-    "processor_config.json generation_config.json"
-).split()
+# Rows of the vocabulary head computed at a time: [1024, 151936] in bf16 is 0.3 GB, all rows would be 10.
+HEAD_ROWS = 1024
 
 
 # ------------------------------------------------------------------------------------------------------- configuration
@@ -64,32 +44,6 @@ COMPANIONS = (
 MOST = dict.fromkeys(("num_hidden_layers", "depth", "patch_size"), 256)
 MOST |= dict.fromkeys(("spatial_merge_size", "temporal_patch_size", "in_channels"), 16)
 MOST_ELSE = 2**22
-
-
-def short(value) -> str:
-    """A value of a file's for a message: one line of at most 80 characters, whatever its size and depth."""
-    return reprlib.repr(value)[:80]
-
-
-def listed(value):
-    """A list as a tuple, which can be hashed; anything else as it is."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    hidden_size: int
-    intermediate_size: int
-    out_hidden_size: int  # = hidden size of the decoder
-    # What the published 32B leaves out of its config.json, since these are the values of every size:
-    depth: int = 32
-    num_heads: int = 16
-    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)  # blocks where a patch sees its whole image, not a window
-    window_size: int = 112  # pixels of the model frame
-    patch_size: int = 14
-    spatial_merge_size: int = 2  # 2 x 2 patches become one token of the decoder
-    temporal_patch_size: int = 2
-    in_channels: int = 3
 
 
 @dataclass(frozen=True)
@@ -152,275 +106,6 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
-
-    @classmethod
-    def from_dict(cls, raw: dict, source: str = "config.json") -> "ModelConfig":
-        """Read a config.json: flat as published (rope_scaling mrope) or nested as transformers 5 writes it."""
-        source = one_line(source)
-        if raw.get("model_type") != "qwen2_5_vl":
-            kind = short(raw.get("model_type"))
-            raise InputError(f"{source}: model_type is {kind}, only 'qwen2_5_vl' is implemented here.")
-
-        def part(whole: dict, *names: str) -> dict:
-            """The first of these that is given."""
-            name = next((name for name in names if whole.get(name) is not None), names[0])
-            if not isinstance(whole.get(name, {}), dict | None):
-                raise InputError(f"{source}: {name} is {short(whole[name])}, an object is needed; is it as published?")
-            return whole.get(name) or {}
-
-        text, vision = part(raw, "text_config") or raw, part(raw, "vision_config")
-        rope = part(text, "rope_parameters", "rope_scaling")
-        if (kind := rope.get("rope_type", rope.get("type", "mrope"))) not in ("mrope", "default"):
-            raise InputError(
-                f"{source}: rope type {short(kind)} is not implemented, only Qwen2.5-VL's plain M-RoPE is."
-            )
-        for name, whole in {"": text, "vision_config.": vision}.items():
-            if whole.get("hidden_act", "silu") != "silu":
-                raise InputError(
-                    f"{source}: {name}hidden_act is {short(whole['hidden_act'])}, only 'silu' is implemented."
-                )
-        tied = [whole["tie_word_embeddings"] for whole in (raw, text) if whole.get("tie_word_embeddings") is not None]
-        if not all(type(value) is bool for value in tied):
-            raise InputError(f"{source}: tie_word_embeddings is {short(tied[0])}, true or false is needed.")
-        theta = next((t for t in (rope.get("rope_theta"), text.get("rope_theta")) if t is not None), 1e6)
-        if text.get("use_sliding_window"):
-            raise InputError(f"{source}: use_sliding_window is true; sliding-window attention is not implemented.")
-        if "quantization_config" in raw:
-            raise InputError(f"{source}: has a quantization_config; take the checkpoint that is not quantised.")
-        try:
-            return cls(
-                **{key: text[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
-                **{key: text[key] for key in ("num_attention_heads", "num_key_value_heads", "rms_norm_eps")},
-                rope_theta=theta,
-                mrope_section=listed(rope.get("mrope_section", (16, 24, 24))),
-                tie_word_embeddings=any(tied),
-                image_token_id=raw["image_token_id"],
-                max_position_embeddings=text.get("max_position_embeddings", 32768),
-                vision=VisionConfig(
-                    **{
-                        f.name: listed(vision[f.name])
-                        for f in fields(VisionConfig)
-                        if f.name in vision or f.default is MISSING
-                    }
-                ),
-            )
-        except KeyError as missing:
-            raise InputError(f"{source}: field {missing} is missing; is this a Qwen2.5-VL checkpoint?") from None
-        except ValueError as error:
-            raise InputError(f"{source}: a field has the wrong type ({error}); is it as published?") from None
-
-
-# -------------------------------------------------------------------------------------------------------- small pieces
-
-
-def recomputed(function: Callable, *inputs, when: bool = True):
-    """function(*inputs). Nothing between inputs and outputs is kept for the backward pass, which computes it again
-    (gradient checkpointing, arXiv 1604.06174). The random state is not kept either: nothing here draws numbers."""
-    if when and torch.is_grad_enabled():
-        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return function(*inputs)
-
-
-class Linear(nn.Linear):
-    """nn.Linear that computes in the dtype of its input: fp32 master weights, bf16 arithmetic."""
-
-    def __init__(self, size: int, out: int, bias: bool = True):
-        super().__init__(size, out, bias)
-        self.adapter: nn.Module | None = None  # lora.py hangs one here
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        return y if self.adapter is None else y + self.adapter(x)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight.to(x.dtype) * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)
-
-
-class SwiGLU(nn.Module):
-    def __init__(self, size: int, inner: int, bias: bool):
-        super().__init__()
-        self.gate_proj = Linear(size, inner, bias=bias)
-        self.up_proj = Linear(size, inner, bias=bias)
-        self.down_proj = Linear(inner, size, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-@lru_cache
-def rotary_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
-    """(dim / 2,) inverse wavelengths theta^(-2i/dim), fp32."""
-    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
-
-
-@lru_cache
-def rotary_axes(section: tuple[int, int, int], device: torch.device) -> Tensor:
-    """(dim / 2,) which of the three positions turns each frequency."""
-    return torch.repeat_interleave(torch.arange(3), torch.tensor(section)).to(device)
-
-
-def turns(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """angles (..., D/2) -> what `rotate` takes: cosines, and sines with the sign of each half (..., D)."""
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + D/2]) of x (..., D); cos, sin of `turns` broadcast to it, fp32."""
-    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
-    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
-
-
-def scores(q: Tensor, k: Tensor) -> Tensor:
-    """q (N, S, D), k (N, L, D) -> q k^T (N, S, L) in fp32 at least, as inside flash attention: scores rounded to
-    16 bits would sample from another policy than the one that is trained."""
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return torch.bmm(q, k.mT)
-    if not q.is_cuda:
-        return torch.bmm(q.float(), k.float().mT)
-    return torch.bmm(q, k.mT, out_dtype=torch.float32)
-
-
-# -------------------------------------------------------------------------------------------------------- vision tower
-
-
-@dataclass(frozen=True)
-class VisionLayout:
-    """Where every patch of a batch of images stands, so that attention needs neither masks nor padding.
-
-    Images of equal grid are neighbours, and inside an image windows of equal size are neighbours: each attention is
-    then a few plain calls on slices. `order` and `inverse` permute units (2 x 2 patches, one decoder token each).
-    """
-
-    order: Tensor  # (M,) our k-th unit is unit order[k] of the images as given
-    inverse: Tensor  # (M,) and back
-    places: Tensor  # (N, 2) row and column of each patch, in our order
-    groups: list[
-        tuple[int, int, list[tuple[int, int, int]]]
-    ]  # (images, patches each, windows: (offset, count, length))
-
-    @staticmethod
-    @lru_cache(maxsize=256)
-    def of(grids: tuple[tuple[int, int], ...], window: int, merge: int, device: torch.device) -> "VisionLayout":
-        """grids: (rows, columns) of each image, in patches; window: side of a window, in units."""
-        first_unit = [0]
-        for rows, columns in grids:
-            first_unit.append(first_unit[-1] + rows * columns // merge**2)
-        order, places, groups = [], [], []
-        for grid in dict.fromkeys(grids):  # each distinct grid, in order of appearance
-            rows, columns = grid[0] // merge, grid[1] // merge  # in units
-            r, c = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-            r, c = r.flatten(), c.flatten()
-            name = r // window * (columns // window + 1) + c // window  # which window a unit is in
-            size = torch.bincount(name)[name]  # and how many units that window holds: fewer at the lower and right edge
-            units = torch.argsort(size * (name.max() + 1) + name, stable=True)
-            images = [i for i, g in enumerate(grids) if g == grid]
-            order += [first_unit[i] + units for i in images]
-            inside = torch.stack(torch.meshgrid(torch.arange(merge), torch.arange(merge), indexing="ij"), -1).view(
-                -1, 2
-            )
-            place = (torch.stack((r, c), -1)[units] * merge)[:, None] + inside  # (units, 4, 2)
-            places += [place.view(-1, 2)] * len(images)
-            windows, offset = [], 0
-            for length, units_of_that in zip(*torch.unique(size, return_counts=True), strict=True):
-                count = int(units_of_that) // int(length)
-                windows.append((offset, count, int(length) * merge**2))
-                offset += int(units_of_that) * merge**2
-            groups.append((len(images), grid[0] * grid[1], windows))
-        order = torch.cat(order)
-        inverse = torch.argsort(order)
-        return VisionLayout(order.to(device), inverse.to(device), torch.cat(places).to(device), groups)
-
-
-class VisionAttention(nn.Module):
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        self.heads = config.num_heads
-        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, groups: list, full: bool) -> Tensor:
-        q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)  # each (N, heads, D)
-        qkv = torch.stack((rotate(q, cos, sin), rotate(k, cos, sin), v))  # (3, N, heads, D)
-        outs, start = [], 0
-        for images, patches, windows in groups:
-            group = qkv[:, start : start + images * patches].view(3, images, patches, self.heads, -1)
-            start += images * patches
-            parts = []
-            for offset, count, length in [(0, 1, patches)] if full else windows:
-                part = group[:, :, offset : offset + count * length].reshape(3, images * count, length, self.heads, -1)
-                out = F.scaled_dot_product_attention(*part.transpose(2, 3).unbind(0))  # (images * count, heads, l, D)
-                parts.append(out.transpose(1, 2).reshape(images, count * length, -1))
-            outs.append(torch.cat(parts, dim=1).flatten(0, 1))
-        return self.proj(torch.cat(outs))
-
-
-class VisionBlock(nn.Module):
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        self.norm1, self.norm2 = RMSNorm(config.hidden_size, 1e-6), RMSNorm(config.hidden_size, 1e-6)
-        self.attn = VisionAttention(config)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=True)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, groups: list, full: bool) -> Tensor:
-        x = x + self.attn(self.norm1(x), cos, sin, groups, full)
-        return x + self.mlp(self.norm2(x))
-
-
-class PatchEmbed(nn.Module):
-    """The published weight is that of a Conv3d whose stride is its kernel: on patches that is one matrix product."""
-
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj = nn.Module()
-        self.proj.weight = nn.Parameter(torch.empty(config.hidden_size, config.in_channels, *kernel))
-
-    def forward(self, patches: Tensor) -> Tensor:
-        return F.linear(patches, self.proj.weight.flatten(1).to(patches.dtype))
-
-
-class PatchMerger(nn.Module):
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        self.inner = config.hidden_size * config.spatial_merge_size**2
-        self.ln_q = RMSNorm(config.hidden_size, 1e-6)
-        self.mlp = nn.Sequential(Linear(self.inner, self.inner), nn.GELU(), Linear(self.inner, config.out_hidden_size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(self.ln_q(x).view(-1, self.inner))
-
-
-class VisionTower(nn.Module):
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        self.config = config
-        self.patch_embed = PatchEmbed(config)
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
-        self.merger = PatchMerger(config)
-
-    def forward(self, patches: Tensor, grids: tuple[tuple[int, int], ...], checkpointing: bool = False) -> Tensor:
-        """patches (N, C * 2 * 14 * 14) of all images, unit by unit; grids in patches -> (N / 4, H) tokens."""
-        config = self.config
-        unit = config.spatial_merge_size**2
-        window = config.window_size // config.patch_size // config.spatial_merge_size
-        layout = VisionLayout.of(grids, window, config.spatial_merge_size, patches.device)
-        head_dim = config.hidden_size // config.num_heads
-        angles = layout.places[..., None] * rotary_frequencies(head_dim // 2, 1e4, patches.device)  # (N, 2, D/4)
-        cos, sin = turns(angles.flatten(1)[:, None])  # (N, 1, D): frequencies turned by the row, then by the column
-
-        x = self.patch_embed(patches.view(-1, unit, patches.shape[-1])[layout.order].flatten(0, 1))  # (N, hidden)
-        for i, block in enumerate(self.blocks):
-            full = i in config.fullatt_block_indexes
-            x = recomputed(block, x, cos, sin, layout.groups, full, when=checkpointing)
-        return self.merger(x)[layout.inverse]
 
 
 # ------------------------------------------------------------------------------------------------------------- decoder
@@ -724,26 +409,6 @@ class Policy(nn.Module):
 
         return (grid(flat[0]), grid(flat[1])) if entropy else grid(flat)
 
-    def full_logprobs(self, batch: PromptBatch, ids: Tensor, lengths: Tensor, temperature: float = 1.0) -> Tensor:
-        """The naive equivalent of logprobs(prefix(batch), ...): one full row per completion, nothing shared."""
-        order = batch.order.to(ids.device)
-        out = torch.zeros(ids.shape, dtype=torch.promote_types(self.compute_dtype, torch.float32), device=ids.device)
-        prompts = self.embed_prompts(batch)
-        for row, caller in enumerate(order.tolist()):
-            p = batch.lengths[row]
-            for member in range(ids.shape[1]):
-                n = int(lengths[caller, member])
-                tokens = ids[caller, member, :n]
-                x = torch.cat((prompts[row, :p], self.embed(tokens)))[None]  # (1, p + n, H)
-                text = (batch.next_position[row] + torch.arange(n, device=ids.device)).expand(3, -1)
-                cos, sin = self.rotary(torch.cat((batch.positions[:, row, :p], text), dim=1)[:, None])
-                for layer in self.model.layers:
-                    x, _, _ = recomputed(layer.prefix, x, cos, sin, when=self.checkpointing)
-                logits = self.logits(self.model.norm(x[0, p - 1 : p + n - 1]))
-                logp = kernels.token_logprob(logits, tokens, temperature)
-                out[caller, member, :n] = logp
-        return out
-
     def generate(
         self, prefix: Prefix, group_size: int, max_tokens: int, temperature: float = 0.0, uniforms: Tensor | None = None
     ) -> Completions:
@@ -793,180 +458,6 @@ class Policy(nn.Module):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
         return self
 
-    # --------------------------------------------------------------------------------------------------------- on disk
-
-    @classmethod
-    def from_folder(cls, folder: str | Path, device: torch.device | str = "cpu", dtype=torch.float32) -> "Policy":
-        """Load a Hugging Face folder: config.json and model.safetensors, or shards and their index. Refuses others.
-
-        One tensor after the other is copied and converted, and a shard is let go before the next one is opened: host
-        memory holds the policy (nothing of it if device is another) and at most one shard.
-        """
-        folder = Path(folder)
-        raw = read_json(folder / "config.json")
-        config = ModelConfig.from_dict(raw, str(folder / "config.json"))
-        eos_ids, files = read_eos_ids(folder, raw), checkpoint_files(folder)
-        if max(eos_ids) >= config.vocab_size:
-            raise InputError(
-                f"{one_line(folder)}: eos_token_id {short(max(eos_ids))} is none of {config.vocab_size} tokens."
-            )
-        for name in COMPANIONS:  # else save_folder, at the end of a run, is the first to meet it
-            if os.path.lexists(folder / name) and not os.path.isfile(folder / name):
-                raise InputError(f"{one_line(folder / name)}: is not a file; restore it from its checkpoint.")
-        with torch.device("meta"):
-            policy = cls(config, eos_ids)
-        wanted = dict(policy.named_parameters())
-        found = set()
-        for path in files:
-            file = one_line(path)
-            try:
-                with safe_open(path, framework="pt") as tensors:
-                    for key in tensors.keys():
-                        name, shown = published_name(key), one_line(key)
-                        if name == "lm_head.weight" and policy.config.tie_word_embeddings:
-                            continue  # some exporters write the tied head twice
-                        if name not in wanted:
-                            raise InputError(
-                                f"{file}: tensor {shown} is not one of Qwen2.5-VL's; is this another model?"
-                            )
-                        if name in found:
-                            raise InputError(f"{file}: tensor {shown} is there a second time; which one is meant?")
-                        if (kind := tensors.get_slice(key).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
-                            raise InputError(
-                                f"{file}: tensor {shown} is of type {kind}; weights must be floating point."
-                            )
-                        tensor = tensors.get_tensor(key)  # still in the file: read when it is copied
-                        if tensor.shape != wanted[name].shape:
-                            shapes = f"{tuple(tensor.shape)}, config.json asks for {tuple(wanted[name].shape)}"
-                            raise InputError(f"{file}: tensor {shown} has shape {shapes}.")
-                        module = policy.get_submodule(name.rpartition(".")[0])
-                        weight = nn.Parameter(tensor.to(device, dtype, copy=True))  # no weight hangs on the open file
-                        setattr(module, name.rpartition(".")[2], weight)
-                        found.add(name)
-            except SafetensorError as error:
-                why = errors.cause_of(error)
-                raise InputError(
-                    f"{file}: not a readable safetensors file ({why}); was the download cut off?"
-                ) from None
-        if missing := sorted(wanted.keys() - found):
-            raise InputError(f"{one_line(folder)}: {len(missing)} tensors are missing, the first is {missing[0]}.")
-        policy.source, policy.raw_config = folder, raw
-        return policy
-
     def adapters(self) -> dict[str, nn.Parameter]:
-        """The adapters' own tensors by name (lora.py). Published checkpoints have none, nor has save_folder's."""
+        """The adapters' own tensors by name (lora.py). A saved folder has none: they are in the weights there."""
         return {name: parameter for name, parameter in self.named_parameters() if ".adapter." in name}
-
-    @torch.no_grad()
-    def published(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Published names and tensors, on the CPU: an adapter is in the weight that it hangs on."""
-        linears = {f"{path}.weight": module for path, module in self.named_modules() if isinstance(module, Linear)}
-        for name, parameter in self.named_parameters():
-            if ".adapter." in name:
-                continue
-            adapter = linears[name].adapter if name in linears else None
-            tensor = ranks.whole(parameter if adapter is None else adapter.merged(parameter))
-            yield name, tensor.detach().to("cpu", dtype or parameter.dtype).contiguous()
-
-    def save_folder(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write a Hugging Face folder that transformers, vLLM and from_folder load: weights, config, and the companions
-        of the folder this policy came from (tokenizer, preprocessor, generation config). One shard after the other goes
-        through host memory. Rank 0 writes; of a sharded policy all ranks must ask for it."""
-        tensors = self.published(dtype)
-        try:
-            if ranks.rank == 0:
-                self._write_folder(Path(folder), dtype, tensors)
-        finally:
-            for _ in tensors:  # of which the other ranks have parts, also if the disk was full
-                pass
-
-    def _write_folder(self, folder: Path, dtype: torch.dtype | None, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        shards: list[list[str]] = [[]]
-        size = total = 0
-        for name, parameter in self.named_parameters():
-            if ".adapter." in name:
-                continue
-            nbytes = parameter.numel() * (dtype or parameter.dtype).itemsize
-            if shards[-1] and size + nbytes > SHARD_BYTES:
-                shards.append([])
-                size = 0
-            shards[-1].append(name)
-            size += nbytes
-            total += nbytes
-        names = ["model.safetensors"]
-        if len(shards) > 1:
-            names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-            where = {key: file for shard, file in zip(shards, names, strict=True) for key in shard}
-            index = {"metadata": {"total_size": total}, "weight_map": where}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
-        for shard, file in zip(shards, names, strict=True):
-            save_file(dict(islice(tensors, len(shard))), folder / file, metadata={"format": "pt"})
-        dtype_name = str(dtype or next(self.parameters()).dtype).removeprefix("torch.")
-        key = "torch_dtype" if "torch_dtype" in self.raw_config else "dtype"
-        (folder / "config.json").write_text(json.dumps(self.raw_config | {key: dtype_name}, indent=2) + "\n")
-        for name in COMPANIONS:
-            if self.source and (self.source / name).exists() and self.source.resolve() != folder.resolve():
-                shutil.copyfile(self.source / name, folder / name)
-
-
-def check_device(name: str) -> str:
-    """The device if tensors can be made there. InputError else."""
-    try:
-        if torch.device(name).type not in ("cpu", "cuda"):
-            raise RuntimeError("cpu and cuda are supported")
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        why = f"{str(error).splitlines()[0]:.80}"
-        raise InputError(f"--device {name} is not to be had here ({why}); use --device cpu") from None
-    return name
-
-
-def read_json(file: Path) -> dict:
-    """A JSON file that holds an object. InputError else."""
-    if not os.path.lexists(file):
-        raise InputError(
-            f"{one_line(file)} does not exist; --model wants a folder of a Qwen2.5-VL checkpoint or 'nano', "
-            "or org/name of the Hugging Face Hub."
-        )
-    value = errors.read_json(file, "restore it from where it came")
-    if not isinstance(value, dict):
-        raise InputError(f"{one_line(file)}: a JSON object was expected, not {type(value).__name__}.")
-    return value
-
-
-def read_eos_ids(folder: Path, raw: dict) -> tuple[int, ...]:
-    """EOS ids of the generation config if there is one (Qwen has two: end of turn, end of text), else of the config."""
-    file = folder / "generation_config.json"
-    generation = read_json(file) if os.path.lexists(file) else {}
-    sources = (generation, raw, raw.get("text_config") or {})
-    eos = next((s["eos_token_id"] for s in sources if s.get("eos_token_id") is not None), None)
-    if eos is None:
-        raise InputError(f"{one_line(folder)}: neither generation_config.json nor config.json has eos_token_id.")
-    ids = tuple(eos) if isinstance(eos, list) else (eos,)
-    if not ids or not all(type(i) is int and i >= 0 for i in ids):
-        raise InputError(f"{one_line(folder)}: eos_token_id must be a token's id or a list of them, not {short(eos)}.")
-    return ids
-
-
-def published_name(name: str) -> str:
-    """A tensor's name in the published files. Some frameworks save the names that transformers has in memory."""
-    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold the weights, all of which exist."""
-    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
-    if os.path.lexists(index):
-        where = read_json(index).get("weight_map")
-        files = list(where.values()) if isinstance(where, dict) else [None]
-        if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in files):
-            raise InputError(
-                f"{one_line(index)}: field 'weight_map' must say which file of the folder each tensor is in."
-            )
-        names = sorted(set(where.values()))
-    for name in names:
-        if not os.path.isfile(folder / name):  # a pipe or a device would be waited for
-            what = "is not a file" if os.path.lexists(folder / name) else "does not exist"
-            raise InputError(f"{one_line(folder / name)} {what}; the checkpoint is not whole.")
-    return [folder / name for name in names]

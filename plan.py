@@ -28,7 +28,9 @@ import ranks
 from data import ImageConfig, PhantomImage, Sample, check_prompt, held_out_phantoms, load_tokenizer, smart_resize
 from data import phantom_samples as phantoms
 from errors import InputError
-from model import HEAD_ROWS, ModelConfig, Policy, VisionConfig, read_json
+from model import HEAD_ROWS, ModelConfig, Policy
+from vision import VisionConfig
+from weights import read_config, read_json
 
 GB = 2**30
 # Share of the memory that a plan fills. On a CPU malloc keeps freed pages: 1.2 to 1.9 times what tensors held was seen.
@@ -506,7 +508,7 @@ def read_run(args, base: Path, samples: list[Sample]) -> tuple[Run, str]:
     """The run that the flags describe, and in words what its prompts are taken to be."""
     if args.estimate and args.data == "phantoms" and args.model != "nano":
         samples = []  # no data named yet: nobody means phantoms
-    config = ModelConfig.from_dict(read_json(base / "config.json"), str(base / "config.json"))
+    config = read_config(read_json(base / "config.json"), str(base / "config.json"))
     prompt, patches, words = longest_prompt(args, base, samples)
     share = math.ceil(args.batch_size / args.ranks)  # prompts of a step on one rank
     if args.ranks > 1:

@@ -89,6 +89,18 @@ def own_device(device: str) -> str:
     return f"cuda:{os.environ['LOCAL_RANK']}" if several and device == "cuda" else device
 
 
+def check_device(name: str) -> str:
+    """The device if tensors can be made there. InputError else."""
+    try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise RuntimeError("cpu and cuda are supported")
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        why = f"{str(error).splitlines()[0]:.80}"
+        raise InputError(f"--device {name} is not to be had here ({why}); use --device cpu") from None
+    return name
+
+
 def say(text: str) -> None:
     """A line on the terminal, once."""
     if rank == 0:

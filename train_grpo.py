@@ -52,9 +52,10 @@ from errors import InputError
 from eval import NANO, Task, default_prompt, evaluate, model_folder, overlay, sheet, summary
 from logs import open_log
 from loss import BatchTotals, completion_mask, grpo_loss, mask_overlong
-from model import Policy, Prefix, collate, read_json
+from model import Policy, Prefix, collate
 from pipeline import Readers
 from scheduler import WATCHING, ByShareOfSteps, Schedule, ScheduleConfig, hit, make_schedule
+from weights import load_policy, read_json
 
 STATE = ("schedule", "bad_in_a_row", "drawn", "bad", "evaluation")  # what a resumed run needs beside the weights
 LINES = "metrics.jsonl", "samples.jsonl"
@@ -554,7 +555,7 @@ def make_policies(args, base: Path, start: Path) -> tuple[Policy, Policy, Policy
     """
     dtype = getattr(torch, args.dtype)
     device = "cpu" if args.shard else args.device  # whence it is dealt out to the devices, block by block
-    policy = Policy.from_folder(base if args.lora_rank else start, device, dtype if args.lora_rank else torch.float32)
+    policy = load_policy(base if args.lora_rank else start, device, dtype if args.lora_rank else torch.float32)
     policy.source = base  # whose tokenizer goes with every checkpoint; the one that is gone on from may be pruned
     policy.compute_dtype, policy.checkpointing = dtype, args.checkpointing
     policy.graph = args.decode == "graph"
@@ -565,7 +566,7 @@ def make_policies(args, base: Path, start: Path) -> tuple[Policy, Policy, Policy
     actor = policy if dtype == torch.float32 or args.shard else copy.deepcopy(policy).to(dtype)
     reference = None
     if args.beta > 0:
-        reference = Policy.from_folder(base, device, dtype).requires_grad_(False)
+        reference = load_policy(base, device, dtype).requires_grad_(False)
         reference.compute_dtype = dtype
     return policy, actor, reference
 

@@ -52,9 +52,11 @@ from data import (
 from errors import InputError
 from eval import NANO, Task, default_prompt, evaluate, model_folder, summary
 from images import PIXEL_LIMIT
-from model import ModelConfig, Policy, check_device, collate
+from model import Policy, collate
 from phantoms import QUERIES
 from pipeline import Readers
+from ranks import check_device
+from weights import load_policy, read_config, save_policy
 
 # The nano policy: a real Qwen2.5-VL of 2.3 M parameters. Two full-attention blocks around a windowed one, 2 key heads
 # for 4 query heads, and 5 x 5 image tokens in windows of 4 x 4: every mechanism of the large ones is in it.
@@ -152,9 +154,9 @@ def write_nano(folder: Path, seed: int) -> None:
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    policy = Policy(ModelConfig.from_dict(config), (eos, pad)).init_weights(seed)
+    policy = Policy(read_config(config), (eos, pad)).init_weights(seed)
     policy.raw_config = config
-    policy.save_folder(folder)
+    save_policy(policy, folder)
 
 
 def coarse_box(box: Box, width: int, height: int, rng: np.random.Generator, shift: float, scale: float, spread: float):
@@ -228,7 +230,7 @@ def make_nano(args: argparse.Namespace, readers: Readers) -> None:
     folder = Path(args.out or NANO)
     write_nano(folder, args.seed)
     test = load_samples("phantoms", args.seed, "test")
-    task = Task(Policy.from_folder(folder), folder, "answer")
+    task = Task(load_policy(folder), folder, "answer")
     results = {"command": "python train_sft.py --make-nano", "seed": args.seed}
     for name, steps, lr, coarse in NANO_STAGES:
         # The second stage draws its phantoms from where the first one stopped: no picture is seen twice.
@@ -396,7 +398,7 @@ def train(args: argparse.Namespace, readers: Readers, ending: ExitStack) -> None
         tqdm.write(
             "--resume: " + (f"going on from {saved[-1]}" if saved else f"{out} has no checkpoint yet, so from step 0")
         )
-    policy = Policy.from_folder(saved[-1] if saved else folder, args.device)
+    policy = load_policy(saved[-1] if saved else folder, args.device)
     policy.source = folder  # whose tokenizer goes with every checkpoint; the one that is gone on from may be pruned
     policy.compute_dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     bad = BadRecords(args.skip_bad)

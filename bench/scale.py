@@ -50,6 +50,7 @@ from eval import NANO, Task
 from model import ModelConfig, Policy, collate
 from scheduler import ScheduleConfig, make_schedule
 from train_grpo import Stream, peak_megabytes, rollout, uniforms, update
+from weights import load_policy, read_config
 
 SIZES = {  # published config.json: hidden, layers, heads, kv heads, FFN, rows of the head, tied, vision FFN
     "3B": (2048, 36, 16, 2, 11008, 151936, True, 3420),
@@ -169,7 +170,7 @@ class Unknowns(TorchDispatchMode):
 
 def published(size: str) -> ModelConfig:
     hidden, layers, heads, kv_heads, ffn, rows, tied, vision_ffn = SIZES[size]
-    return ModelConfig.from_dict(
+    return read_config(
         dict(
             model_type="qwen2_5_vl", hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
             num_key_value_heads=kv_heads, intermediate_size=ffn, vocab_size=rows, tie_word_embeddings=tied,
@@ -265,7 +266,7 @@ def trainer_step(case: Case, *flags: str) -> Callable[[], dict]:
     sizes = ["--batch-size", case.prompts, "--micro-batch", case.prompts, "--max-tokens", case.completion]
     args = parse_arguments([*map(str, sizes), "--beta", ".04", *flags])
     args.group_size = case.group  # not as a flag, which refuses a group of one
-    policy, reference = Policy.from_folder(NANO), Policy.from_folder(NANO).requires_grad_(False)
+    policy, reference = load_policy(NANO), load_policy(NANO).requires_grad_(False)
     policy.eos_ids, policy.checkpointing = (policy.config.vocab_size,), args.checkpointing
     policy.visual.requires_grad_(not args.freeze_vision)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -349,7 +350,7 @@ def sentence(factor: str, ways: dict[str, list[dict]]) -> str:
 def doubling(ways: dict) -> str:
     """What twice the group costs at 2 prompts x 8, 448 pixels, 32 new tokens."""
     times = {way: {row["x"]: row["seconds"] for row in rows} for way, rows in ways.items()}
-    config = Policy.from_folder(NANO).config
+    config = load_policy(NANO).config
     eight, sixteen = (sum(step_flops(config, square(2, group)).values()) for group in (8, 16))
     ours, full = (times[way][16] / times[way][8] for way in WAYS)
     return f"group 8 -> 16: time x {ours:.2f}, FLOPs x {sixteen / eight:.2f}; in full rows time x {full:.2f}"

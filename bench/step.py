@@ -37,7 +37,8 @@ from bench.kernels import markdown
 from data import Sampler, load, phantom_samples
 from errors import InputError
 from eval import NANO, Task
-from model import ModelConfig, Policy, read_json
+from model import Policy
+from weights import read_config, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP = 8
@@ -70,7 +71,7 @@ def prepare(folder: Path, case: Case, steps: int, seed: int, threads: int) -> No
     """Everything that all programs read: model/, images, records.jsonl, case.json."""
     raw = read_json(NANO / "config.json")
     raw["vision_config"] |= {"depth": 4, "fullatt_block_indexes": [0, 3]}
-    policy = Policy(ModelConfig.from_dict(raw)).init_weights(seed)
+    policy = Policy(read_config(raw)).init_weights(seed)
     policy.source, policy.raw_config = NANO, raw
     Task(policy, NANO, "answer", max_pixels=case.side**2).save(folder / "model")
 

@@ -21,6 +21,7 @@ import rewards
 import train_grpo
 from bench import step, step_programs
 from errors import InputError
+from weights import save_policy
 
 TINY = step.CASES["tiny"]
 ROWS = TINY.prompts * step.GROUP
@@ -66,7 +67,7 @@ def test_loss_and_gradients_of_the_plain_loop_are_ours_in_float64(folder, wide_p
             policy.double().compute_dtype = torch.float64
         for p in ours.reference.parameters():  # elsewhere than the policy: the KL has a gradient
             p += 0.02 * torch.randn(p.shape, dtype=p.dtype, generator=noise)
-    ours.reference.save_folder(tmp_path)
+    save_policy(ours.reference, tmp_path)
     load = Qwen2_5_VLForConditionalGeneration.from_pretrained
     theirs, their_reference = (load(place, dtype=torch.float64).eval() for place in (folder / "model", tmp_path))
 

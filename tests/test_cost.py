@@ -16,6 +16,7 @@ from PIL import Image
 import generate
 import kernels
 import model
+import vision
 from bench import scale
 from bench.scale import Case, counted, published, square, step_flops, trainer_step
 from config import parse_arguments
@@ -24,11 +25,11 @@ from errors import InputError
 from eval import NANO, Task
 from experiments import plot
 from kernels import logprob
-from model import Policy
 from scheduler import ScheduleConfig, make_schedule
 from train_grpo import Stream, rollout, update
+from weights import load_policy
 
-CONFIG = Policy.from_folder(NANO).config
+CONFIG = load_policy(NANO).config
 CASE = Case(prompts=2, group=3, rows=3, columns=5, text=9, completion=6)  # windows of 4 x 4 that the grid cuts
 
 
@@ -241,8 +242,8 @@ def calls(monkeypatch) -> Counter:
 
         monkeypatch.setattr(owner, method, counting)
 
-    watch(model.VisionTower, "forward", "tower")
-    watch(model.VisionBlock, "forward", "vision block")
+    watch(vision.VisionTower, "forward", "tower")
+    watch(vision.VisionBlock, "forward", "vision block")
     for way in ("prefix", "suffix", "decode"):
         watch(model.Block, way, way)
     return seen
@@ -295,7 +296,7 @@ def test_decoding_stops_with_the_longest_completion(calls):
     """The nano policy's own answers, of unequal length: each micro-batch decodes up to the look after its longest one's
     end and no further, and the head is multiplied with their tokens only."""
     args = parse_arguments(["--batch-size", "6", "--micro-batch", "2", "--group-size", "4", "--max-tokens", "40"])
-    policy, schedule = Policy.from_folder(NANO), make_schedule("raw", ScheduleConfig(), 1)
+    policy, schedule = load_policy(NANO), make_schedule("raw", ScheduleConfig(), 1)
     task = Task(policy, NANO, "answer")
     stream = Stream(phantom_samples(None, 1, 0, 6, size=84), task, BadRecords(), args)
     *_, roll = rollout(policy, policy, None, task, stream, 0, schedule, args)

@@ -21,6 +21,7 @@ import train_sft
 from data import load, phantom_samples
 from errors import InputError
 from model import Policy
+from weights import load_policy
 
 GOOD = {"image": "a.png", "query": "the skin lesion", "bbox": [10, 10, 50, 40]}
 
@@ -156,7 +157,7 @@ def test_a_picture_that_breaks_on_the_way_saves_the_run_first(folder):
 
     (folder / f"{victim}.png").write_bytes(whole[victim])
     run(train_grpo, "--resume", "--out", str(folder / "out"))
-    ends = [Policy.from_folder(folder / out / "step-000004").parameters() for out in ("straight", "out")]
+    ends = [load_policy(folder / out / "step-000004").parameters() for out in ("straight", "out")]
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 

@@ -29,8 +29,9 @@ import train_grpo
 import train_sft
 from data import BadRecords, load_jsonl
 from errors import InputError
-from model import Policy, collate
+from model import collate
 from prepare import coco, vlm_r1
+from weights import load_policy
 
 SMALL = "--batch-size 2 --group-size 4 --micro-batch 1 --max-tokens 18 --eval-limit 2 --eval-every 5 --samples-every 2"
 SMALL += " --save-every 2 --workers 1 --schedule medloc --window 4 --tau-start .05 --lr 1e-3 --steps"
@@ -95,7 +96,7 @@ def killed_save(at: int, save) -> bool:
     os.fsync = lambda opened: (tick("open"), fsync(opened))
     Path.write_text = by_halves(Path.write_text)
     checkpoint.save_file = by_halves(checkpoint.save_file)
-    sys.modules["model"].save_file = by_halves(sys.modules["model"].save_file)
+    sys.modules["weights"].save_file = by_halves(sys.modules["weights"].save_file)
     sys.addaudithook(tick)
     try:
         save()
@@ -107,7 +108,7 @@ def killed_save(at: int, save) -> bool:
 def trained(base):  # noqa: F811
     """(policy, optimizer) after a step."""
     folder, prompts = base
-    policy = Policy.from_folder(folder)
+    policy = load_policy(folder)
     optimizer = adamw(policy)
     train(policy, optimizer, prompts[:1], 1)
     return policy, optimizer

@@ -21,14 +21,15 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 import eval as evaluation
 import hub
 import lora
-import model
 import train_grpo
 import train_sft
+import weights
 from config import parse_arguments
 from data import ImageConfig
 from errors import InputError
 from eval import Task, model_folder
-from model import ModelConfig, Policy, read_eos_ids
+from model import Policy
+from weights import load_policy, published, read_config, read_eos_ids, save_policy
 
 ROOT = Path(__file__).parent.parent
 
@@ -130,7 +131,7 @@ def resident() -> int:
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_names_and_shapes_of_the_published_sizes(size):
     with torch.device("meta"):
-        ours = Policy(ModelConfig.from_dict(PUBLISHED[size]))
+        ours = Policy(read_config(PUBLISHED[size]))
     assert {name: tuple(p.shape) for name, p in ours.named_parameters()} == published_shapes(PUBLISHED[size])
     count = sum(p.numel() for p in ours.parameters())
     assert count == PARAMETERS.get(size, count) and (size != "32B" or 33.4e9 < count < 33.5e9)
@@ -140,11 +141,11 @@ def test_names_and_shapes_of_the_published_sizes(size):
 def test_flat_and_nested_configurations_are_one(size, tmp_path):
     """As published, as transformers 5 writes it again, and as its predecessor did: nested with the flat keys beside."""
     flat = PUBLISHED[size]
-    config = ModelConfig.from_dict(flat)
+    config = read_config(flat)
     Qwen2_5_VLConfig(**flat).save_pretrained(tmp_path)
     nested = json.loads((tmp_path / "config.json").read_text())
     assert "text_config" in nested and "hidden_size" not in nested
-    assert ModelConfig.from_dict(nested) == ModelConfig.from_dict(flat | nested) == config
+    assert read_config(nested) == read_config(flat | nested) == config
     assert (config.vision.depth, config.vision.num_heads, config.vision.window_size) == (32, 16, 112)
     assert config.vision.fullatt_block_indexes == (7, 15, 23, 31) and config.rope_theta == 1e6
     assert config.head_dim == 128 and config.mrope_section == (16, 24, 24) and config.rms_norm_eps == 1e-6
@@ -153,7 +154,7 @@ def test_flat_and_nested_configurations_are_one(size, tmp_path):
 def test_a_quantised_checkpoint_is_refused():
     quantised = PUBLISHED["7B"] | {"quantization_config": {"quant_method": "awq", "bits": 4}}
     with pytest.raises(InputError, match="config.json: has a quantization_config; take the checkpoint that is not"):
-        ModelConfig.from_dict(quantised)
+        read_config(quantised)
 
 
 def test_eos_ids_are_those_of_the_generation_config(tmp_path):
@@ -169,16 +170,16 @@ def test_eos_ids_are_those_of_the_generation_config(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_the_32b_loads_on_the_meta_device_without_memory(tmp_path):
     """67 GB in 18 files, each of which is opened: every tensor finds its place, and none is read."""
-    assert write_holes(tmp_path, PUBLISHED["32B"]) == 18 == len(model.checkpoint_files(tmp_path))
+    assert write_holes(tmp_path, PUBLISHED["32B"]) == 18 == len(weights.checkpoint_files(tmp_path))
     before = resident()
-    policy = Policy.from_folder(tmp_path, "meta", torch.bfloat16)
+    policy = load_policy(tmp_path, "meta", torch.bfloat16)
     assert resident() - before < 200 * MB
     assert {name: tuple(p.shape) for name, p in policy.named_parameters()} == published_shapes(PUBLISHED["32B"])
     assert all(p.is_meta and p.dtype == torch.bfloat16 for p in policy.parameters())
     assert policy.eos_ids == (151645, 151643)
     (tmp_path / "model-00007-of-00018.safetensors").unlink()
     with pytest.raises(InputError, match="00007-of-00018.safetensors does not exist; the checkpoint is not whole"):
-        Policy.from_folder(tmp_path, "meta", torch.bfloat16)
+        load_policy(tmp_path, "meta", torch.bfloat16)
     shutil.rmtree(tmp_path)  # pytest would keep it, and a copy of /tmp might fill the holes
 
 
@@ -187,20 +188,20 @@ import os
 import sys
 from pathlib import Path
 import torch
-import model
+import weights
 
 def status(key):  # bytes
     return 1024 * int(Path("/proc/self/status").read_text().partition(key + ":")[2].split()[0])
 
 def measure(what):
-    policy = model.Policy.from_folder(folder) if what == "save" else None
+    policy = weights.load_policy(folder) if what == "save" else None
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak of the resident memory, starts anew
     start = status("VmRSS")
     if what == "save":
-        model.SHARD_BYTES = 50 * 10**6
-        policy.save_folder(folder / "again", torch.bfloat16)
+        weights.SHARD_BYTES = 50 * 10**6
+        weights.save_policy(policy, folder / "again", torch.bfloat16)
     else:
-        policy = model.Policy.from_folder(folder, dtype=getattr(torch, what))
+        policy = weights.load_policy(folder, dtype=getattr(torch, what))
     print(what, status("VmHWM") - start, sum(p.nbytes for p in policy.parameters()), flush=True)
 
 folder = Path(sys.argv[1])
@@ -225,14 +226,14 @@ def sharded(tmp_path_factory) -> Path:
     )  # fmt: skip
     config["rope_scaling"] = {"type": "mrope", "mrope_section": [16, 24, 24]}
     with torch.device("meta"):
-        policy = Policy(ModelConfig.from_dict(config))
+        policy = Policy(read_config(config))
     policy = policy.to_empty(device="cpu").to(torch.bfloat16)
     for parameter in policy.parameters():
         parameter.data.normal_(0, 0.02)
     policy.raw_config = config
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "SHARD_BYTES", 50 * 10**6)
-        policy.save_folder(folder)
+        patch.setattr(weights, "SHARD_BYTES", 50 * 10**6)
+        save_policy(policy, folder)
     sizes = [file.stat().st_size for file in folder.glob("*.safetensors")]
     assert len(sizes) >= 4 and max(sizes) < 51 * 10**6 and sum(sizes) == pytest.approx(200e6, rel=0.1)
     return folder
@@ -245,8 +246,8 @@ def test_loading_and_saving_hold_the_model_and_one_shard(sharded):
     done = subprocess.run([sys.executable, "-c", MEASURE, str(sharded)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
-    for what, peak, weights in (line.split() for line in done.stdout.splitlines()):
-        there = 0 if what == "save" else int(weights)  # before a save the weights are there already
+    for what, peak, held in (line.split() for line in done.stdout.splitlines()):
+        there = 0 if what == "save" else int(held)  # before a save the weights are there already
         assert there + 30e6 < int(peak) < there + 50e6 + 25e6, done.stdout
     assert what == "save"
 
@@ -266,18 +267,18 @@ def test_the_reference_is_bfloat16_and_what_is_trained_float32():
 def test_names_of_transformers_memory_are_read_too(tmp_path):
     """What some frameworks write: the names that transformers 5 has in memory, not those on disk."""
     peer = save_peer(tmp_path)
-    before = Policy.from_folder(tmp_path)
+    before = load_policy(tmp_path)
     weights = {name: p.detach().clone() for name, p in peer.named_parameters()}
     assert all(name.startswith(("model.language_model.", "model.visual.")) for name in weights)
     save_file(weights, tmp_path / "model.safetensors")
-    after = Policy.from_folder(tmp_path)
+    after = load_policy(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
 
 
 def test_weights_do_not_hang_on_the_file_that_they_came_from(tmp_path):
     """It may be overwritten or cut short while the policy is in use."""
     save_peer(tmp_path)
-    policy = Policy.from_folder(tmp_path)
+    policy = load_policy(tmp_path)
     before = [p.clone() for p in policy.parameters()]
     with open(tmp_path / "model.safetensors", "r+b") as file:
         length = file.seek(0, 2)
@@ -291,7 +292,7 @@ def test_an_index_that_points_out_of_its_folder_is_refused(name, tmp_path):
     save_peer(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
     with pytest.raises(InputError, match="field 'weight_map' must say which file of the folder each tensor is in"):
-        Policy.from_folder(tmp_path)
+        load_policy(tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------------------- saving
@@ -309,25 +310,25 @@ def test_a_saved_folder_is_whole_and_loads_in_transformers(tmp_path, monkeypatch
     for name in set(CARRIED) - {"generation_config.json", "preprocessor_config.json"}:
         (base / name).write_text(json.dumps({"chat_template": name}))
     Qwen2VLImageProcessorPil(max_pixels=200_704).save_pretrained(base)
-    monkeypatch.setattr(model, "SHARD_BYTES", 100_000)
-    policy = Policy.from_folder(base)
+    monkeypatch.setattr(weights, "SHARD_BYTES", 100_000)
+    policy = load_policy(base)
     lora.add(policy, 2, 4.0, seed=0)
     for name, parameter in policy.adapters().items():
         parameter.normal_(0, 0.1) if name.endswith(".b") else None
-    policy.save_folder(saved, torch.float32)
+    save_policy(policy, saved, torch.float32)
 
     assert len(list(saved.glob("model-*.safetensors"))) > 3 and not (saved / "model.safetensors").exists()
     index = json.loads((saved / "model.safetensors.index.json").read_text())
-    weights = {name: t for file in saved.glob("*.safetensors") for name, t in load_file(file).items()}
-    assert index["weight_map"].keys() == weights.keys() == dict(policy.published()).keys()
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in weights.values())
+    tensors = {name: t for file in saved.glob("*.safetensors") for name, t in load_file(file).items()}
+    assert index["weight_map"].keys() == tensors.keys() == dict(published(policy)).keys()
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
     for name in CARRIED:
         assert (saved / name).read_bytes() == (base / name).read_bytes()
     peer, told = Qwen2_5_VLForConditionalGeneration.from_pretrained(saved, output_loading_info=True)
     assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert all(p.dtype == torch.float32 for p in peer.parameters())
-    theirs = {name: p for name, p in Policy.from_folder(saved).named_parameters()}
-    assert all(torch.equal(theirs[name], tensor) for name, tensor in policy.published())
+    theirs = {name: p for name, p in load_policy(saved).named_parameters()}
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in published(policy))
     assert peer.generation_config.eos_token_id == policy.eos_ids[0]
     processor = Qwen2VLImageProcessorPil.from_pretrained(saved)
     assert processor.size["longest_edge"] == ImageConfig.from_folder(saved).max_pixels == 200_704
@@ -559,13 +560,13 @@ def test_nothing_that_a_folder_holds_is_run(tmp_path):
     evil = settings | {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(evil))
     try:
-        Task(Policy.from_folder(folder), folder, "answer")
+        Task(load_policy(folder), folder, "answer")
     except InputError as error:
         assert "holds no tokenizer that transformers can load" in str(error)
     assert not (tmp_path / "ran").exists()
     escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": escape}))
-    task = Task(Policy.from_folder(folder), folder, "answer")
+    task = Task(load_policy(folder), folder, "answer")
     sample = evaluation.load_samples("phantoms", 0, "test")[0]
     with pytest.raises(InputError, match="the tokenizer's chat template fails .SecurityError"):
         task.prompt(sample)

@@ -14,6 +14,7 @@ import checkpoint
 import lora
 from errors import InputError
 from model import Policy, collate
+from weights import load_policy, save_policy
 
 RANK, ALPHA = 3, 7.0
 LINEARS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -29,7 +30,7 @@ def base(tmp_path_factory) -> tuple[Path, list]:
 
 def adapted(folder: Path, dtype=torch.float32, seed: int = 0, moved: bool = True) -> Policy:
     """The folder's policy with adapters; `moved`: with random B, as if it had been trained."""
-    policy = Policy.from_folder(folder, dtype=dtype)
+    policy = load_policy(folder, dtype=dtype)
     lora.add(policy, RANK, ALPHA, seed)
     policy.to(dtype)  # in float64 the adapters are to follow, so that nothing is rounded
     policy.compute_dtype = dtype
@@ -66,7 +67,7 @@ def train(policy: Policy, optimizer: torch.optim.Optimizer, prompts: list, steps
 
 def test_adapters_hang_on_the_decoder_and_change_nothing_at_first(base):
     folder, prompts = base
-    plain, policy = Policy.from_folder(folder), adapted(folder, moved=False)
+    plain, policy = load_policy(folder), adapted(folder, moved=False)
     wanted = {f"model.layers.{i}.{name}" for i in range(3) for name in LINEARS}
     assert policy.adapters().keys() == {f"{name}.adapter.{part}" for name in wanted for part in "ab"}
     with torch.no_grad():
@@ -91,7 +92,7 @@ def test_adapters_depend_on_their_seed_only(base):
 
 
 def test_a_bfloat16_base_keeps_float32_adapters(base):
-    policy = Policy.from_folder(base[0], dtype=torch.bfloat16)
+    policy = load_policy(base[0], dtype=torch.bfloat16)
     policy.compute_dtype = torch.bfloat16
     lora.add(policy, RANK, ALPHA, seed=0)
     assert all(p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16) for p in policy.parameters())
@@ -108,7 +109,7 @@ def test_gradients_are_those_of_the_merged_weights(base, tmp_path, checkpointing
     folder, prompts = base
     policy = adapted(folder, torch.float64)
     policy.checkpointing = checkpointing
-    policy.save_folder(tmp_path)
+    save_policy(policy, tmp_path)
     merged = in_float64(tmp_path)
     ours, theirs = loss(policy, prompts), loss(merged, prompts)
     ours.backward()
@@ -136,7 +137,7 @@ def test_a_step_moves_the_adapters_and_nothing_else(base):
 @torch.no_grad()
 def test_disabled_is_the_starting_policy_bit_for_bit(base):
     folder, prompts = base
-    start, policy = logprobs(Policy.from_folder(folder), prompts), adapted(folder)
+    start, policy = logprobs(load_policy(folder), prompts), adapted(folder)
     with torch.enable_grad():
         train(policy, adamw(policy), prompts, 1)
     trained = logprobs(policy, prompts)
@@ -157,7 +158,7 @@ def test_generation_equals_that_of_the_merged_policy(base, tmp_path):
     """Greedy; in float64, where no two tokens are as good as equal."""
     folder, prompts = base
     policy = adapted(folder, torch.float64)
-    policy.save_folder(tmp_path)
+    save_policy(policy, tmp_path)
     ours, theirs, start = (
         p.generate(p.prefix(collate(prompts)), group_size=2, max_tokens=12)
         for p in (policy, in_float64(tmp_path), in_float64(folder))
@@ -176,10 +177,10 @@ def test_merged_and_unmerged_log_probs_are_equal(base, tmp_path):
     policy = adapted(folder, moved=False)
     with torch.enable_grad():
         train(policy, adamw(policy), prompts, 5)
-    policy.save_folder(tmp_path)
-    merged = Policy.from_folder(tmp_path)
+    save_policy(policy, tmp_path)
+    merged = load_policy(tmp_path)
     assert not merged.adapters() and lora.rank_of(merged.adapters()) == 0
-    ours, start = logprobs(policy, prompts), logprobs(Policy.from_folder(folder), prompts)
+    ours, start = logprobs(policy, prompts), logprobs(load_policy(folder), prompts)
     assert (ours - start).abs().max() > 0.1
     torch.testing.assert_close(logprobs(merged, prompts), ours, rtol=0, atol=1e-5)
 
@@ -189,7 +190,7 @@ def test_saved_folder_is_merged_and_loads_in_transformers(base, tmp_path):
     folder, prompts = base
     policy = adapted(folder)
     before = {name: p.clone() for name, p in policy.named_parameters()}
-    policy.save_folder(tmp_path)
+    save_policy(policy, tmp_path)
     assert before.keys() == dict(policy.named_parameters()).keys()
     assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters())  # saving leaves it as it is
     assert load_file(tmp_path / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
@@ -207,7 +208,7 @@ def test_merging_is_computed_in_float32(base, tmp_path):
     for linear in lora.decoder_linears(policy):
         linear.weight.data = linear.weight.to(torch.bfloat16)
     for dtype in (torch.float32, torch.bfloat16, None):
-        policy.save_folder(tmp_path, dtype)
+        save_policy(policy, tmp_path, dtype)
         saved = load_file(tmp_path / "model.safetensors")
         for i, layer in enumerate(policy.model.layers):
             linear = layer.mlp.down_proj
@@ -220,7 +221,7 @@ def test_merging_is_computed_in_float32(base, tmp_path):
 
 def task(policy: Policy) -> SimpleNamespace:
     """What checkpoint.save wants of an eval.Task, without a tokenizer."""
-    return SimpleNamespace(policy=policy, save=policy.save_folder)
+    return SimpleNamespace(policy=policy, save=lambda folder, dtype=None: save_policy(policy, folder, dtype))
 
 
 def same_bits(a: Policy, b: Policy) -> bool:
@@ -231,12 +232,12 @@ def same_bits(a: Policy, b: Policy) -> bool:
 def test_resume_goes_on_bit_for_bit(base, tmp_path, adapters):
     """Two steps, save, two more; the same from the checkpoint. The adapters' new seed must not matter."""
     folder, prompts = base
-    policy = adapted(folder, moved=False) if adapters else Policy.from_folder(folder)
+    policy = adapted(folder, moved=False) if adapters else load_policy(folder)
     optimizer = adamw(policy)
     train(policy, optimizer, prompts, 2)
     saved = checkpoint.save(tmp_path, 2, task(policy), optimizer, {"counter": 4})
     train(policy, optimizer, prompts, 2)
-    again = adapted(folder, seed=9, moved=False) if adapters else Policy.from_folder(saved)
+    again = adapted(folder, seed=9, moved=False) if adapters else load_policy(saved)
     optimizer = adamw(again)
     state = checkpoint.load(saved, again, optimizer)
     assert (state["step"], state["counter"], state["optimizer_steps"]) == (2, 4, 2)
@@ -260,7 +261,7 @@ def test_a_checkpoint_before_the_first_step_holds_the_adapters(base, tmp_path):
 
 def test_what_does_not_fit_the_run_is_refused(base, tmp_path):
     folder, prompts = base
-    plain, policy = Policy.from_folder(folder), adapted(folder, moved=False)
+    plain, policy = load_policy(folder), adapted(folder, moved=False)
     for p in (plain, policy):
         optimizer = adamw(p)
         train(p, optimizer, prompts[:1], 1)
@@ -275,20 +276,20 @@ def test_what_does_not_fit_the_run_is_refused(base, tmp_path):
         assert not optimizer.state
 
     rank = "--lora-rank must be as in the run"
-    refuses(having, Policy.from_folder(folder), "adapters of rank 3, this policy of rank 0", rank)
+    refuses(having, load_policy(folder), "adapters of rank 3, this policy of rank 0", rank)
     refuses(without, adapted(folder), "adapters of rank 0, this policy of rank 3", rank)
-    wide = Policy.from_folder(folder)
+    wide = load_policy(folder)
     lora.add(wide, 4, ALPHA, 0)
     refuses(having, wide, "adapters of rank 3, this policy of rank 4", rank)
 
-    narrow = Policy.from_folder(folder)
+    narrow = load_policy(folder)
     narrow.visual.requires_grad_(False)
     refuses(without, narrow, "exp_avg.visual.blocks.0.attn.proj.bias has shape (32,), this policy asks for None")
     for key in ("exp_avg_sq.model.norm.weight", "exp_avg.model.norm.weight"):
         tensors = load_file(without / "trainer.safetensors")
         del tensors[key]
         save_file(tensors, without / "trainer.safetensors")
-        refuses(without, Policy.from_folder(folder), f"{key} has shape None, this policy asks for (64,)")
+        refuses(without, load_policy(folder), f"{key} has shape None, this policy asks for (64,)")
     tensors = load_file(having / "trainer.safetensors")
     name = "adapter.model.layers.1.mlp.up_proj.adapter.b"
     save_file(tensors | {name: torch.zeros(1, RANK)}, having / "trainer.safetensors")

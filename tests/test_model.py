@@ -10,15 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from full_rows import full_logprobs
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+import layers
 import model
+import weights
 from errors import InputError
 from generate import sample
-from model import ModelConfig, Policy, collate
+from model import Policy, collate
+from weights import load_policy, read_config, save_policy
 
 IMAGE, EOS = 120, 5
 
@@ -93,7 +97,7 @@ PROMPTS = [(10, 10, 3, 5), (4, 6, 1, 9), (10, 14, 4, 2), (10, 10, 2, 6), (2, 2, 
 def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     peer = save_peer(folder, tie_word_embeddings=request.param == "tied")
-    return Policy.from_folder(folder), peer, folder
+    return load_policy(folder), peer, folder
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +119,7 @@ def test_logits_equal_transformers(pair, prompts):
     ids, lengths = random_completions(len(prompts), 2, 7)
     batch = collate(prompts)
     prefix = policy.prefix(batch)
-    ours, full = policy.logprobs(prefix, ids, lengths), policy.full_logprobs(batch, ids, lengths)
+    ours, full = policy.logprobs(prefix, ids, lengths), full_logprobs(policy, batch, ids, lengths)
     for row, b in enumerate(prefix.order.tolist()):
         theirs = peer_logits(peer, prompts[b])[-1]
         assert (policy.logits(prefix.hidden[row]) - theirs).abs().max() < 1e-5
@@ -164,12 +168,12 @@ def test_greedy_tokens_equal_transformers(pair, prompts):
 def test_saved_folder_loads_in_transformers(pair, prompts, tmp_path):
     policy, peer, folder = pair
     (folder / "tokenizer_config.json").write_text('{"carried": "on"}')
-    policy.save_folder(tmp_path)
+    save_policy(policy, tmp_path)
     again = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert torch.equal(peer_logits(again, prompts[0]), peer_logits(peer, prompts[0]))
     assert (tmp_path / "tokenizer_config.json").read_text() == '{"carried": "on"}'
     assert (tmp_path / "generation_config.json").read_text() == (folder / "generation_config.json").read_text()
-    ours = Policy.from_folder(tmp_path)
+    ours = load_policy(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), policy.parameters(), strict=True))
 
 
@@ -177,8 +181,8 @@ def test_saved_folder_loads_in_transformers(pair, prompts, tmp_path):
 def test_sharded_and_flat_checkpoints_load(pair, prompts, tmp_path, monkeypatch):
     """Published checkpoints: several files with an index, and a flat config.json with rope_scaling mrope."""
     policy, _, folder = pair
-    monkeypatch.setattr(model, "SHARD_BYTES", 100_000)
-    policy.save_folder(tmp_path)
+    monkeypatch.setattr(weights, "SHARD_BYTES", 100_000)
+    save_policy(policy, tmp_path)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3 and (tmp_path / "model.safetensors.index.json").exists()
     raw = json.loads((folder / "config.json").read_text())
     text = raw.pop("text_config")
@@ -186,7 +190,7 @@ def test_sharded_and_flat_checkpoints_load(pair, prompts, tmp_path, monkeypatch)
     flat = text | raw | {"rope_theta": rope["rope_theta"]}
     flat["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
     (tmp_path / "config.json").write_text(json.dumps(flat))
-    again = Policy.from_folder(tmp_path)
+    again = load_policy(tmp_path)
     batch = collate(prompts[:2])
     assert torch.equal(again.prefix(batch).hidden, policy.prefix(batch).hidden)
 
@@ -202,7 +206,7 @@ def test_prefix_equals_full_rows(pair, prompts, group):
     (shared * weights).sum().backward()
     gradients = {name: p.grad.clone() for name, p in policy.named_parameters()}
     policy.zero_grad()
-    full = policy.full_logprobs(batch, ids, lengths, temperature=0.9)
+    full = full_logprobs(policy, batch, ids, lengths, temperature=0.9)
     (full * weights).sum().backward()
     assert (shared - full).abs().max() < 1e-10
     for name, p in policy.named_parameters():
@@ -227,15 +231,15 @@ def assert_same(ours: tuple[Tensor, dict], theirs: tuple[Tensor, dict]) -> None:
 
 
 def in_float64(folder) -> Policy:
-    policy = Policy.from_folder(folder, dtype=torch.float64)
+    policy = load_policy(folder, dtype=torch.float64)
     policy.compute_dtype = torch.float64
     return policy
 
 
 def count_checkpoints(patch: pytest.MonkeyPatch) -> list:
-    calls, checkpoint = [], model.checkpoint
+    calls, checkpoint = [], layers.checkpoint
     patch.setattr(
-        model, "checkpoint", lambda f, *inputs, **options: calls.append(f) or checkpoint(f, *inputs, **options)
+        layers, "checkpoint", lambda f, *inputs, **options: calls.append(f) or checkpoint(f, *inputs, **options)
     )
     return calls
 
@@ -266,7 +270,7 @@ def test_without_gradient_nothing_is_checkpointed(pair, prompts, monkeypatch):
 def held_bytes(policy: Policy, forward) -> int:
     """What autograd keeps of a forward pass until the backward pass, weights aside: distinct storages of saved tensors
     and of the inputs of checkpoints."""
-    tensors, checkpoint = {}, model.checkpoint
+    tensors, checkpoint = {}, layers.checkpoint
 
     def keep(tensor: Tensor) -> Tensor:
         tensors[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
@@ -279,7 +283,7 @@ def held_bytes(policy: Policy, forward) -> int:
         return checkpoint(function, *inputs, **options)
 
     with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        patch.setattr(model, "checkpoint", noting)
+        patch.setattr(layers, "checkpoint", noting)
         assert forward().requires_grad
     weights = {p.data_ptr() for p in policy.parameters()}
     return sum(t.untyped_storage().nbytes() for address, t in tensors.items() if address not in weights)
@@ -287,7 +291,7 @@ def held_bytes(policy: Policy, forward) -> int:
 
 def test_checkpointing_holds_less_memory(pair, prompts):
     """The whole pass, and the vision tower alone, which has a loop of its own."""
-    policy, batch = Policy.from_folder(pair[2]), collate(prompts)
+    policy, batch = load_policy(pair[2]), collate(prompts)
     policy.visual.patch_embed.requires_grad_(False)  # else the patches are kept for it, and outweigh these tiny blocks
     ids, lengths = random_completions(len(prompts), 8, 20)
 
@@ -405,10 +409,10 @@ def test_bad_checkpoints_are_refused_in_one_sentence(pair, tmp_path):
 
     def refuses(words: str) -> None:
         with pytest.raises(InputError, match=words):
-            Policy.from_folder(tmp_path)
+            load_policy(tmp_path)
 
     refuses("config.json does not exist")
-    policy.save_folder(tmp_path)
+    save_policy(policy, tmp_path)
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text("{")
     refuses("config.json: is not valid JSON")
@@ -502,24 +506,22 @@ ODD_CONFIGS = [  # what config.json says instead, words of the sentence
 @pytest.mark.parametrize("patch, words", ODD_CONFIGS, ids=range(len(ODD_CONFIGS)))
 def test_a_config_of_odd_kinds_is_one_short_sentence(patch, words):
     with pytest.raises(InputError, match=f"^config.json: .*{words}") as error:
-        ModelConfig.from_dict(CONFIG | patch)
+        read_config(CONFIG | patch)
     assert str(error.value).isprintable() and len(str(error.value)) < 300
 
 
 def test_what_published_configs_leave_out_or_call_otherwise_is_still_taken():
-    whole = ModelConfig.from_dict(CONFIG)
-    assert ModelConfig.from_dict(CONFIG | {"text_config": {}, "rope_parameters": None}) == whole
+    whole = read_config(CONFIG)
+    assert read_config(CONFIG | {"text_config": {}, "rope_parameters": None}) == whole
     text = {key: CONFIG[key] for key in CONFIG if key not in ("vision_config", "model_type", "image_token_id")}
-    assert (
-        ModelConfig.from_dict({key: CONFIG[key] for key in CONFIG if key not in text} | {"text_config": text}) == whole
-    )
-    assert ModelConfig.from_dict(CONFIG | {"rope_theta": 10000}).rope_theta == whole.rope_theta
-    assert ModelConfig.from_dict(CONFIG | {"tie_word_embeddings": None}).tie_word_embeddings is False
+    assert read_config({key: CONFIG[key] for key in CONFIG if key not in text} | {"text_config": text}) == whole
+    assert read_config(CONFIG | {"rope_theta": 10000}).rope_theta == whole.rope_theta
+    assert read_config(CONFIG | {"tie_word_embeddings": None}).tie_word_embeddings is False
 
 
 @pytest.fixture
 def folder(pair, tmp_path):
-    pair[0].save_folder(tmp_path)
+    save_policy(pair[0], tmp_path)
     return tmp_path
 
 
@@ -543,21 +545,21 @@ def directory(file: Path) -> None:
     "name", "config.json generation_config.json model.safetensors model.safetensors.index.json vocab.json".split()
 )
 def test_what_is_no_file_is_not_waited_for(folder, name, strike):
-    """vocab.json: nothing reads it, but save_folder, at the end of a run, would copy it."""
+    """vocab.json: nothing reads it, but save_policy, at the end of a run, would copy it."""
     strike(folder / name)
     with pytest.raises(InputError, match=f"{name}:? is not a file; "):
-        Policy.from_folder(folder)
+        load_policy(folder)
 
 
 def test_a_shard_that_is_no_file_and_a_link_to_nothing(folder):
     link(folder / "generation_config.json", "nowhere")  # a cache that was cleaned: other EOS, if it were passed over
     with pytest.raises(InputError, match="generation_config.json: is not a file"):
-        Policy.from_folder(folder)
+        load_policy(folder)
     (folder / "generation_config.json").unlink()
     fifo(folder / "a.safetensors")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "a.safetensors"}}')
     with pytest.raises(InputError, match="a.safetensors is not a file; the checkpoint is not whole"):
-        Policy.from_folder(folder)
+        load_policy(folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
@@ -576,7 +578,7 @@ def test_a_shard_that_is_no_file_and_a_link_to_nothing(folder):
 def test_json_that_is_none_or_too_deep_is_one_sentence(folder, name, content, words):
     (folder / name).write_bytes(content)
     with pytest.raises(InputError, match=words) as error:
-        Policy.from_folder(folder)
+        load_policy(folder)
     assert name in str(error.value) and len(str(error.value)) < 400 and "\n" not in str(error.value)
 
 
@@ -584,7 +586,7 @@ def test_json_that_is_none_or_too_deep_is_one_sentence(folder, name, content, wo
 def test_an_eos_that_is_no_token_is_refused(folder, eos):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
     with pytest.raises(InputError, match="eos_token_id .*(is none of 128 tokens|must be a token's id or a list)"):
-        Policy.from_folder(folder)
+        load_policy(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.uint8, torch.float8_e4m3fn], ids=str)
@@ -592,7 +594,7 @@ def test_weights_that_are_no_floating_point_numbers_are_refused(folder, dtype):
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"model.norm.weight": weights["model.norm.weight"].to(dtype)}, folder / "model.safetensors")
     with pytest.raises(InputError, match="tensor model.norm.weight is of type .*; weights must be floating point"):
-        Policy.from_folder(folder)
+        load_policy(folder)
 
 
 def test_a_tensor_under_two_names_or_in_two_files_is_refused(folder):
@@ -600,20 +602,20 @@ def test_a_tensor_under_two_names_or_in_two_files_is_refused(folder):
     twice = weights | {"model.language_model.norm.weight": weights["model.norm.weight"] + 1}
     save_file(twice, folder / "model.safetensors")
     with pytest.raises(InputError, match="tensor model.(language_model.)?norm.weight is there a second time"):
-        Policy.from_folder(folder)
+        load_policy(folder)
     save_file(weights, folder / "a.safetensors")
     save_file({"model.norm.weight": weights["model.norm.weight"]}, folder / "b.safetensors")
     where = dict.fromkeys(weights, "a.safetensors") | {"model.norm.weight": "b.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     with pytest.raises(InputError, match="b.safetensors: tensor model.norm.weight is there a second time"):
-        Policy.from_folder(folder)
+        load_policy(folder)
 
 
 def test_names_of_tensors_are_printed_on_one_short_line(folder):
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"\x1b]0;title\x07\nerror: " + "x" * 10**6: torch.ones(1)}, folder / "model.safetensors")
     with pytest.raises(InputError, match="is not one of Qwen2.5-VL's") as error:
-        Policy.from_folder(folder)
+        load_policy(folder)
     assert str(error.value).isprintable() and len(str(error.value)) < 300
 
 
@@ -628,7 +630,7 @@ def test_places_and_image_tokens_must_be_equally_many(pair, prompts):
         with pytest.raises(ValueError, match=f"places for {places} image tokens, but their pictures make {tokens}"):
             policy.prefix(collate([odd]))
         with pytest.raises(ValueError, match=f"places for {places + tokens} .* make {2 * tokens}"):
-            policy.full_logprobs(collate([prompts[0], odd]), torch.ones(2, 1, 1, dtype=torch.long), torch.ones(2, 1))
+            full_logprobs(policy, collate([prompts[0], odd]), torch.ones(2, 1, 1, dtype=torch.long), torch.ones(2, 1))
 
 
 # ------------------------------------------------------------------------------------------------------------ on a GPU

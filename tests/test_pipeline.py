@@ -22,9 +22,11 @@ import train_sft
 from data import BadRecords, ImageConfig, load_samples, phantom_samples
 from errors import InputError
 from eval import Task
-from model import Policy, VisionTower
+from model import Policy
 from pipeline import Readers
 from scheduler import ScheduleConfig, make_schedule
+from vision import VisionTower
+from weights import load_policy
 
 IMAGES = ImageConfig()
 
@@ -47,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def task() -> Task:
-    return Task(Policy.from_folder(evaluation.NANO), evaluation.NANO, "answer")
+    return Task(load_policy(evaluation.NANO), evaluation.NANO, "answer")
 
 
 def drawn(folder: Path, task: Task, workers: int) -> tuple[list, dict]:
@@ -101,7 +103,7 @@ def test_a_resumed_run_repeats_and_skips_nothing_that_was_read_ahead(records, tm
     rows, again = (without_times(lines(tmp_path / name / "metrics.jsonl")) for name in ("straight", "broken"))
     assert again == rows and [row["drawn"] for row in rows] == [4, 9, 14, 18]  # twice: of 12
     assert all(row["grad_norm"] > 0 for row in rows)
-    ends = [Policy.from_folder(tmp_path / name / "step-000004").parameters() for name in ("straight", "broken")]
+    ends = [load_policy(tmp_path / name / "step-000004").parameters() for name in ("straight", "broken")]
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 

@@ -19,6 +19,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+import layers
 import lora
 import model
 import plan
@@ -27,8 +28,9 @@ from config import parse_arguments
 from data import load_samples, mrope_positions, phantom_samples
 from errors import InputError
 from eval import NANO, Task
-from model import ModelConfig, Policy, collate
+from model import Policy, collate
 from plan import GB, Run
+from weights import read_config, save_policy
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = {  # hidden, layers, heads, kv heads, inner, vocabulary, tied, inner of the tower -> parameters
@@ -57,7 +59,7 @@ def config_of(
 
 def run_of(config: dict, **changes) -> Run:
     values = dict(prompt=110, patches=320, batch=4, micro=2, group=4, tokens=24, width=4, evaluation=2) | changes
-    return Run(ModelConfig.from_dict(config), **values)
+    return Run(read_config(config), **values)
 
 
 LARGE = config_of(*PUBLISHED["3B"][0])
@@ -80,7 +82,7 @@ def saved(policy: Policy, run: Run, monkeypatch) -> dict[str, int]:
     """Bytes of distinct storages, parameters aside, that the three parts of a forward pass leave for its backward."""
     batch = collate([Question(run.config.image_token_id, run.patch) for _ in range(run.micro)])
     ids = torch.randint(6, 300, (run.micro, run.group, run.tokens))
-    tensors, checkpoint = {}, model.checkpoint
+    tensors, checkpoint = {}, layers.checkpoint
     parameters = {p.untyped_storage().data_ptr() for p in policy.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -96,7 +98,7 @@ def saved(policy: Policy, run: Run, monkeypatch) -> dict[str, int]:
     def so_far() -> int:
         return sum(t.untyped_storage().nbytes() for address, t in tensors.items() if address not in parameters)
 
-    monkeypatch.setattr(model, "checkpoint", noting)
+    monkeypatch.setattr(layers, "checkpoint", noting)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         tokens = policy.visual(batch.patches.to(policy.compute_dtype), batch.grids, policy.checkpointing)
         vision = so_far()  # of a frozen tower: the inputs of checkpoint(), which lets go of what has no graph
@@ -205,9 +207,9 @@ def folder_with(folder: Path, config: dict, weights: bool = True) -> Path:
     """A checkpoint of random weights, with the nano policy's tokenizer and special tokens."""
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"):
         shutil.copy(NANO / name, folder / name)
-    policy = Policy(ModelConfig.from_dict(config), (2,)).init_weights(0)
+    policy = Policy(read_config(config), (2,)).init_weights(0)
     policy.raw_config = config
-    policy.save_folder(folder, torch.bfloat16)
+    save_policy(policy, folder, torch.bfloat16)
     return folder
 
 
@@ -274,7 +276,7 @@ def test_published_shapes_are_planned_from_config_json_alone(name, tmp_path, cap
     """No weights, no tokenizer, no data, no GPU, and no memory: 32 B parameters of fp32 would be 134 GB."""
     shape, parameters = PUBLISHED[name]
     (tmp_path / "config.json").write_text(json.dumps(config_of(*shape)))
-    assert plan.Weights.of(ModelConfig.from_dict(config_of(*shape))).all == parameters
+    assert plan.Weights.of(read_config(config_of(*shape))).all == parameters
     out = tmp_path / "out"
     flags = ["--model", str(tmp_path), "--out", str(out), "--device", "cuda", "--max-pixels", "401408"]
     text = run(train_grpo, "--estimate", *flags, "--memory", "24GB")

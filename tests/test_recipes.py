@@ -14,7 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import train_grpo
 from config import parse_arguments
-from model import ModelConfig, Policy
+from model import Policy
+from weights import load_policy, read_config, save_policy
 
 ROOT = Path(__file__).parent.parent
 QWEN_SPECIALS = (
@@ -56,9 +57,9 @@ def tiny_qwen(tmp_path_factory) -> Path:
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
-    policy = Policy(ModelConfig.from_dict(config), (151645, 151643)).init_weights(0)
+    policy = Policy(read_config(config), (151645, 151643)).init_weights(0)
     policy.raw_config = config
-    policy.save_folder(folder, torch.bfloat16)
+    save_policy(policy, folder, torch.bfloat16)
     return folder
 
 
@@ -82,7 +83,7 @@ def test_the_papers_recipe_runs_end_to_end(tiny_qwen, records, tmp_path, monkeyp
     assert sample["prompt"].startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
     assert "First output the thinking process in <think> </think> tags" in sample["prompt"]
     assert "Why is my reward zero? In the last 3 steps 0 of 48 answers reached an IoU of 0.30" in output
-    start, end = Policy.from_folder(tiny_qwen), Policy.from_folder(out / "step-000003")
+    start, end = load_policy(tiny_qwen), load_policy(out / "step-000003")
     moved = torch.cat([(a - b).abs().flatten() for a, b in zip(start.parameters(), end.parameters(), strict=True)])
     assert 1e-8 < moved.max() < 1e-6
 

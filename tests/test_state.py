@@ -19,6 +19,7 @@ from config import read_saved
 from errors import InputError
 from model import Policy
 from scheduler import ScheduleConfig, make_schedule
+from weights import load_policy
 
 RESULT = dict.fromkeys(checkpoint.RESULT, 0.5) | {"n": 4}
 WINDOW = ScheduleConfig(window=2)
@@ -44,7 +45,7 @@ STATE = {
 def saved(base, tmp_path_factory) -> Path:  # noqa: F811
     """A checkpoint of one step of two prompts."""
     folder, prompts = base
-    policy = Policy.from_folder(folder)
+    policy = load_policy(folder)
     optimizer = adamw(policy)
     train(policy, optimizer, prompts[:1], 1)
     return checkpoint.save(tmp_path_factory.mktemp("saved"), 1, task(policy), optimizer, STATE)
@@ -199,7 +200,7 @@ def test_tidying_removes_what_is_odd_and_follows_no_link(folder):
 
 @pytest.fixture(scope="module")
 def policy(saved) -> Policy:
-    return Policy.from_folder(saved)
+    return load_policy(saved)
 
 
 def take(folder: Path, policy: Policy) -> None:
@@ -541,7 +542,7 @@ def test_a_save_that_fails_says_of_what(name, tmp_path, monkeypatch):
 def test_a_folder_that_is_gone_under_the_run_is_not_made_again(rank, base, tmp_path, monkeypatch):  # noqa: F811
     """Of a sharded policy, the other ranks have done their part all the same."""
     monkeypatch.setattr(ranks, "rank", rank)
-    policy, called = Policy.from_folder(base[0]), []
+    policy, called = load_policy(base[0]), []
     whole = task(policy)
     inner, whole.save = whole.save, lambda *arguments: called.append(1) or inner(*arguments)
     if rank:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from full_rows import full_logprobs
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -23,8 +24,9 @@ import train_grpo
 import train_sft
 from data import BadRecords, load, load_samples, phantom_samples
 from eval import Task, metrics
-from model import ModelConfig, Policy, collate
+from model import Policy, collate
 from scheduler import ScheduleConfig, make_schedule
+from weights import load_policy, read_config
 
 ROOT = Path(__file__).parent.parent
 METRICS = (
@@ -115,7 +117,7 @@ def test_a_run_writes_all_that_it_promises(whole):
 
 
 def test_learning_moves_the_weights_and_the_checkpoint_holds_them(whole):
-    start, end = Policy.from_folder(evaluation.NANO), Policy.from_folder(whole / "step-000006")
+    start, end = load_policy(evaluation.NANO), load_policy(whole / "step-000006")
     moved = [(a - b).abs().max().item() for a, b in zip(start.parameters(), end.parameters(), strict=True)]
     assert 1e-5 < max(moved) < 0.1
 
@@ -130,8 +132,8 @@ def test_resume_goes_on_as_if_never_stopped(whole, records, tmp_path):
     assert without_times(lines(out / "metrics.jsonl")) == without_times(lines(whole / "metrics.jsonl"))
     assert lines(out / "samples.jsonl")[-1] == lines(whole / "samples.jsonl")[-1]
     for a, b in zip(
-        Policy.from_folder(out / "step-000006").parameters(),
-        Policy.from_folder(whole / "step-000006").parameters(),
+        load_policy(out / "step-000006").parameters(),
+        load_policy(whole / "step-000006").parameters(),
         strict=True,
     ):
         assert torch.equal(a, b)
@@ -210,7 +212,7 @@ def test_bfloat16_trains_float32_weights(records, tmp_path):
     """The arithmetic is bfloat16, and a step of 1e-6 is not lost in it."""
     out = tmp_path / "run"
     grpo(out, records, "--steps", "2", "--dtype", "bfloat16", "--lr", "1e-6", "--schedule", "raw")
-    start, end = Policy.from_folder(evaluation.NANO), Policy.from_folder(out / "step-000002")
+    start, end = load_policy(evaluation.NANO), load_policy(out / "step-000002")
     moved = [(a - b).abs().max().item() for a, b in zip(start.parameters(), end.parameters(), strict=True)]
     assert 1e-7 < max(moved) < 1e-5
     assert all(row["kl"] is None and row["clip_high"] == 0 for row in lines(out / "metrics.jsonl"))
@@ -226,7 +228,7 @@ def test_a_used_folder_is_not_overwritten(whole, records):
 
 @pytest.fixture(scope="module")
 def task() -> Task:
-    return Task(Policy.from_folder(evaluation.NANO), evaluation.NANO, "answer")
+    return Task(load_policy(evaluation.NANO), evaluation.NANO, "answer")
 
 
 def arguments(**changes) -> Namespace:
@@ -245,7 +247,7 @@ def make_rollout(task: Task, args: Namespace, samples: list, step: int = 0) -> t
 @pytest.fixture(scope="module")
 def wide() -> Task:
     """In float64, where a difference of 1e-10 is a mistake and not rounding."""
-    policy = Policy.from_folder(evaluation.NANO, dtype=torch.float64)
+    policy = load_policy(evaluation.NANO, dtype=torch.float64)
     policy.compute_dtype = torch.float64
     return Task(policy, evaluation.NANO, "answer")
 
@@ -271,10 +273,10 @@ def test_a_step_is_the_formula_over_the_whole_batch_however_it_is_cut(wide, opti
     assert roll.truncated.any() and not roll.truncated.all() and len(set(roll.lengths.flatten().tolist())) > 1
     batch = collate(roll.prompts)
     with torch.no_grad():  # a reference that is not the policy
-        roll.logp_ref = policy.full_logprobs(batch, roll.ids, roll.lengths) - 0.3 if args.beta else None
+        roll.logp_ref = full_logprobs(policy, batch, roll.ids, roll.lengths) - 0.3 if args.beta else None
 
     policy.zero_grad()
-    logp = policy.full_logprobs(batch, roll.ids, roll.lengths)
+    logp = full_logprobs(policy, batch, roll.ids, roll.lengths)
     kept = [
         (b, g) for b in range(4) for g in range(args.group_size) if args.overlong == "keep" or not roll.truncated[b, g]
     ]
@@ -341,7 +343,7 @@ def test_luck_depends_on_seed_step_and_sample_only():
 
 
 def test_a_step_that_is_not_finite_changes_nothing(task):
-    policy = Policy.from_folder(evaluation.NANO)
+    policy = load_policy(evaluation.NANO)
     own = Task(policy, evaluation.NANO, "answer")
     args = arguments(schedule="raw")
     roll = make_rollout(own, args, phantom_samples(None, 3, 0, 2, size=84))
@@ -370,8 +372,8 @@ def test_five_steps_without_a_number_end_the_run_and_change_nothing(records, tmp
     assert [row["loss"] is None for row in rows] == [bool(row["skipped"]) for row in rows]
     assert "NaN" not in (out / "metrics.jsonl").read_text()
     pairs = zip(
-        Policy.from_folder(evaluation.NANO).parameters(),
-        Policy.from_folder(out / "step-000004").parameters(),
+        load_policy(evaluation.NANO).parameters(),
+        load_policy(out / "step-000004").parameters(),
         strict=True,
     )
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -409,7 +411,7 @@ def test_master_weights_move_at_a_learning_rate_of_1e_6_and_bfloat16_ones_do_not
     config |= {"num_hidden_layers": 2, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
     config["vision_config"] |= {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "out_hidden_size": 64}
     for dtype in (torch.float32, torch.bfloat16):
-        policy = Policy(ModelConfig.from_dict(config), (2,)).init_weights(0).to(dtype)
+        policy = Policy(read_config(config), (2,)).init_weights(0).to(dtype)
         policy.compute_dtype = torch.bfloat16
         own = Task(policy, evaluation.NANO, "answer", max_pixels=56 * 56)
         args = arguments(schedule="raw", group_size=2, max_tokens=6)
@@ -575,7 +577,7 @@ def test_a_step_without_any_spread_is_said_and_changes_nothing(records, tmp_path
     assert "step 1: none of 8 groups had spread, no update" in output and "step 2: none of 8" in output
     rows = lines(tmp_path / "run" / "metrics.jsonl")
     assert [(row["groups"], row["dropped"], row["loss"]) for row in rows] == [(8, 8, None)] * 2
-    ends = [Policy.from_folder(folder).parameters() for folder in (evaluation.NANO, tmp_path / "run" / "step-000002")]
+    ends = [load_policy(folder).parameters() for folder in (evaluation.NANO, tmp_path / "run" / "step-000002")]
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
@@ -601,7 +603,7 @@ def test_dynamic_sampling_is_logged_and_resumes_exactly(records, tmp_path, monke
     grpo(broken, records, "--steps", "3", *flags)
     run(train_grpo, "--resume", "--out", str(broken), "--steps", "6")
     assert without_times(lines(broken / "metrics.jsonl")) == without_times(rows)
-    ends = [Policy.from_folder(out / "step-000006").parameters() for out in (straight, broken)]
+    ends = [load_policy(out / "step-000006").parameters() for out in (straight, broken)]
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
@@ -618,7 +620,7 @@ def test_adapters_train_resume_and_save_merged(records, tmp_path):
     grpo(broken, records, "--steps", "2", *flags)
     run(train_grpo, "--resume", "--out", str(broken), "--steps", "4")
     assert without_times(lines(broken / "metrics.jsonl")) == without_times(rows)
-    start, end = Policy.from_folder(evaluation.NANO), Policy.from_folder(straight / "step-000004")
+    start, end = load_policy(evaluation.NANO), load_policy(straight / "step-000004")
     changed = {n for (n, a), b in zip(start.named_parameters(), end.parameters(), strict=True) if not torch.equal(a, b)}
     assert changed and all(name.startswith("model.layers.") and name.endswith("proj.weight") for name in changed)
     result = json.loads((straight / "eval.json").read_text())["final"]
@@ -646,7 +648,7 @@ def test_checkpointing_changes_no_number_and_a_frozen_tower_stays(whole, records
     assert without_times(lines(out / "metrics.jsonl")) == without_times(lines(whole / "metrics.jsonl")[:2])
     out = tmp_path / "frozen"
     grpo(out, records, "--steps", "2", "--freeze-vision", "--schedule", "raw")
-    start, end = Policy.from_folder(evaluation.NANO), Policy.from_folder(out / "step-000002")
+    start, end = load_policy(evaluation.NANO), load_policy(out / "step-000002")
     changed = {n for (n, a), b in zip(start.named_parameters(), end.parameters(), strict=True) if not torch.equal(a, b)}
     assert changed and not any(name.startswith("visual.") for name in changed)
 
@@ -654,7 +656,7 @@ def test_checkpointing_changes_no_number_and_a_frozen_tower_stays(whole, records
 def test_max_pixels_is_obeyed_and_stays_with_the_checkpoint(records, tmp_path):
     out = tmp_path / "run"
     grpo(out, records, "--steps", "1", "--max-pixels", "3136")
-    task = Task(Policy.from_folder(out / "step-000001"), out / "step-000001", "answer")
+    task = Task(load_policy(out / "step-000001"), out / "step-000001", "answer")
     assert task.image_config.max_pixels == 3136
     assert task.prompt(load_samples(str(records), 0, "train")[0]).grid == (1, 4, 4)  # 84 x 84 seen at 56 x 56
 
@@ -723,7 +725,7 @@ def test_nano_is_a_whole_checkpoint(tmp_path):
             assert tokenizer.decode(tokenizer.encode(text)) == text
         assert len(tokenizer.encode("[12,34,100,120]")) == 15  # one token a digit
         peer = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-        ours = Policy.from_folder(folder)
+        ours = load_policy(folder)
         assert sum(p.numel() for p in peer.parameters()) == sum(p.numel() for p in ours.parameters())
     assert sum(f.stat().st_size for f in evaluation.NANO.iterdir()) < 6e6
 

@@ -1,0 +1,251 @@
+"""Hugging Face folders in and out: config.json and safetensors -> a Policy, and back.
+
+    policy = load_policy(folder, device, dtype)
+    save_policy(policy, folder, dtype)         what transformers, vLLM and load_policy read
+
+Names of tensors are those of the published checkpoints. Read are safetensors and JSON: no pickle, no code.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from itertools import islice
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import errors
+import ranks
+from errors import InputError, one_line, short
+from layers import Linear
+from model import ModelConfig, Policy
+from vision import VisionConfig
+
+SHARD_BYTES = 5 * 10**9  # size of one file of a saved checkpoint, as the hub has it
+
+# What belongs to a checkpoint beside weights and config.json, and is carried on from folder to folder as it is.
+COMPANIONS = (
+    "tokenizer.json tokenizer_config.json vocab.json merges.txt special_tokens_map.json added_tokens.json "
+    "chat_template.json chat_template.jinja preprocessor_config.json video_preprocessor_config.json "
+    "processor_config.json generation_config.json"
+).split()
+
+
+def read_config(raw: dict, source: str = "config.json") -> ModelConfig:
+    """Read a config.json: flat as published (rope_scaling mrope) or nested as transformers 5 writes it."""
+    source = one_line(source)
+    if raw.get("model_type") != "qwen2_5_vl":
+        kind = short(raw.get("model_type"))
+        raise InputError(f"{source}: model_type is {kind}, only 'qwen2_5_vl' is implemented here.")
+
+    def part(whole: dict, *names: str) -> dict:
+        """The first of these that is given."""
+        name = next((name for name in names if whole.get(name) is not None), names[0])
+        if not isinstance(whole.get(name, {}), dict | None):
+            raise InputError(f"{source}: {name} is {short(whole[name])}, an object is needed; is it as published?")
+        return whole.get(name) or {}
+
+    text, vision = part(raw, "text_config") or raw, part(raw, "vision_config")
+    rope = part(text, "rope_parameters", "rope_scaling")
+    if (kind := rope.get("rope_type", rope.get("type", "mrope"))) not in ("mrope", "default"):
+        raise InputError(f"{source}: rope type {short(kind)} is not implemented, only Qwen2.5-VL's plain M-RoPE is.")
+    for name, whole in {"": text, "vision_config.": vision}.items():
+        if whole.get("hidden_act", "silu") != "silu":
+            raise InputError(f"{source}: {name}hidden_act is {short(whole['hidden_act'])}, only 'silu' is implemented.")
+    tied = [whole["tie_word_embeddings"] for whole in (raw, text) if whole.get("tie_word_embeddings") is not None]
+    if not all(type(value) is bool for value in tied):
+        raise InputError(f"{source}: tie_word_embeddings is {short(tied[0])}, true or false is needed.")
+    theta = next((t for t in (rope.get("rope_theta"), text.get("rope_theta")) if t is not None), 1e6)
+    if text.get("use_sliding_window"):
+        raise InputError(f"{source}: use_sliding_window is true; sliding-window attention is not implemented.")
+    if "quantization_config" in raw:
+        raise InputError(f"{source}: has a quantization_config; take the checkpoint that is not quantised.")
+    try:
+        return ModelConfig(
+            **{key: text[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
+            **{key: text[key] for key in ("num_attention_heads", "num_key_value_heads", "rms_norm_eps")},
+            rope_theta=theta,
+            mrope_section=listed(rope.get("mrope_section", (16, 24, 24))),
+            tie_word_embeddings=any(tied),
+            image_token_id=raw["image_token_id"],
+            max_position_embeddings=text.get("max_position_embeddings", 32768),
+            vision=VisionConfig(
+                **{
+                    f.name: listed(vision[f.name])
+                    for f in fields(VisionConfig)
+                    if f.name in vision or f.default is MISSING
+                }
+            ),
+        )
+    except KeyError as missing:
+        raise InputError(f"{source}: field {missing} is missing; is this a Qwen2.5-VL checkpoint?") from None
+    except ValueError as error:
+        raise InputError(f"{source}: a field has the wrong type ({error}); is it as published?") from None
+
+
+def listed(value):
+    """A list as a tuple, which can be hashed; anything else as it is."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def load_policy(folder: str | Path, device: torch.device | str = "cpu", dtype=torch.float32) -> Policy:
+    """Load a Hugging Face folder: config.json and model.safetensors, or shards and their index. Refuses others.
+
+    One tensor after the other is copied and converted, and a shard is let go before the next one is opened: host
+    memory holds the policy (nothing of it if device is another) and at most one shard.
+    """
+    folder = Path(folder)
+    raw = read_json(folder / "config.json")
+    config = read_config(raw, str(folder / "config.json"))
+    eos_ids, files = read_eos_ids(folder, raw), checkpoint_files(folder)
+    if max(eos_ids) >= config.vocab_size:
+        raise InputError(
+            f"{one_line(folder)}: eos_token_id {short(max(eos_ids))} is none of {config.vocab_size} tokens."
+        )
+    for name in COMPANIONS:  # else save_policy, at the end of a run, is the first to meet it
+        if os.path.lexists(folder / name) and not os.path.isfile(folder / name):
+            raise InputError(f"{one_line(folder / name)}: is not a file; restore it from its checkpoint.")
+    with torch.device("meta"):
+        policy = Policy(config, eos_ids)
+    wanted = dict(policy.named_parameters())
+    found = set()
+    for path in files:
+        file = one_line(path)
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for key in tensors.keys():
+                    name, shown = published_name(key), one_line(key)
+                    if name == "lm_head.weight" and policy.config.tie_word_embeddings:
+                        continue  # some exporters write the tied head twice
+                    if name not in wanted:
+                        raise InputError(f"{file}: tensor {shown} is not one of Qwen2.5-VL's; is this another model?")
+                    if name in found:
+                        raise InputError(f"{file}: tensor {shown} is there a second time; which one is meant?")
+                    if (kind := tensors.get_slice(key).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+                        raise InputError(f"{file}: tensor {shown} is of type {kind}; weights must be floating point.")
+                    tensor = tensors.get_tensor(key)  # still in the file: read when it is copied
+                    if tensor.shape != wanted[name].shape:
+                        shapes = f"{tuple(tensor.shape)}, config.json asks for {tuple(wanted[name].shape)}"
+                        raise InputError(f"{file}: tensor {shown} has shape {shapes}.")
+                    module = policy.get_submodule(name.rpartition(".")[0])
+                    weight = nn.Parameter(tensor.to(device, dtype, copy=True))  # no weight hangs on the open file
+                    setattr(module, name.rpartition(".")[2], weight)
+                    found.add(name)
+        except SafetensorError as error:
+            why = errors.cause_of(error)
+            raise InputError(f"{file}: not a readable safetensors file ({why}); was the download cut off?") from None
+    if missing := sorted(wanted.keys() - found):
+        raise InputError(f"{one_line(folder)}: {len(missing)} tensors are missing, the first is {missing[0]}.")
+    policy.source, policy.raw_config = folder, raw
+    return policy
+
+
+@torch.no_grad()
+def published(policy: Policy, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Published names and tensors, on the CPU: an adapter is in the weight that it hangs on."""
+    linears = {f"{path}.weight": module for path, module in policy.named_modules() if isinstance(module, Linear)}
+    for name, parameter in policy.named_parameters():
+        if ".adapter." in name:
+            continue
+        adapter = linears[name].adapter if name in linears else None
+        tensor = ranks.whole(parameter if adapter is None else adapter.merged(parameter))
+        yield name, tensor.detach().to("cpu", dtype or parameter.dtype).contiguous()
+
+
+def save_policy(policy: Policy, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write a Hugging Face folder that transformers, vLLM and load_policy load: weights, config, and the companions
+    of the folder this policy came from (tokenizer, preprocessor, generation config). One shard after the other goes
+    through host memory. Rank 0 writes; of a sharded policy all ranks must ask for it."""
+    tensors = published(policy, dtype)
+    try:
+        if ranks.rank == 0:
+            _write(policy, Path(folder), dtype, tensors)
+    finally:
+        for _ in tensors:  # of which the other ranks have parts, also if the disk was full
+            pass
+
+
+def _write(policy: Policy, folder: Path, dtype: torch.dtype | None, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name, parameter in policy.named_parameters():
+        if ".adapter." in name:
+            continue
+        nbytes = parameter.numel() * (dtype or parameter.dtype).itemsize
+        if shards[-1] and size + nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+        total += nbytes
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        where = {key: file for shard, file in zip(shards, names, strict=True) for key in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+    for shard, file in zip(shards, names, strict=True):
+        save_file(dict(islice(tensors, len(shard))), folder / file, metadata={"format": "pt"})
+    dtype_name = str(dtype or next(policy.parameters()).dtype).removeprefix("torch.")
+    key = "torch_dtype" if "torch_dtype" in policy.raw_config else "dtype"
+    (folder / "config.json").write_text(json.dumps(policy.raw_config | {key: dtype_name}, indent=2) + "\n")
+    for name in COMPANIONS:
+        if policy.source and (policy.source / name).exists() and policy.source.resolve() != folder.resolve():
+            shutil.copyfile(policy.source / name, folder / name)
+
+
+def read_json(file: Path) -> dict:
+    """A JSON file that holds an object. InputError else."""
+    if not os.path.lexists(file):
+        raise InputError(
+            f"{one_line(file)} does not exist; --model wants a folder of a Qwen2.5-VL checkpoint or 'nano', "
+            "or org/name of the Hugging Face Hub."
+        )
+    value = errors.read_json(file, "restore it from where it came")
+    if not isinstance(value, dict):
+        raise InputError(f"{one_line(file)}: a JSON object was expected, not {type(value).__name__}.")
+    return value
+
+
+def read_eos_ids(folder: Path, raw: dict) -> tuple[int, ...]:
+    """EOS ids of the generation config if there is one (Qwen has two: end of turn, end of text), else of the config."""
+    file = folder / "generation_config.json"
+    generation = read_json(file) if os.path.lexists(file) else {}
+    sources = (generation, raw, raw.get("text_config") or {})
+    eos = next((s["eos_token_id"] for s in sources if s.get("eos_token_id") is not None), None)
+    if eos is None:
+        raise InputError(f"{one_line(folder)}: neither generation_config.json nor config.json has eos_token_id.")
+    ids = tuple(eos) if isinstance(eos, list) else (eos,)
+    if not ids or not all(type(i) is int and i >= 0 for i in ids):
+        raise InputError(f"{one_line(folder)}: eos_token_id must be a token's id or a list of them, not {short(eos)}.")
+    return ids
+
+
+def published_name(name: str) -> str:
+    """A tensor's name in the published files. Some frameworks save the names that transformers has in memory."""
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the weights, all of which exist."""
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if os.path.lexists(index):
+        where = read_json(index).get("weight_map")
+        files = list(where.values()) if isinstance(where, dict) else [None]
+        if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in files):
+            raise InputError(
+                f"{one_line(index)}: field 'weight_map' must say which file of the folder each tensor is in."
+            )
+        names = sorted(set(where.values()))
+    for name in names:
+        if not os.path.isfile(folder / name):  # a pipe or a device would be waited for
+            what = "is not a file" if os.path.lexists(folder / name) else "does not exist"
+            raise InputError(f"{one_line(folder / name)} {what}; the checkpoint is not whole.")
+    return [folder / name for name in names]
