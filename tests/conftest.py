@@ -1,8 +1,8 @@
 """Settings of the whole suite: Triton's interpreter and its guard before any kernel is made, threads, no network.
 
 Two runs are held equal bit by bit in many tests, one of them in a process of its own at times. Sums split among another
-number of threads differ in their last digits: so the number is set here alone, for this process and, by the
-environment, for all that it starts. `OMP_NUM_THREADS=4 pytest` takes another one.
+number of threads differ in their last digits: so the number is set here alone, before torch is imported and by the
+environment, which all processes share. `OMP_NUM_THREADS=4 pytest` takes another one, at most one a core.
 
 `python -m pytest -m gpu` leaves the interpreter off: it runs the real kernels, and needs a GPU.
 """
@@ -15,10 +15,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: a second thread costs more than it brings
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell does that to what it starts behind its back (&)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-import torch  # noqa: E402
-
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # also where a plugin has imported torch before
 
 
 def pytest_configure(config):
