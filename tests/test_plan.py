@@ -400,7 +400,7 @@ def test_a_run_plans_by_what_is_free_and_saves_what_it_chose(records, tmp_path, 
             seen.append((len(batch.lengths), self.checkpointing))
             return super().prefix(batch)
 
-    monkeypatch.setattr(train_grpo, "Policy", Noting)
+    monkeypatch.setattr(weights, "Policy", Noting)
     monkeypatch.setattr(plan, "free_memory", lambda device: GB // 5)
     text = run(train_grpo, *small(tmp_path / "a", records))
     assert "plan: --micro-batch 4 --no-checkpointing, estimated peak 0." in text and set(seen) == {(4, False)}
