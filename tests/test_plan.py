@@ -24,6 +24,7 @@ import lora
 import model
 import plan
 import train_grpo
+import weights
 from config import parse_arguments
 from data import load_samples, mrope_positions, phantom_samples
 from errors import InputError
