@@ -1,11 +1,14 @@
-"""The one exception for bad input: a sentence that names file, line and field and says what to do."""
+"""How a run ends before its end: InputError, one sentence for bad input (file, line, field, what to do), and
+signals."""
 
 import argparse
 import errno
 import json
 import os
 import reprlib
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,6 +85,14 @@ def read_json(path: Path | str, remedy: str = "", most: int = MAX_FILE) -> Any:
     return parse_json(read_text(path, remedy, most), path, remedy)
 
 
+def read_object(path: Path | str, remedy: str = "", most: int = MAX_FILE) -> dict:
+    """What a JSON file says that must hold an object. InputError as read_json's, and where it holds anything else."""
+    value = read_json(path, remedy, most)
+    if not isinstance(value, dict):
+        raise InputError(f"{one_line(path)}: holds {short(value)} and no JSON object{f'; {remedy}' if remedy else ''}")
+    return value
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, whose complaint is one sentence too, without the usage of sixty flags in front of it."""
 
@@ -116,6 +127,52 @@ class Terminal:
             os.close(nowhere)
 
 
+# ------------------------------------------------------------------------------------------------------------ signals
+
+# Ctrl-C, SIGTERM, SIGHUP (a closed terminal): the step under way is dropped, the rest saved; --resume goes on exactly.
+# Long loops look at the flag, and leave early where it is set: micro-batches, every few decoded tokens, batches of an
+# evaluation; what they return then is worth nothing. The flag is one process's own. So a loop only leaves early; that
+# the step is dropped, by Stopped, is decided where all ranks meet anyway, and the flag travels there with what they
+# tell each other. torchrun waits 30 seconds for its processes, then kills them: whatever cannot be left in time falls
+# back on the checkpoint before.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+ECHO = 1.0  # seconds in which another signal is the same request: a scheduler tells torchrun and its processes alike
+
+asked_to_stop = False
+
+
+class Stopped(Exception):
+    """The step, or the evaluation, under way is dropped on all ranks. Nothing of it may be used."""
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Inside, the first signal sets `asked_to_stop`; the next one ends the process at once, as it would outside."""
+    global asked_to_stop
+    first = None
+
+    def note(number: int, _) -> None:
+        global asked_to_stop
+        nonlocal first
+        first = first or time.monotonic()
+        asked_to_stop = True
+        if time.monotonic() - first > ECHO:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    heard = SIGNALS if signal.getsignal(SIGNALS[-1]) != signal.SIG_IGN else SIGNALS[:-1]  # nohup: deaf to its terminal
+    before = {number: signal.signal(number, note) for number in heard}
+    try:
+        yield
+    finally:
+        asked_to_stop = False
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --------------------------------------------------------------------------------------------------------- how it ends
+
+
 def end_in_words(kind: type[BaseException], error: BaseException, trace) -> None:
     """sys.excepthook from when this file is imported, so for the seconds in which torch is too."""
     if issubclass(kind, KeyboardInterrupt):
@@ -132,7 +189,7 @@ sys.excepthook = end_in_words
 def run(main: Callable[[], None], when_memory_ends: str = "ask for less at a time") -> None:
     """Run a script's main(). An InputError, a file that cannot be read or written (a full disk), or the end of the
     memory ends it with one sentence on stderr, exit code 2; `when_memory_ends` names the flags that help. Ctrl-C ends
-    it with code 130, where the script does not listen for it itself (stop.py)."""
+    it with code 130, where the script does not listen for it itself (listening)."""
     sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
     try:
         main()

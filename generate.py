@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-import stop
+import errors
 
 STOP_EVERY = 4  # decode steps between two looks at "has every row ended?": each look makes the host wait for the device
 WINDOW = 64  # a graph's attention looks at a multiple of so many completion places, written or not: shapes stay so long
@@ -94,7 +94,7 @@ def generate(
         rows = Decoding(policy, prefix, group_size, max_tokens, temperature, uniforms)
         pool = torch.cuda.graph_pool_handle() if graph else None
         for fed in range(max_tokens - 1):
-            if (fed + 1) % STOP_EVERY == 0 and (stop.asked or not rows.alive.any()):
+            if (fed + 1) % STOP_EVERY == 0 and (errors.asked_to_stop or not rows.alive.any()):
                 break  # asked to stop: what there is will be dropped
             if fed % window == 0:
                 step = partial(rows.step, min(fed + window, max_tokens))

@@ -1,9 +1,12 @@
-"""Samples -> pictures: open, turn, convert, resize; or draw, where a sample is a phantom.
+"""Samples -> pictures -> patches: open, turn, convert, resize, normalise, cut; or draw, where a sample is a phantom.
 
-Without torch, so that a worker process (pipeline.py) starts in a tenth of a second. Pixels here are 8-bit RGB; data.py
-normalises them and cuts them into patches. The two frames of a box are explained there.
+Without torch, so that a worker process (runtime/readers.py) starts in a tenth of a second. The two frames of a target
+are explained in data.py. Patches are bit-equal to transformers' PIL image processor (its torchvision one differs by up
+to 0.41 at edges).
 """
 
+import dataclasses
+import json
 import math
 import os
 import warnings
@@ -11,20 +14,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from errors import InputError, cause_of, named, one_line
+from errors import InputError, cause_of, named, one_line, read_object, short
 from phantoms import phantom
 
 Box = tuple[float, float, float, float]
 
-PIXEL_LIMIT = 89_478_485  # of --pixel-limit: Pillow's own, 256 MB as RGB
+PIXEL_LIMIT = 89_478_485  # of the largest picture file that is opened: Pillow's own, 256 MB as RGB
 # What is opened, whatever a file's name says. Pillow would go by content and read forty more: for EPS it starts
 # Ghostscript, with the file as its program, and decoders that nobody uses are the ones that nobody has attacked yet.
 # JPEG has MPO in it, the several pictures in one file of many phones; PPM has PGM and PBM.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "PPM", "WEBP")
+Image.MAX_IMAGE_PIXELS = PIXEL_LIMIT
 MAX_ASPECT = 200  # Qwen's limit: beyond it one side would be a single token
 
 
@@ -40,16 +45,26 @@ class PhantomImage:
 
 @dataclass(frozen=True)
 class Sample:
-    """One record. Pictures, and the boxes of phantoms, exist only after load(sample)."""
+    """One record. Pictures, and the targets of phantoms, exist only after load(sample)."""
 
-    image: Path | PhantomImage
+    media: Path | PhantomImage  # what is looked at
     query: str
-    box: Box | None  # original frame; None for a phantom, whose box is drawn with it: use load(sample) or Prompt.box
+    target: (
+        Any  # of its task, in the original frame; None for a phantom, whose box is drawn with it: load(sample) has it
+    )
     dataset: str
-    task: str = "ground"
+    task: str = "box"  # a key of tasks.TASKS
     source: str = ""  # "train.jsonl:17", for messages
     size: tuple[int, int] | None = None  # (width, height) in the original frame, from the file's header; phantoms: None
     query_field: str = "query"  # where the record holds its query, for messages
+    extra: dict = dataclasses.field(
+        default_factory=dict, hash=False
+    )  # the record's other fields, for a reward of your own
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What has a schedule of its own."""
+        return self.dataset, self.task
 
 
 @dataclass
@@ -58,38 +73,38 @@ class Picture:
 
     pixels: np.ndarray  # (h, w, 3) uint8 RGB, model frame
     size: tuple[int, int]  # (width, height) of the original frame
-    box: Box  # original frame
+    target: Any  # as Sample's, a phantom's too
 
 
 def read_picture(sample: Sample, factor: int, min_pixels: int, max_pixels: int) -> Picture:
     """Load and resize; the three numbers are smart_resize's."""
-    image, box = load(sample)
+    image, target = load(sample)
     with named(sample.source), named("field 'image'"):
-        return Picture(resized(image, factor, min_pixels, max_pixels), image.size, box)
+        return Picture(resized(image, factor, min_pixels, max_pixels), image.size, target)
 
 
-def load(sample: Sample) -> tuple[Image.Image, Box]:
-    """The picture of a sample (RGB, as displayed) and its box in that picture's pixels: the original frame."""
-    if isinstance(sample.image, PhantomImage):
-        p = sample.image
+def load(sample: Sample) -> tuple[Image.Image, Any]:
+    """The picture of a sample (RGB, as displayed) and its target; a box is in that picture's pixels: the original
+    frame."""
+    if isinstance(sample.media, PhantomImage):
+        p = sample.media
         drawn = phantom(p.kind, p.seed, p.index, p.size)
         return Image.fromarray(drawn.image), tuple(map(float, drawn.box))
     with named(sample.source):
-        image = open_image(sample.image)
+        image = open_image(sample.media)
         if sample.size not in (None, image.size):
             raise InputError(
-                f"field 'image': {one_line(sample.image)} is {image.width}x{image.height} as displayed, but was "
+                f"field 'image': {one_line(sample.media)} is {image.width}x{image.height} as displayed, but was "
                 f"{sample.size[0]}x{sample.size[1]} when its record was read; leave pictures as they are during a run"
             )
-    return image, sample.box
+    return image, sample.target
 
 
 @contextmanager
 def picture(path: Path) -> Iterator[Image.Image]:
     """The opened file; whatever PIL says about it inside becomes one sentence.
 
-    Image.MAX_IMAGE_PIXELS is --pixel-limit, a guard against small files that unfold to more than the memory. PIL only
-    warns up to twice that.
+    PIXEL_LIMIT guards against small files that unfold to more than the memory; PIL itself only warns up to twice that.
     """
     if not os.path.isfile(path):  # PIL would wait for ever at a pipe
         raise InputError(f"image {one_line(path)} is not a file; name a picture")
@@ -100,7 +115,7 @@ def picture(path: Path) -> Iterator[Image.Image]:
                 yield file
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = f"has more than {Image.MAX_IMAGE_PIXELS} pixels"
-        raise InputError(f"image {one_line(path)} {limit}; scale it down, or let it in by --pixel-limit") from error
+        raise InputError(f"image {one_line(path)} {limit}; scale it down, or raise PIXEL_LIMIT in images.py") from error
     except Exception as error:  # PIL's plugins raise all kinds on damaged files, down to NotImplementedError
         unknown = f"no picture format that is read here: {', '.join(FORMATS)}"
         why = unknown if isinstance(error, UnidentifiedImageError) else cause_of(error)
@@ -181,3 +196,144 @@ def resized(image: Image.Image, factor: int, min_pixels: int, max_pixels: int) -
     """(h, w, 3) uint8 of an RGB image, the size as smart_resize says."""
     h, w = smart_resize(image.height, image.width, factor, min_pixels, max_pixels)
     return np.asarray(image.resize((w, h), Image.Resampling.BICUBIC))
+
+
+# ------------------------------------------------------------------------------------------------------------ patches
+
+RESTORE = "restore it from its checkpoint"
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# What of an image processor's settings must be as it is in every Qwen2.5-VL checkpoint, if it is there at all:
+PROCESSOR = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3, "rescale_factor": 1 / 255}
+# ... and what its model must agree on, else it is shown pieces of pictures: ours -> in the vision_config
+PATCHES = {name: name for name in ("patch_size", "temporal_patch_size")} | {"merge_size": "spatial_merge_size"}
+
+
+@dataclass
+class View:
+    """What of a prompt follows from its picture alone and can be made ahead of time; the fields are Prompt's."""
+
+    patches: np.ndarray  # (gh*gw, C*T*p*p) float32
+    grid: tuple[int, int, int]  # (1, gh, gw) in patches
+    scale: tuple[float, float]  # model frame * scale = original frame
+    size: tuple[int, int]  # (width, height) of the picture in the original frame
+    target: Any
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """How a policy wants its pictures; from_folder reads what its checkpoint says."""
+
+    patch_size: int = 14
+    merge_size: int = 2  # merge_size x merge_size patches become one token
+    temporal_patch_size: int = 2  # a still image is this many equal frames
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+    def __post_init__(self):
+        counts = self.patch_size, self.merge_size, self.temporal_patch_size, self.min_pixels, self.max_pixels
+        if not all(type(n) is int for n in counts):
+            raise InputError(f"image processor settings must be whole numbers, not {short(counts)}")
+        for field, values, least in (("image_mean", self.mean, -1e3), ("image_std", self.std, 1e-6)):
+            numbers = isinstance(values, tuple) and [type(v) in (int, float) and least <= v <= 1e3 for v in values]
+            if numbers != [True] * 3:  # the bounds refuse NaN, infinity and what float32 cannot divide by
+                raise InputError(f"{field} must be three numbers, {least:g} to 1000, not {short(values)}")
+        if min(counts[:3]) < 1:
+            raise InputError(f"patch_size, merge_size and temporal_patch_size must be at least 1, not {counts[:3]}")
+        if not 1 <= self.min_pixels <= self.max_pixels < 2**31 or self.max_pixels < self.factor**2:
+            raise InputError(
+                f"min_pixels {short(self.min_pixels)} and max_pixels {short(self.max_pixels)} leave no image: "
+                f"1 <= min_pixels <= max_pixels < {2**31} and max_pixels >= {short(self.factor**2)} are needed"
+            )
+
+    @property
+    def factor(self) -> int:
+        """Pixels per token and side; both sides of a resized image are multiples of it."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def limits(self) -> tuple[int, int, int]:
+        """What smart_resize goes by."""
+        return self.factor, self.min_pixels, self.max_pixels
+
+    def view(self, picture: Picture) -> View:
+        """The picture, resized within our limits, cut into patches."""
+        patches, grid = pixels_to_patches(picture.pixels, self)
+        (width, height), (h, w, _) = picture.size, picture.pixels.shape
+        return View(patches, grid, (width / w, height / h), picture.size, picture.target)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, min_pixels: int | None = None, max_pixels: int | None = None):
+        """Read preprocessor_config.json, or processor_config.json where transformers 5 nests it; arguments win. What it
+        says of patches must be what the folder's config.json says of them."""
+        path, nested = Path(folder) / "preprocessor_config.json", Path(folder) / "processor_config.json"
+        if os.path.lexists(path):
+            config = read_object(path, RESTORE)
+            if os.path.lexists(nested):
+                read_object(nested, RESTORE)  # which write_max_pixels will, at the end of a run
+        else:
+            path, config = nested, read_object(nested, RESTORE).get("image_processor")
+        size = config.get("size") if isinstance(config, dict) else None
+        if not isinstance(config, dict) or not isinstance(size, dict | None):
+            raise InputError(f"{one_line(path)}: holds no image processor settings; restore it from its checkpoint")
+        for field, value in PROCESSOR.items():
+            if config.get(field, value) not in (value, None):
+                raise InputError(
+                    f"{one_line(path)}: {field} is {short(config[field])}, only {value} is implemented; restore it "
+                    "from its checkpoint"
+                )
+        size = size or {}  # transformers 5 writes the pixel budget here, under other names
+        stated = {key: config.get(key) for key in ("patch_size", "merge_size", "temporal_patch_size")} | {
+            "min_pixels": size.get("shortest_edge") if config.get("min_pixels") is None else config["min_pixels"],
+            "max_pixels": size.get("longest_edge") if config.get("max_pixels") is None else config["max_pixels"],
+            "mean": config.get("image_mean"),
+            "std": config.get("image_std"),
+        }
+        given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        values = {key: v for source in (stated, given) for key, v in source.items() if v is not None}
+        with named(one_line(path)):
+            images = cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        if os.path.lexists(model := Path(folder) / "config.json"):
+            vision = read_object(model, RESTORE).get("vision_config")
+            for ours, theirs in PATCHES.items():
+                here, there = getattr(images, ours), vision.get(theirs) if isinstance(vision, dict) else None
+                if there not in (here, None) or (there is None and here != getattr(cls, ours)):
+                    raise InputError(
+                        f"{one_line(path)}: {ours} is {here}, but {one_line(model)}: vision_config.{theirs} is "
+                        f"{short(getattr(cls, ours) if there is None else there)}; take both files from one checkpoint"
+                    )
+        return images
+
+    def write_max_pixels(self, folder: str | Path) -> None:
+        """Write our limit into the folder's processor files, under each of the names that readers look for."""
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            path = Path(folder) / name
+            if path.is_file():
+                whole = read_object(path, RESTORE)
+                config = whole["image_processor"] if isinstance(whole.get("image_processor"), dict) else whole
+                if isinstance(config.get("size"), dict) and "longest_edge" in config["size"]:
+                    config["size"]["longest_edge"] = self.max_pixels
+                if "max_pixels" in config or "size" not in config:
+                    config["max_pixels"] = self.max_pixels
+                path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+
+
+def pixels_to_patches(pixels: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Resized RGB (h, w, C) uint8 -> patches (gh*gw, C*T*p*p) float32 and the grid (1, gh, gw) of patches.
+
+    Rows go merge block by merge block, so that merge_size**2 rows in a row become one token; a row is C, T, p, p.
+    """
+    (h, w, _), p, m = pixels.shape, config.patch_size, config.merge_size
+    gh, gw = h // p, w // p
+    # A byte has 256 values: normalise those, rounding where transformers rounds (1/255 in float64), and look them up.
+    values = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    normalised = np.empty((h, w, 3), np.float32)
+    for channel, (mean, std) in enumerate(zip(np.float32(config.mean), np.float32(config.std), strict=True)):
+        normalised[..., channel] = ((values - mean) / std).take(pixels[..., channel])
+    cells = normalised.reshape(gh // m, m, p, gw // m, m, p, 3)
+    cells = cells.transpose(0, 3, 1, 4, 6, 2, 5)  # (gh/m, gw/m, m, m, C, p, p)
+    patches = np.empty((*cells.shape[:5], config.temporal_patch_size, p, p), np.float32)  # (.., C, T, p, p)
+    patches[:] = cells[:, :, :, :, :, None]  # one frame, T times
+    return patches.reshape(gh * gw, -1), (1, gh, gw)

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from layers import Linear
 from model import Policy
 
+ALPHA = 64.0  # adapters count alpha / rank
+
 
 class Adapter(nn.Module):
     """What is added to the output of one Linear: x (..., in) -> (..., out), in the dtype of x."""

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 import kernels
-from errors import short
+from errors import InputError, short
 from generate import Completions, generate
 from layers import Linear, RMSNorm, SwiGLU, recomputed, rotary_axes, rotary_frequencies, rotate, scores, turns
 from vision import VisionConfig, VisionTower
@@ -305,7 +305,7 @@ class Policy(nn.Module):
     def __init__(self, config: ModelConfig, eos_ids: tuple[int, ...] = ()):
         super().__init__()
         self.config, self.eos_ids = config, eos_ids
-        self.compute_dtype = torch.float32  # of activations; --dtype sets it
+        self.compute_dtype = torch.float32  # of activations; bfloat16 on CUDA
         self.checkpointing = False  # compute each block again in the backward pass instead of keeping what is inside
         self.graph = False  # decode by replaying a CUDA graph
         self.source: Path | None = None  # folder it was loaded from
@@ -318,6 +318,13 @@ class Policy(nn.Module):
     @property
     def head_weight(self) -> Tensor:  # (V, H)
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+
+    def room(self, max_tokens: int) -> int:
+        """Tokens that a prompt may have beside a completion. InputError where the model has no position for it."""
+        most = self.config.max_position_embeddings
+        if most - max_tokens < 1:
+            raise InputError(f"--max-tokens {max_tokens}: the model has {most} positions in all; lower it")
+        return most - max_tokens
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions (3, N, S) -> cos, sin (N, 1, S, D); mrope_section says which axis turns a frequency."""
@@ -334,7 +341,8 @@ class Policy(nn.Module):
         return F.linear(hidden, self.head_weight.to(hidden.dtype))
 
     def look(self, batch: PromptBatch) -> Tensor:
-        """(N / 4, H) image tokens of all prompts, in the batch's order: what see() kept, or the vision tower's."""
+        """(N / 4, H) image tokens of all prompts, in the batch's order: what cache_image_tokens() kept, or the vision
+        tower's."""
         if batch.image_tokens is not None:
             return batch.image_tokens
         return self.visual(batch.patches.to(self.compute_dtype), batch.grids, self.checkpointing)
@@ -350,7 +358,7 @@ class Policy(nn.Module):
         return self.embed(batch.ids).masked_scatter((batch.ids == image)[..., None], tokens)
 
     @torch.no_grad()
-    def see(self, prompts: list) -> None:
+    def cache_image_tokens(self, prompts: list) -> None:
         """Let a frozen vision tower look once: its tokens stay with the prompts, and prefix() takes them from there.
 
         For all policies that share the tower's weights and the dtype of the arithmetic, whatever becomes of their

@@ -1,11 +1,12 @@
 """Several processes as one trainer: who this one is, and the few things that all of them do together.
 
     ranks.start("cuda")              torchrun said in the environment who is who; alone, nothing is set up
-    table = ranks.gather(rows)       (size, ...) the rows of every rank
-    values = ranks.everyone(work)    what work() gave on each rank; an error on one is an error on all
-    ranks.first(write)               on rank 0, while the others wait
-    ranks.sum_gradients(parameters)  once an optimiser step, before the clipping
-    ranks.shard(policy, ...)         instead of that: each rank keeps a size-th of the weights
+    table = ranks.gather(rows)           (size, ...) the rows of every rank
+    scores = ranks.gather_fields(scores) the same for a dataclass of tensors, in one collective
+    values = ranks.gather_objects(work)  what work() gave on each rank; an error on one is an error on all
+    ranks.on_rank0(write)                on rank 0, while the others wait
+    ranks.sum_gradients(parameters)      once an optimiser step, before the clipping
+    ranks.shard(policy, ...)             instead of that: each rank keeps a size-th of the weights
 
 Every rank runs the same program in the same order; a place of the endless stream of prompts belongs to rank
 place % size. With one process each function is the identity and torch.distributed is never initialised.
@@ -29,6 +30,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from datetime import timedelta
 from typing import Any
 
@@ -101,7 +103,7 @@ def check_device(name: str) -> str:
     return name
 
 
-def say(text: str) -> None:
+def print0(text: str) -> None:
     """A line on the terminal, once."""
     if rank == 0:
         tqdm.write(text)
@@ -135,7 +137,27 @@ def gather(rows: Tensor) -> Tensor:
     return table
 
 
-def everyone(work: Callable[[], Any]) -> list:
+def gather_fields(values: Any) -> Any:
+    """A dataclass whose fields are tensors (n, G), or dicts of such, of one shape on all ranks -> the same with tensors
+    (size, n, G). One collective, in which every number travels as float64."""
+    kind, whole = type(values), {}
+    flat = {(f.name, None): getattr(values, f.name) for f in fields(values)}
+    for (name, _), value in list(flat.items()):
+        if isinstance(value, dict):
+            del flat[name, None]
+            flat |= {(name, key): part for key, part in value.items()}
+            whole[name] = {}
+    table = gather(torch.stack([tensor.double() for tensor in flat.values()], dim=-1))
+    for ((name, key), tensor), column in zip(flat.items(), table.unbind(-1), strict=True):
+        column = column.to(tensor.dtype)
+        if key is None:
+            whole[name] = column
+        else:
+            whole[name][key] = column
+    return kind(**whole)
+
+
+def gather_objects(work: Callable[[], Any]) -> list:
     """[what work() gave on rank 0, on rank 1 ...], as JSON gives it back; all wait for all.
 
     An exception on one rank is one on all of them, so that all can go the same way: itself there, elsewhere an
@@ -160,17 +182,17 @@ def everyone(work: Callable[[], Any]) -> list:
     return [message["value"] for message in messages]
 
 
-def first(work: Callable[[], Any]) -> None:
+def on_rank0(work: Callable[[], Any]) -> None:
     """work() on rank 0, which writes the run's files; the others wait until it is done, and fail with it."""
 
     def alone() -> None:
         if rank == 0:
             work()
 
-    everyone(alone)
+    gather_objects(alone)
 
 
-def total(numbers: list[float]) -> list[float]:
+def all_sum(numbers: list[float]) -> list[float]:
     """Each number summed over all ranks, in float64 and in the order of ranks."""
     if size == 1:
         return numbers
@@ -220,7 +242,7 @@ def shard(policy: nn.Module, device: str, dtype: torch.dtype) -> None:
         fully_shard(module, mesh=mesh, mp_policy=precision)
         module.set_gradient_divide_factor(1.0)  # a sum and no mean,
         module.set_force_sum_reduction_for_comms(True)  # by an operation that gloo has too
-        for method in ("see", "prefix", "suffix", "logprobs"):  # what is called in place of forward()
+        for method in ("cache_image_tokens", "prefix", "suffix", "logprobs"):  # what is called in place of forward()
             if hasattr(module, method):
                 register_fsdp_forward_method(module, method)
 
@@ -244,12 +266,12 @@ def unsharded(policy: nn.Module) -> Iterator[None]:
             block.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor of which each rank has a part, in full on each; all ranks ask for it. Others as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """A tensor that each rank has in full, on the parameter's device, and sharded if that is."""
     tensor = tensor.to(parameter.device)
     if not isinstance(parameter, DTensor):

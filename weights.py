@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out: config.json and safetensors -> a Policy, and back.
+"""Hugging Face folders and hub names in and out: config.json and safetensors -> a Policy, and back.
 
     policy = load_policy(folder, device, dtype)
     save_policy(policy, folder, dtype)         what transformers, vLLM and load_policy read
@@ -16,13 +16,20 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download  # comes with transformers, as its own way to the Hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import errors
 import ranks
-from errors import InputError, one_line, short
+from errors import InputError, cause_of, one_line, short
 from layers import Linear
 from model import ModelConfig, Policy
 from vision import VisionConfig
@@ -138,7 +145,7 @@ def load_policy(folder: str | Path, device: torch.device | str = "cpu", dtype=to
                     setattr(module, name.rpartition(".")[2], weight)
                     found.add(name)
         except SafetensorError as error:
-            why = errors.cause_of(error)
+            why = cause_of(error)
             raise InputError(f"{file}: not a readable safetensors file ({why}); was the download cut off?") from None
     if missing := sorted(wanted.keys() - found):
         raise InputError(f"{one_line(folder)}: {len(missing)} tensors are missing, the first is {missing[0]}.")
@@ -154,7 +161,7 @@ def published(policy: Policy, dtype: torch.dtype | None = None) -> Iterator[tupl
         if ".adapter." in name:
             continue
         adapter = linears[name].adapter if name in linears else None
-        tensor = ranks.whole(parameter if adapter is None else adapter.merged(parameter))
+        tensor = ranks.full_tensor(parameter if adapter is None else adapter.merged(parameter))
         yield name, tensor.detach().to("cpu", dtype or parameter.dtype).contiguous()
 
 
@@ -249,3 +256,57 @@ def checkpoint_files(folder: Path) -> list[Path]:
             what = "is not a file" if os.path.lexists(folder / name) else "does not exist"
             raise InputError(f"{one_line(folder / name)} {what}; the checkpoint is not whole.")
     return [folder / name for name in names]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# --model
+
+# org/name is a checkpoint of the Hugging Face Hub, fetched into the Hub client's cache and read from there: the newest
+# commit, or without a network the newest that is in the cache; org/name@commit that commit, branch or tag. Nothing is
+# ever fetched unless such a name is given, and a folder of that name goes before. What comes is data: weights as
+# safetensors, settings as JSON, text, templates (which transformers renders in a sandbox). No pickle, no code. A run
+# saves the name with its commit, so that a resumed one has the same weights under it (config.py).
+
+NANO = Path(__file__).parent / "assets" / "nano"
+WEIGHTS, SETTINGS = ["*.safetensors"], ["*.json", "*.txt", "*.jinja"]
+REASONS = {  # from the special to the general, as the client's errors inherit
+    GatedRepoError: "its owners give access on request: ask on its page, then log in by `hf auth login`",
+    RevisionNotFoundError: "it has no such commit, branch or tag",
+    RepositoryNotFoundError: "the Hub has no such repository, or shows it only after `hf auth login`",
+    LocalEntryNotFoundError: "the Hub cannot be reached from here, and the cache does not have it whole",
+}
+
+
+def is_hub_name(model: str) -> bool:
+    """Is it org/name or org/name@revision, and not a path? Where there is a folder out, out/step-000100 is one."""
+    # A revision becomes a path under the cache: its parts begin as names do, and none is "..".
+    named = re.fullmatch(r"(\w[\w.-]*)/\w[\w.-]*(@\w[\w.-]*(/\w[\w.-]*)*)?", model, re.ASCII)
+    return named is not None and ".." not in model and not Path(named[1]).exists()
+
+
+def model_folder(model: str, weights: bool = True) -> Path:
+    """--model: a checkpoint folder, "nano" for the policy that comes with this repository, or org/name of the Hub, from
+    which weights come only if they are wanted."""
+    if model == "nano":
+        return NANO
+    return fetch(model, weights) if is_hub_name(model) else Path(model)
+
+
+def fetch(model: str, weights: bool = True) -> Path:
+    """The folder of org/name[@revision] in the cache, after fetching what it lacks. Its name is the commit."""
+    name, _, revision = model.partition("@")
+    files = WEIGHTS + SETTINGS if weights else SETTINGS
+    try:
+        # */*: nothing from subfolders, where repositories keep other formats of the same weights
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=files, ignore_patterns=["*/*"]))
+    except Exception as error:  # the client raises its own errors, its HTTP library's, ValueErrors and OSErrors
+        why = next((reason for kind, reason in REASONS.items() if isinstance(error, kind)), cause_of(error))
+        raise InputError(
+            f"--model {model}: no folder here, and cannot be had from the Hugging Face Hub ({why}); "
+            "name a folder with the checkpoint"
+        ) from error
+
+
+def pinned(model: str, folder: Path) -> str:
+    """What a run saves as its --model: a name of the Hub with the commit that was fetched, anything else as it is."""
+    return f"{model.partition('@')[0]}@{folder.name}" if is_hub_name(model) else model

@@ -27,13 +27,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import lock
 import lora
 import ranks
+import tasks
 from errors import MAX_FILE, InputError, cause_of, one_line, read_json
 from model import Policy
+from prompts import Processor
+from runtime import lock
+from weights import save_policy
 
-FORMAT = 3  # of trainer.json, trainer.safetensors and manifest.json
+FORMAT = 4  # of trainer.json, trainer.safetensors and manifest.json
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names
 PARTIAL, OLD = ".partial-", ".old-"  # in front of a checkpoint's name: not whole yet, or not any more; just replaced
 AT_ONCE = 2**24  # bytes read at a time
@@ -41,7 +44,6 @@ MANIFEST = "manifest.json"
 ALWAYS = ("config.json", "trainer.json", "trainer.safetensors")  # files of every checkpoint, beside weights
 FULL = errno.ENOSPC, errno.EDQUOT
 MAX_STATE = 2**32  # bytes of a trainer.json: the window of a schedule may hold millions of numbers
-RESULT = ("miou", "miou_standard_error", "acc@0.5", "acc@0.8", "pmap", "n", "parse_failures")  # eval.summary shows
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -155,7 +157,7 @@ def keep_until(file: Path, step: int, each: bool = False) -> None:
                     kept.append(found)
         put(partial, file)
     if each and (words := odd_rows(file, kept, step)):
-        ranks.say(f"warning: {words}")
+        ranks.print0(f"warning: {words}")
 
 
 def odd_rows(file: Path, found: list[int], step: int) -> str:
@@ -245,7 +247,15 @@ def check_file(path: Path, written: dict, remedy: str) -> None:
 # --------------------------------------------------------------------------------------------------------------- state
 
 
-def save(out: Path, step: int, task, optimizer: torch.optim.Optimizer, state: dict, keep: int | None = None) -> Path:
+def save(
+    out: Path,
+    step: int,
+    policy: Policy,
+    processor: Processor,
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    keep: int | None = None,
+) -> Path:
     """Write out/step-<step>/; `state` is what load() gives back, ready for JSON; keep: how many checkpoints stay. Rank
     0 writes; where the policy is sharded all ranks must call it, and all that they do together comes before the first
     byte is written."""
@@ -253,7 +263,7 @@ def save(out: Path, step: int, task, optimizer: torch.optim.Optimizer, state: di
     partial = out / f"{PARTIAL}{folder.name}"
     gone = ranks.rank == 0 and not out.is_dir()
     try:
-        _write(partial, step, task, optimizer, state)
+        _write(partial, step, policy, processor, optimizer, state)
         if gone:  # said only here: of a sharded policy, the other ranks have waited for this one in _write()
             raise FileNotFoundError(errno.ENOENT, f"{out} was removed or renamed under the run")
         if ranks.rank == 0:
@@ -277,18 +287,19 @@ def way_to_write(error: OSError | SafetensorError) -> str:
     return f"{what}, then go on by --resume"
 
 
-def _write(partial: Path, step: int, task, optimizer: torch.optim.Optimizer, state: dict) -> None:
+def _write(partial: Path, step: int, policy: Policy, processor: Processor, optimizer, state: dict) -> None:
     # The folder holds adapters merged into the weights, from which they cannot be had back.
-    tensors = {f"adapter.{name}": p.detach() for name, p in task.policy.adapters().items()}
+    tensors = {f"adapter.{name}": p.detach() for name, p in policy.adapters().items()}
     steps = 0
-    for name, parameter in task.policy.named_parameters():
+    for name, parameter in policy.named_parameters():
         if held := optimizer.state.get(parameter):  # empty before the first optimiser step
-            moments = {f"{key}.{name}": ranks.whole(held[key]).contiguous() for key in MOMENTS}
+            moments = {f"{key}.{name}": ranks.full_tensor(held[key]).contiguous() for key in MOMENTS}
             steps = int(held["step"])
             if ranks.rank == 0:
                 tensors |= {key: moment.cpu() for key, moment in moments.items()}  # gathered ones do not fit elsewhere
-    task.save(partial, torch.float32)  # also where adapters are merged into bfloat16 weights: they may be that small
+    save_policy(policy, partial, torch.float32)  # also where adapters are merged into bfloat16: they may be that small
     if ranks.rank == 0:
+        processor.save(partial)
         save_file(tensors, partial / "trainer.safetensors")
         whole = {"step": step, "optimizer_steps": steps, **state}
         (partial / "trainer.json").write_text(json.dumps(whole, indent=1) + "\n")
@@ -327,7 +338,7 @@ def load(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict
             parameter.copy_(tensors[f"adapter.{name}"])
     for name, parameter in trained.items():
         device = parameter.device  # for the step too: the fused AdamW wants it there
-        moments = {key: ranks.like(tensors[f"{key}.{name}"], parameter) for key in MOMENTS}
+        moments = {key: ranks.shard_like(tensors[f"{key}.{name}"], parameter) for key in MOMENTS}
         optimizer.state[parameter] = moments | {"step": torch.tensor(float(count), device=device)}
     return state
 
@@ -377,13 +388,13 @@ def require(folder: Path, state: dict, name: str, ok: bool, rule: str) -> None:
 
 
 def check_state(folder: Path, state: dict, batch_size: int, inner_steps: int) -> None:
-    """InputError if what train_grpo.py keeps in a state (its STATE) is none that a run of this batch size and these
+    """InputError if what a GRPO run keeps in a state (Run.save) is none that a run of this batch size and these
     inner steps can have saved."""
     step = state["step"]
     most, least = step * inner_steps, step * batch_size
     drawn, bad, evaluation, schedule = (state.get(name) for name in ("drawn", "bad", "evaluation", "schedule"))
-    fine = isinstance(schedule, dict) and schedule.get("step") == step  # the rest is its own to look at
-    require(folder, state, "schedule", fine, f"an object whose 'step' is {step}")
+    fine = isinstance(schedule, list) and all(isinstance(s, dict) and s.get("step") == step for s in schedule)
+    require(folder, state, "schedule", fine, f"a list of objects whose 'step' is {step}")  # the rest is its own affair
     fine = state["optimizer_steps"] <= most
     require(folder, state, "optimizer_steps", fine, f"at most {most}, the inner steps of {step} steps")
     fine = is_count(drawn) and drawn >= least
@@ -406,9 +417,12 @@ def check_results(folder: Path, state: dict) -> None:
     fine = isinstance(evaluation, dict) and all(
         is_result(evaluation[name]) for name in ("start", "final", "exact_sft") if evaluation.get(name) is not None
     )
-    require(folder, state, "evaluation", fine, f"an object of results, each with numbers for {', '.join(RESULT)}")
+    require(folder, state, "evaluation", fine, "an object of results, each of which can be shown")
 
 
 def is_result(value: object) -> bool:
     """Whether it is what eval.py makes of an evaluation, as far as it is shown."""
-    return isinstance(value, dict) and all(type(n := value.get(name)) is float or is_count(n) for name in RESULT)
+    try:
+        return isinstance(value, dict) and len(tasks.summary("", value)) > 0
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False

@@ -2,12 +2,12 @@
 
     with Readers(workers) as readers:
         for index, view in readers.read(indices, samples, image_config, ahead):
-            prompt = task.prompt(samples[index], view)
+            prompt = processor.prompt(samples[index], view)
 
 What comes out, errors included, does not depend on the number of workers; with 0 each picture is read in this process
 when its turn comes. There is no state to save: what was read ahead when a run ended, the next one reads again.
 
-Workers are programs of their own, this file, each with a thread here that hands it a sample and waits for the picture.
+Workers are programs of their own, serve(), each with a thread here that hands it a sample and waits for the picture.
 A DataLoader's or a ProcessPoolExecutor's would be forks of this process, which may hang once torch has threads and CUDA
 a context, or would import the main script anew: 3 s and 400 MB each, where these take 0.1 s and 40 MB. An executor's
 outlive a main process that is killed; these end with their socket, however it came to be closed.
@@ -27,16 +27,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 from signal import SIG_DFL, SIG_IGN, SIGINT, SIGPIPE, SIGTERM, signal
-from typing import TYPE_CHECKING
-
-from PIL import Image
 
 from errors import InputError
-from images import Picture, Sample, read_picture
+from images import ImageConfig, Picture, Sample, View, read_picture
 
-if TYPE_CHECKING:  # a worker does without torch
-    from data import ImageConfig, View
+ROOT = str(Path(__file__).resolve().parent.parent)
+WORKER = "from runtime.readers import serve; serve()"
 
 
 class Readers:
@@ -61,8 +59,8 @@ class Readers:
             process.wait()
 
     def read(
-        self, indices: Iterable[int], samples: Sequence[Sample], config: "ImageConfig", ahead: int
-    ) -> Iterator[tuple[int, "View | InputError"]]:
+        self, indices: Iterable[int], samples: Sequence[Sample], config: ImageConfig, ahead: int
+    ) -> Iterator[tuple[int, View | InputError]]:
         """(index, view of samples[index]) for each index, in order; the InputError instead of what cannot be read.
 
         Up to `ahead` further ones are being made or lie here waiting: 19 MB each at 1,000 tokens. An InputError is
@@ -80,13 +78,13 @@ class Readers:
                 yield index, future.result()
         yield from ((index, future.result()) for index, future in waiting)
 
-    def _ask(self, sample: Sample, config: "ImageConfig") -> "View | InputError":
+    def _ask(self, sample: Sample, config: ImageConfig) -> View | InputError:
         """The same for one sample, by this thread and its process."""
         if not hasattr(self.mine, "process"):
             self.mine.connection, theirs = Pipe()
             environment = os.environ | {"OMP_NUM_THREADS": "1"}  # else numpy makes a thread per core, for nothing
             with theirs:
-                command = [sys.executable, __file__, str(Image.MAX_IMAGE_PIXELS)]
+                command = [sys.executable, "-c", f"import sys; sys.path[0] = {ROOT!r}; {WORKER}"]
                 self.mine.process = subprocess.Popen(command, stdin=theirs.fileno(), env=environment)
             self.processes.append(self.mine.process)
         try:
@@ -110,7 +108,7 @@ def attempt(sample: Sample, limits: tuple[int, int, int]) -> Picture | InputErro
         return error
 
 
-def finished(answer: Picture | InputError, config: "ImageConfig") -> "View | InputError":
+def finished(answer: Picture | InputError, config: ImageConfig) -> View | InputError:
     return answer if isinstance(answer, InputError) else config.view(answer)
 
 
@@ -119,7 +117,6 @@ def serve() -> None:
     signal(SIGINT, SIG_IGN)  # Ctrl-C is for the main process, as is what torchrun sends to all of them
     signal(SIGTERM, SIG_IGN)
     signal(SIGPIPE, SIG_DFL)  # whose end, while a picture is on its way, is this one's too, without a traceback
-    Image.MAX_IMAGE_PIXELS = int(sys.argv[1])
     connection = Connection(sys.stdin.fileno())
     while True:
         try:
@@ -127,7 +124,3 @@ def serve() -> None:
         except (EOFError, ConnectionError):
             return
         connection.send(attempt(sample, limits))
-
-
-if __name__ == "__main__":
-    serve()

@@ -1,0 +1,47 @@
+"""The tasks by their names, and what concerns all of them."""
+
+from collections.abc import Sequence
+
+import torch
+
+from errors import one_line
+from prompts import Prompt
+from tasks.box import BoxTask
+from tasks.task import Scores, Task
+
+TASKS: dict[str, Task] = {task.name: task for task in (BoxTask(),)}  # enter yours here
+
+
+def reasons() -> list[str]:
+    """All reasons why an answer cannot be read, "" first: what ranks tell each other is an index into this."""
+    return ["", *sorted({reason for task in TASKS.values() for reason in task.reasons if reason})]
+
+
+def summary(name: str, metrics: dict) -> str:
+    """An evaluation's metrics (eval.metrics, of one task or of several) as a line for the terminal."""
+    parts = metrics["tasks"] if "tasks" in metrics else {metrics.get("task", "box"): metrics}
+    words = [TASKS[task].summary(part) for task, part in parts.items()]
+    if len(words) > 1:
+        words = [f"{task}: {line}" for task, line in zip(parts, words, strict=True)]
+    return f"{one_line(name)}: {'; '.join(words)}"
+
+
+def by_task(texts: Sequence[str], prompts: Sequence[Prompt]) -> Scores:
+    """N answers, each scored by its sample's task; a part that a task does not have is 0."""
+    names = [prompt.sample.task for prompt in prompts]
+    n, found = len(texts), {}
+    for name in dict.fromkeys(names):
+        rows = [i for i, other in enumerate(names) if other == name]
+        scores = TASKS[name].score([texts[i] for i in rows], [prompts[i] for i in rows])
+        if len(rows) == n:
+            return scores
+        found[name] = rows, scores
+    parts = {part: torch.zeros(n) for name in found for part in TASKS[name].parts}
+    whole = Scores(torch.zeros(n), torch.zeros(n, dtype=torch.bool), [""] * n, [None] * n, parts)
+    for rows, scores in found.values():
+        whole.u[rows], whole.valid[rows] = scores.u, scores.valid
+        for i, reason, answer in zip(rows, scores.reasons, scores.answers, strict=True):
+            whole.reasons[i], whole.answers[i] = reason, answer
+        for part, values in scores.parts.items():
+            parts[part][rows] = values
+    return whole
