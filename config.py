@@ -1,7 +1,8 @@
-"""The command line of train_grpo.py: every flag with its default and the reason for it, and the two recipes.
+"""The command lines of train_grpo.py, train_sft.py and eval.py: ONE ROW A FLAG, with its default and the reason for it.
 
-Explicit flags > the resumed run's > the recipe's > DEFAULTS. A flag that is unknown, or that would change nothing
-beside the others, ends the program: in a grid, two runs that differ in a dead flag look like a finding.
+Explicit flags > the resumed run's > the recipe's > the rows'. A flag that is unknown, or that would change nothing beside
+the others, ends the program: in a grid, two runs that differ in a dead flag look like a finding. What --schedule, --loss
+and --rewards say stands beside what it sets: scheduler.py, below, rewards.py.
 """
 
 import argparse
@@ -10,84 +11,145 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, fields
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import errors
-import hub
 import loss
 import ranks
 import rewards
 import scheduler
-from data import check_style, held_out_phantoms, prompt_style
-from errors import InputError, named, one_line
-from images import PIXEL_LIMIT
-from logs import LOGS
-from plan import read_memory
+import settings
+import weights
+from data import check_text, held_out_phantoms
+from errors import InputError, named, one_line, read_object
+from prompts import check_style, prompt_style
 from ranks import check_device
-from scheduler import ScheduleConfig
-from weights import read_json
+from settings import Settings, setting
 
 CORES = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each process that torchrun started
-DEFAULTS = dict(
-    model="nano",  # runs anywhere, no download
-    data="phantoms",
-    val=None,  # held-out phantoms for phantoms; for files it must be named
-    queries=None,  # records are asked for in their own words
-    out="out",
-    pixel_limit=PIXEL_LIMIT,
-    allow_outside=False,  # a file of records is data of others, mostly
-    clip=False,  # a box that reaches out of its picture may be in another frame
-    max_pixels=None,  # what the checkpoint says; the published ones allow 16,384 tokens an image
-    schedule="medloc",
-    group_size=8,  # G, as in the paper
-    inner_steps=1,  # optimiser steps per rollout; 1 is on policy, and needs no pass for the old log-probs
-    loss="grpo",
-    clip_low=0.2,
-    clip_high=0.2,  # .28 is DAPO's clip-higher
-    kl="k3",  # what TRL and VLM-R1 have; k3+ has the right gradient
-    overlong="keep",  # an answer that was cut off has no box and learns so; mask is DAPO's
-    dynamic_sampling=0,  # off, as in the paper
-    grad_clip=1.0,
-    lora_rank=0,  # 0: all weights are trained
-    lora_alpha=64.0,  # adapters count alpha / rank
-    freeze_vision=False,
-    shard=False,  # each rank holds all weights: the fastest, where they fit
-    micro_batch=None,  # prompts per pass: as many as fit (plan.py)
-    checkpointing=None,  # off, if as many prompts fit without: a third more time for a fraction of the memory
-    memory=None,  # what the device has to spare
-    skip_bad=0,
-    eval_every=0,  # 0: at the start and the end only
-    eval_limit=None,
-    samples_every=20,
-    save_every=100,
-    keep=None,  # all, since nothing is deleted unasked; 3B with its moments is 45 GB a checkpoint, so think of it there
-    log=None,  # metrics.jsonl alone
-    workers=min(4, max(CORES - 1, 0)),  # one core stays with the step; four read 100 large pictures a second
-    seed=0,
-    device="cuda" if torch.cuda.is_available() else "cpu",
-    dtype=None,  # of the arithmetic: bfloat16 on CUDA, float32 on a CPU; trained weights are float32 on both
-    decode=None,  # graph on CUDA, eager on a CPU
-    deterministic=False,  # CPU runs are anyway; on CUDA it costs time
-)
-RECIPES = {
+CUDA = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Flag:
+    default: Any
+    help: str
+    kind: type = str
+    least: float = -math.inf  # both for slips of the keyboard, which would run on without a word until
+    most: float = math.inf  # the memory ends: the latter is some orders above what anybody has use for
+    choices: tuple[str, ...] = ()
+    free: bool = False  # a resumed run may change it: nothing that is free decides what is learned
+    count: int | str | None = None  # of values, as argparse's nargs
+
+
+def whole(default: int | None, help: str, least: int = 1, most: int = 10**9, free: bool = False) -> Flag:
+    return Flag(default, help, int, least, most, free=free)
+
+
+def switch(help: str, free: bool = False, default: bool | None = False) -> Flag:
+    return Flag(default, help, bool, free=free)
+
+
+ANSWERED = "answer, think, qwen, or a text file with {query} in it; none: what the policy was trained with, else think"
+MODEL = Flag("nano", "checkpoint folder, nano, or org/name of the Hugging Face Hub")  # runs anywhere, no download
+DATA = Flag("phantoms", "JSONL files, or phantoms[:dermoscopy|xray|ultrasound]")
+DEVICE = Flag(CUDA, "cpu or cuda; bfloat16 on CUDA, float32 on a CPU, trained weights float32 on both", free=True)
+OUTSIDE = switch("records may name pictures outside the folder of their file: absolute paths, and with ..", free=True)
+CLIP_BOXES = switch("cut boxes that reach over the picture's edge, and count them")  # they may be in another frame
+SKIP_BAD = whole(0, "records that may be unusable; they are left out and listed", 0, free=True)
+MAX_PIXELS = whole(None, "largest picture that the policy sees, 784 pixels a token; none: its folder's", most=10**12)
+SEED = whole(0, "of data order, phantoms and sampling", 0, 2**63 - 1)
+SAVE_EVERY = whole(100, "steps between checkpoints; the last step is always saved", free=True)
+# All stay, since nothing is deleted unasked; a 3B with its moments is 45 GB a checkpoint, so think of it there.
+KEEP = whole(None, "checkpoints that stay, the newest; the others go once a new one is whole; none: all", free=True)
+# One core stays with the step; four processes read 100 large pictures a second.
+WORKERS = whole(min(4, max(CORES - 1, 0)), "processes that read pictures ahead; 0: when they are needed", 0, 256, True)
+
+TRAINER = {  # title of a group in --help -> its flags
+    "what": dict(
+        model=MODEL,
+        data=DATA,
+        val=Flag(None, "records to evaluate on; none: held-out phantoms for phantoms"),
+        out=Flag("out", "folder for everything the run writes; must be empty or new", free=True),
+        prompt=Flag(None, f"wording of the question: {ANSWERED}"),
+        max_pixels=MAX_PIXELS,
+        allow_outside=OUTSIDE,
+        clip_boxes=CLIP_BOXES,
+        skip_bad=SKIP_BAD,
+        seed=SEED,
+    ),
+    "GRPO (formulas: loss.py)": dict(
+        recipe=Flag(None, "defaults: nano with --model nano, else paper", choices=("nano", "paper")),
+        steps=whole(None, "rollouts", free=True),  # more is a longer run: the rate is constant after the warm-up
+        batch_size=whole(None, "B, prompts per rollout, of all ranks together", most=10**5),
+        group_size=whole(8, "G, completions per prompt", 2, 10**4),  # as in the paper
+        micro_batch=whole(
+            None, "prompts per forward pass: less memory, same result; none: as many as fit", most=10**5, free=True
+        ),
+        inner_steps=whole(1, "optimiser steps per rollout", most=10**3),  # on policy, and no pass for the old log-probs
+        loss=Flag("grpo", "grpo, dapo or dr-grpo, what the token losses are averaged over; dapo:kl=k3+,overlong=mask"),
+        lr=Flag(None, "learning rate of AdamW", float, 0, 10**4),
+        warmup=whole(None, "steps of linear warm-up; constant afterwards", 0),
+        temperature=Flag(None, "of sampling, and of all log-probs", float, 0, 10**4),
+        max_tokens=whole(None, "longest completion", most=10**6),
+        dynamic_sampling=whole(
+            0, "K rounds of fresh prompts at most for groups without spread", 0, 10**3
+        ),  # as the paper
+        beta=Flag(None, "weight of the KL to the starting policy; 0 keeps no copy of it", float, 0, 10**4),
+        # The same on both sides, as PPO; .2 .28 is DAPO's clip-higher.
+        clip=Flag((0.2, 0.2), "LOW HIGH: ratios from 1 - LOW to 1 + HIGH have a gradient", float, 0, 10**4, count=2),
+        advantage=Flag(None, "over the group; none: std, and none for dr-grpo", choices=("std", "none")),
+    ),
+    "reward": dict(
+        rewards=Flag(None, "weights; 0 logs a reward without counting it"),
+        schedule=Flag(("medloc",), "how u becomes the reward 'task': NAME[:key=value,...] [TASK=NAME...]", count="+"),
+    ),
+    "watching": dict(
+        eval_every=whole(0, "steps between greedy evaluations; 0: at the start and the end", 0, free=True),
+        eval_limit=whole(None, "samples per evaluation", free=True),
+        save_every=SAVE_EVERY,
+        keep=KEEP,
+        log=Flag(None, "also to this package, which must be installed", choices=("wandb", "tensorboard"), free=True),
+    ),
+    "machine": dict(
+        workers=WORKERS,
+        device=DEVICE,
+        lora_rank=whole(0, "train adapters of this rank (lora.py) and keep one frozen copy of all weights", 0, 10**4),
+        freeze_vision=switch("leave the vision tower as it is; it then looks at a picture once a step"),
+        shard=switch("spread weights, gradients, AdamW's moments and the reference over the ranks (FSDP2)", free=True),
+        memory=Flag(
+            None, "of the device, such as 24GB; with --estimate 4x80GB for 4 GPUs; none: what is free", free=True
+        ),
+        checkpointing=switch(
+            "recompute activations in the backward pass; none: if it does not fit without", True, None
+        ),
+    ),
+    "this start": dict(
+        resume=switch("go on from the newest checkpoint in --out, or begin if there is no run in it"),
+        estimate=switch("print what memory the run would take, and stop"),
+        help_schedules=switch("print the schedules with their settings and the reasons for them, and stop"),
+    ),
+}
+RECIPES = {  # of train_grpo.py
     "nano": dict(
-        prompt=None,  # the one the policy was trained with, as its folder says
         steps=200,
-        batch_size=16,  # prompts per optimiser step
+        batch_size=16,
         lr=1e-4,  # mIoU after 100 steps, seed 0: .718; 2e-4 .680, 4e-4 .581
         warmup=5,
         temperature=1.0,
         beta=0.0,  # no KL: the start is meant to be left behind
         max_tokens=24,  # a bare box is 16
-        rewards="box=1",
+        rewards="task=1",
+        prompt=None,  # the one the policy was trained with, as its folder says
     ),
     "paper": dict(  # scheduler.py's marks: (s) of the paper's summaries, (?) ours
-        prompt="think",  # (s)
         steps=500,  # (?)
         batch_size=8,  # (?)
         lr=1e-6,  # (s)
@@ -95,198 +157,193 @@ RECIPES = {
         temperature=0.9,  # (s)
         beta=0.04,  # (?) of the code that the paper builds on; one summary says .4
         max_tokens=512,  # (?)
-        rewards="box=1,format=1",  # (?)
+        rewards="task=1,format=1",  # (?)
+        prompt="think",  # (s)
     ),
 }
-CHOICES = scheduler.CHOICES | {
-    "dtype": ("float32", "bfloat16"),
-    "loss": loss.KINDS,
-    "kl": loss.KLS,
-    "overlong": ("keep", "mask"),
-    "log": tuple(LOGS),
-    "decode": ("eager", "graph"),
-}
-TYPES = dict.fromkeys(("val", "queries", "prompt", "dtype", "log", "decode"), str)  # of flags whose default is None
-TYPES |= dict.fromkeys(("eval_limit", "max_pixels", "keep"), int)
-TYPES |= {"micro_batch": int, "checkpointing": bool, "memory": str}  # None: plan.py decides
-TYPES |= {"max_tokens": int, "out": str, "keep_exact": str}  # None in train_sft.py
-# What a resumed run may change: nothing here decides what is learned. More --steps is a longer run (the learning rate
-# is constant after the warm-up); schedules that go by the share of the steps refuse it themselves.
-FREE_ON_RESUME = {"resume", "out", "steps", "device", "eval_every", "eval_limit", "samples_every", "save_every", "log"}
-FREE_ON_RESUME |= {"keep", "workers", "skip_bad", "pixel_limit", "allow_outside", "memory", "checkpointing", "shard"}
-FREE_ON_RESUME |= {"decode", "micro_batch"}  # round a little differently, no more
-SWITCHES = ("resume", "begins", "estimate", "ranks")  # of this start alone: config.json does not have them
-
-GROUPS = {  # title -> flag -> help
+SFT = {
     "what": dict(
-        model="checkpoint folder, nano, or org/name of the Hugging Face Hub",
-        data="JSONL files, or phantoms[:dermoscopy|xray|ultrasound]",
-        val="records to evaluate on",
-        out="folder for everything the run writes; must be empty or new",
-        prompt="wording of the question: answer, think, qwen, or a text file with {query} in it",
-        queries="JSON file: what the records call it -> the phrase to ask with, or a list to choose from",
-        max_pixels="largest picture that the policy sees, 784 pixels a token; larger ones are scaled down",
-        pixel_limit="pixels of the largest picture file that is opened: a guard against decompression bombs",
-        allow_outside="records may name pictures outside the folder of their file: absolute paths, and with ..",
-        clip="cut boxes that reach over the picture's edge, and count them",
-        skip_bad="records that may be unusable; they are left out and listed",
-        seed="of data order, phantoms and sampling",
+        model=MODEL,
+        data=DATA,
+        val=Flag(None, "evaluated before and after; none: held-out phantoms for phantoms, else nothing"),
+        out=Flag(None, "folder for checkpoints, metrics.jsonl and eval.json; must be empty or new", free=True),
+        prompt=Flag(None, ANSWERED),
+        max_pixels=MAX_PIXELS,
+        allow_outside=OUTSIDE,
+        clip_boxes=CLIP_BOXES,
+        skip_bad=SKIP_BAD,
+        seed=SEED,
     ),
-    "GRPO (formulas: loss.py)": dict(
-        steps="rollouts",
-        group_size="G, completions per prompt",
-        batch_size="prompts per rollout",
-        micro_batch="prompts per forward pass: less memory, same result; None: as many as fit",
-        inner_steps="optimiser steps per rollout",
-        loss="what the token losses are averaged over",
-        lr="learning rate of AdamW",
-        warmup="steps of linear warm-up; constant afterwards",
-        grad_clip="largest gradient norm",
-        temperature="of sampling, and of all log-probs",
-        max_tokens="longest completion",
-        overlong="completions without an end: keep them in the loss, or mask them out of it",
-        dynamic_sampling="K rounds at most of fresh prompts in place of groups without spread; what is left is dropped",
-        beta="weight of the KL to the starting policy; 0 keeps no copy of it",
-        kl="its estimator",
-        clip_low="1 - this is the smallest ratio that still has a gradient, where A < 0",
-        clip_high="1 + this is the largest, where A > 0",
-    ),
-    "reward schedule (what each is and where it comes from: scheduler.py)": dict(
-        rewards="weights; 0 logs a reward without counting it",
-        schedule="how IoU becomes the reward 'box'",
-        tau_start="threshold at the start",
-        tau_target="threshold that is never passed",
-        window="N, what decisions look back on",
-        unit="what the window counts",
-        stale="which tau judges groups that a raise left in the window",
-        refresh="share of the window that a raise drops",
-        check_reward="hit rate >= P(tau)",
-        check_stability="sigma <= S(tau)",
-        check_margin="margin >= --min-margin",
-        stages="tau from which the second and third of the next two hold",
-        min_hit_rate="P(tau)",
-        max_sigma="S(tau)",
-        min_margin="Delta",
-        delta_schedule="how far a raise goes",
-        beta1="piecewise: .15 below",
-        beta2="piecewise: .10 below, .05 above",
-        delta0="linear and cosine: the first raise",
-        soft_scale="medloc-soft: s of sigmoid((IoU - tau)/s)",
-        fixed_tau="fixed: its threshold",
-    ),
-    "watching": dict(
-        eval_every="steps between greedy evaluations; 0: at the start and the end",
-        eval_limit="samples per evaluation",
-        samples_every="steps between samples.jsonl lines and overlays; 0: never",
-        save_every="steps between checkpoints; the last step is always saved",
-        keep="checkpoints that stay, the newest; the others are removed once a new one is whole; None: all",
-        log="also to this package, which must be installed",
+    "training": dict(
+        steps=whole(200, "optimiser steps"),  # not free: the cosine ends there
+        batch_size=whole(32, "answers per optimiser step", most=10**5),
+        micro_batch=whole(32, "answers per forward pass", most=10**5, free=True),
+        lr=Flag(5e-4, "learning rate; 1e-5 suits a 3B policy", float, 0, 10**4),
+        warmup=whole(50, "steps of linear warm-up"),
+        max_tokens=whole(None, "of an answer in evaluations", most=10**6),
+        coarse=switch("jittered, inflated boxes"),
+        coarse_shift=Flag(0.22, "std of the centre's shift, in box sizes", float, 0, 10),  # exp() of 10 is large
+        coarse_scale=Flag(0.8, "mean of the log of the size factor", float, -10, 10),
+        coarse_spread=Flag(0.35, "std of the log of the size factor", float, 0, 10),
     ),
     "machine": dict(
-        workers="processes that read the next step's pictures during this one; 0: each is read when it is needed",
-        device="cpu or cuda",
-        dtype="of the arithmetic; weights are trained in float32",
-        lora_rank="train adapters of this rank in the decoder (lora.py) and keep one frozen copy of all weights",
-        lora_alpha="adapters are scaled by alpha / rank",
-        freeze_vision="leave the vision tower as it is; it then looks at a picture once a step",
-        shard="spread weights, gradients, AdamW's moments and the reference over the ranks (FSDP2)",
-        memory="what the run may take of the device, such as 24GB; None: what it has to spare",
-        checkpointing="recompute activations in the backward pass; None: if it does not fit without",
-        decode="run each decode step as operators, or replay it as a CUDA graph (generate.py)",
-        deterministic="refuse operations that may differ from run to run",
+        save_every=SAVE_EVERY, keep=KEEP, workers=WORKERS, device=DEVICE, resume=TRAINER["this start"]["resume"]
     ),
 }
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Only flags that were given end up in its namespace: what is missing comes from elsewhere."""
-    parser = errors.Parser(
-        prog="train_grpo.py",
-        description="GRPO for visual grounding with a reward curriculum; what a step does: train_grpo.py",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
+EVAL = {
+    "what": dict(
+        model=MODEL,
+        data=DATA,
+        train=Flag(None, "training data: adds the row of the constant answer"),
+        predictions=Flag(None, "score these answers instead of running a model"),
+        image=Flag(None, "ask about one picture; prints the answer, writes overlay.png"),
+        query=Flag(None, "with --image: what to look for"),
+        out=Flag("out-eval", "folder for eval.json, predictions.jsonl, sheet.png"),
+        prompt=Flag(None, ANSWERED),
+        max_tokens=whole(None, "of an answer; none: 24 for the prompt 'answer', else 512", most=10**6),
+        allow_outside=OUTSIDE,
+        clip_boxes=CLIP_BOXES,
+        limit=whole(None, "evaluate the first N samples"),
+        batch_size=whole(50, "answers at a time", most=10**5),
+        device=DEVICE,
     )
-    recipe = "the nano one with --model nano, else the paper's"
-    parser.add_argument("--recipe", choices=tuple(RECIPES), help=f"defaults of what follows (default: {recipe})")
-    begins = "go on from the newest checkpoint in --out, or begin if there is no run in it"
-    parser.add_argument("--resume", action="store_true", help=begins)
-    parser.add_argument("--estimate", action="store_true", help="print what memory the run would take, and stop")
-    parser.add_argument("--ranks", type=int, help="with --estimate: GPUs to plan for, where torchrun does not say it")
-    known = DEFAULTS | RECIPES["nano"] | asdict(ScheduleConfig())
-    for title, helps in GROUPS.items():
-        group = parser.add_argument_group(title)
-        for name, text in helps.items():
-            default = known[name]
-            if name in RECIPES["nano"]:
-                default = f"{default}, paper's recipe {RECIPES['paper'][name]}"
-            options: dict = {"help": f"{text} (default {default})"}
-            kind = TYPES.get(name, type(known[name]))
-            if kind is bool:
-                options["action"] = argparse.BooleanOptionalAction
-            elif kind is tuple:
-                options |= {"type": float, "nargs": len(known[name])}
-            else:
-                options["type"] = prompt_style if name == "prompt" else kind
-            choices = CHOICES | {
-                "schedule": tuple(scheduler.SCHEDULES)
-            }  # now: a fork's own schedule is registered late
-            if name in choices:
-                options["choices"] = choices[name]
-            group.add_argument(flag(name), **options)
-    return parser
+}
+PROGRAMS = {"train_grpo.py": TRAINER, "train_sft.py": SFT, "eval.py": EVAL}
+FLAGS = {name: flag for group in TRAINER.values() for name, flag in group.items()}
+SWITCHES = (
+    "resume",
+    "begins",
+    "estimate",
+    "help_schedules",
+    "ranks",
+    "dtype",
+    "saved_steps",
+)  # of this start: not in config.json
+
+SETS = "is a setting of the schedule now: --schedule medloc:"
+GONE = dict.fromkeys(
+    "tau_start tau_target window unit stale refresh min_margin beta1 beta2 delta0".split(), SETS + "{}="
+)
+GONE |= dict.fromkeys(("check_reward", "check_stability", "check_margin"), SETS + "{}=off")
+GONE |= dict.fromkeys(("stages", "min_hit_rate", "max_sigma"), SETS + "stages=0:.8:.2/.6:.75:.35/.75:.55:.4 (tau:P:S)")
+GONE |= {"delta_schedule": SETS + "delta=cosine", "soft_scale": "is --schedule medloc-soft:scale= now"}
+GONE |= {"fixed_tau": "is --schedule fixed:tau= now", "kl": "is --loss grpo:kl= now"}
+GONE |= {
+    "overlong": "is --loss grpo:overlong=mask now",
+    "queries": "is a preparing step now: python -m prepare.queries",
+}
+GONE |= dict.fromkeys(("clip_low", "clip_high"), "is --clip LOW HIGH now, such as --clip .2 .28")
+GONE |= {"ranks": "is in --memory now: --estimate --memory 4x80GB", "grad_clip": "is GRAD_CLIP in train_grpo.py now"}
+GONE |= dict.fromkeys(("dtype", "decode"), "follows --device now: bfloat16 and CUDA graphs on a GPU")
+GONE |= {"lora_alpha": "is ALPHA in lora.py now", "pixel_limit": "is PIXEL_LIMIT in images.py now"}
+GONE |= {"samples_every": "is SAMPLES_EVERY in runtime/run.py now", "make_nano": "is python -m prepare.nano now"}
+GONE |= {"deterministic": "is torch.use_deterministic_algorithms(True) in a script of yours now"}
+GONE |= {"keep_exact": "is python -m prepare.nano --keep-exact now"}
 
 
-def flag(name: str) -> str:
+@dataclass(frozen=True)
+class Loss(Settings):
+    """What stands behind a name of loss.KINDS."""
+
+    kl: str = setting("k3", "estimator: k3 is TRL's and VLM-R1's, k3+ has the right gradient", *loss.KLS)
+    overlong: str = setting("keep", "answers that were cut off: a lesson, or masked out (DAPO's)", "keep", "mask")
+
+
+def read_loss(text: str) -> tuple[str, str, str]:
+    """ "dapo:kl=k3+" -> (kind, kl, overlong)."""
+    kind, found = settings.read(text, "--loss", dict.fromkeys(loss.KINDS, Loss))
+    return kind, found.kl, found.overlong
+
+
+def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def parse(program: str, argv: list[str] | None = None) -> argparse.Namespace:
     """The resolved flags. Unknown, impossible and contradictory ones end the program with one sentence, exit code 2."""
-    parser = make_parser()
+    parser, flags = make_parser(program), {n: f for group in PROGRAMS[program].values() for n, f in group.items()}
+    for word in sys.argv[1:] if argv is None else argv:
+        name = word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+        if word.startswith("--") and name in GONE and name not in flags:
+            parser.error(f"{word.partition('=')[0]} {GONE[name].format(name)}")
     explicit = vars(parser.parse_args(argv))
-    saved, file = {}, Path(explicit.get("out", DEFAULTS["out"])) / "config.json"
-    asked = explicit  # what must be as in the run
-    if restarted() and "resume" not in explicit and file.is_file():
-        asked = resolve(explicit, {})  # all of it: the first start may have failed because another run is in --out
-        explicit["resume"] = True
-    asked_to, there = bool(explicit.get("resume")), os.path.lexists(file)
-    if asked_to and there:
-        saved = read_saved(file)
-        explicit, asked = pinned(explicit, saved), pinned(asked, saved)
-        refuse_changes(parser, asked, saved, FREE_ON_RESUME)
-    switches = {
-        "estimate": bool(explicit.get("estimate")),
-        "resume": asked_to and there,
-        "begins": asked_to and not there,
-    }
-    switches["ranks"] = explicit.get("ranks", int(os.environ.get("WORLD_SIZE", 1)))
-    args = argparse.Namespace(**resolve(explicit, saved) | switches)
-    for sentence in wrong(args, explicit):
+    if explicit.pop("help_schedules", False):
+        print(settings.explained({name: kind.Settings for name, kind in scheduler.SCHEDULES.items()}))
+        parser.exit()
+    if program == "train_sft.py" and "out" not in explicit:
+        parser.error("--out is needed: the folder for the trained checkpoint")
+    known = {name: flag.default for name, flag in flags.items()}
+    saved, state = {}, {}
+    if "resume" in flags:
+        explicit, saved, state = resumption(parser, explicit, flags)
+    if program == "train_grpo.py":
+        model = explicit.get("model", saved.get("model", known["model"]))
+        recipe = explicit.get("recipe", saved.get("recipe")) or ("nano" if model == "nano" else "paper")
+        known |= RECIPES[recipe] | {"recipe": recipe}
+    args = argparse.Namespace(**known | saved | explicit | state)
+    if program == "train_grpo.py":
+        resolve(args, saved)
+    for sentence in wrong(args, flags, explicit):
         parser.error(sentence)
     return args
 
 
-def pinned(flags: dict, saved: dict) -> dict:
-    """The flags; where --model is the saved run's name on the Hub, with the commit that the run began with."""
-    same = hub.is_name(flags.get("model", "")) and flags["model"] == saved.get("model", "").partition("@")[0]
-    return flags | {"model": saved["model"]} if same else flags
+def make_parser(program: str) -> argparse.ArgumentParser:
+    """Only flags that were given end up in its namespace: what is missing comes from elsewhere."""
+    parser = errors.Parser(prog=program, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for title, flags in PROGRAMS[program].items():
+        group = parser.add_argument_group(title)
+        for name, flag in flags.items():
+            default = flag.default
+            if program == "train_grpo.py" and name in RECIPES["nano"]:
+                default = f"{RECIPES['nano'][name]}, paper's recipe {RECIPES['paper'][name]}"
+            options: dict = {"help": f"{flag.help} (default {default})".replace("%", "%%")}
+            if flag.kind is bool:
+                options["action"] = argparse.BooleanOptionalAction
+            else:
+                options["type"] = prompt_style if name == "prompt" else flag.kind
+                options |= {"nargs": flag.count} if flag.count else {}
+                options |= {"choices": flag.choices} if flag.choices else {}
+            group.add_argument(option(name), **options)
+    return parser
 
 
-def refuse_changes(parser: argparse.ArgumentParser, asked: dict, saved: dict, free: Iterable[str]) -> None:
-    """End the program where a flag asks for something else than the run that is resumed, and is not free to."""
-    for name in sorted(asked.keys() & saved.keys() - set(free)):
+def resumption(parser, explicit: dict, flags: dict[str, Flag]) -> tuple[dict, dict, dict]:
+    """--resume, or torchrun's second start -> (flags that were given, those of the run in --out, {resume, begins})."""
+    file = Path(explicit.get("out", flags["out"].default)) / "config.json"
+    asked = explicit  # what must be as in the run
+    if restarted() and "resume" not in explicit and file.is_file():
+        # The command line is that of the beginning; the first start may have failed because another run is in --out.
+        asked = {name: flag.default for name, flag in flags.items()} | explicit
+        explicit = explicit | {"resume": True}
+    wanted, there = bool(explicit.get("resume")), os.path.lexists(file)
+    state = {"resume": wanted and there, "begins": wanted and not there}
+    if not state["resume"]:
+        return explicit, {}, state
+    saved = read_saved(file, flags)
+    same = weights.is_hub_name(explicit.get("model", "")) and explicit["model"] == saved["model"].partition("@")[0]
+    pin = {"model": saved["model"]} if same else {}  # with the commit that the run began with
+    explicit, asked = explicit | pin, asked | pin
+    for name in sorted(asked.keys() & saved.keys()):
         given = list(asked[name]) if isinstance(asked[name], tuple) else asked[name]
-        if given not in (None, saved[name]):
-            parser.error(
-                f"--resume goes on with {flag(name)} {saved[name]}, not {given}: drop {flag(name)} or start a new run"
-            )
+        if not flags[name].free and given not in (None, saved[name]):
+            was = f"--resume goes on with {option(name)} {saved[name]}, not {given}"
+            parser.error(f"{was}: drop {option(name)} or start a new run")
+    return explicit, saved, state
 
 
-def resolve(explicit: dict, saved: dict) -> dict:
-    """All flags, from those that were given, the resumed run's, the recipe's and the defaults."""
-    model = explicit.get("model", saved.get("model", DEFAULTS["model"]))
-    recipe = explicit.get("recipe", saved.get("recipe", "nano" if model == "nano" else "paper"))
-    return asdict(ScheduleConfig()) | DEFAULTS | RECIPES[recipe] | saved | explicit | {"recipe": recipe}
+def resolve(args: argparse.Namespace, saved: dict) -> None:
+    """What of train_grpo.py's flags follows from others."""
+    args.ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if args.estimate and (found := re.match(r"(\d{1,4})x", args.memory or "")):
+        args.ranks = int(found[1])
+    args.schedule = list(args.schedule)
+    if args.advantage is None:
+        args.advantage = "none" if args.loss.startswith("dr-grpo") else "std"
+    args.saved_steps = saved.get("steps")
 
 
 def restarted() -> bool:
@@ -297,7 +354,7 @@ def restarted() -> bool:
 def same_threads(file: Path) -> str:
     """Have torch use as many threads as the run of a config.json did: sums are split among them, so their last digits
     hang on it. OMP_NUM_THREADS goes before. -> what is to be said about it, "" if they are the same."""
-    before, told = read_json(file).get("threads"), os.environ.get("OMP_NUM_THREADS")
+    before, told = read_object(file).get("threads"), os.environ.get("OMP_NUM_THREADS")
     if type(before) is not int or before < 1:
         raise InputError(f"{file}: field 'threads' is {before!r:.80}; restore it, or start a new run")
     if told is None:
@@ -308,31 +365,31 @@ def same_threads(file: Path) -> str:
     return f"the run had {before} threads, now it has {now} ({why}): the last digits of sums may differ"
 
 
-def read_saved(file: Path, known: dict | None = None) -> dict:
+def read_saved(file: Path, flags: dict[str, Flag]) -> dict:
     """The arguments of a run's config.json, but for --out: they are of the folder that it lies in. InputError for those
-    that no flag could have given. known: the flags of the program with their defaults, by itself train_grpo.py's."""
+    that no flag could have given."""
     remedy = "restore it, or start a new run"
-    content = errors.read_json(file, remedy)
-    saved = content.get("arguments") if isinstance(content, dict) else None
+    saved = read_object(file, remedy).get("arguments")
     if not isinstance(saved, dict):
         raise InputError(f"{file}: field 'arguments' is no object; {remedy}")
-    known = known or DEFAULTS | RECIPES["nano"] | asdict(ScheduleConfig()) | {"recipe": "nano"}
-    limited = CHOICES | {"schedule": tuple(scheduler.SCHEDULES), "recipe": tuple(RECIPES)}
+    if missing := [name for name in flags if name not in saved and name not in SWITCHES]:
+        raise InputError(f"{file}: field 'arguments' has no {missing[0]}, so another version wrote it; {remedy}")
     for name, value in saved.items():
-        if name not in known:
+        if name not in flags:
             raise InputError(f"{file}: field {one_line(name)!r} of 'arguments' is no flag of this version; {remedy}")
-        if value is None and known[name] is None:
+        flag = flags[name]
+        if value is None and (flag.default is None or name in RECIPES["nano"]):
             continue
-        fine = is_kind(value, TYPES.get(name, type(known[name])))
-        if isinstance(known[name], tuple):
-            fine = fine and len(value) == len(known[name]) and all(is_kind(number, float) for number in value)
-        if not fine or (name in limited and value not in limited[name]):
-            raise InputError(f"{file}: {flag(name)} is {one_line(repr(value))} in it; {remedy}")
-    for sentence in out_of_bounds(argparse.Namespace(**saved)):
+        values = value if flag.count and isinstance(value, list) else [value]
+        counted = isinstance(value, list) == bool(flag.count) and flag.count in (None, "+", len(values)) and values
+        if not counted or not all(is_kind(one, flag.kind) and one in (flag.choices or [one]) for one in values):
+            raise InputError(f"{file}: {option(name)} is {one_line(repr(value))} in it; {remedy}")
+    for sentence in out_of_bounds(argparse.Namespace(**saved), flags):
         raise InputError(f"{file}: {sentence}; {remedy}")
-    if saved.get("prompt"):
-        with named(f"{file}: --prompt"):
-            check_style(saved["prompt"])
+    with named(file):
+        if saved.get("prompt"):
+            with named("--prompt"):
+                check_style(saved["prompt"])
     return {name: value for name, value in saved.items() if name != "out"}
 
 
@@ -340,114 +397,92 @@ def is_kind(value: object, kind: type) -> bool:
     """Whether JSON's value is one that a flag of this kind has. A number with a point may be written without."""
     if kind is float and type(value) is int and abs(value) >= 2**1023:  # too large for one
         return False
-    kinds = {float: (float, int), tuple: (list,)}.get(kind, (kind,))
-    return isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
+    return type(value) in ((float, int) if kind is float else (kind,))
 
 
-# What a flag of any of the programs must at least and may at most be. The latter is for slips of the keyboard, which
-# would run on without a word until the memory ends: each is some orders above what anybody has use for.
-LEAST = {
-    1: "steps batch_size micro_batch inner_steps max_tokens save_every keep eval_limit limit max_pixels pixel_limit "
-    "ranks",
-    0: "warmup beta clip_low clip_high eval_every samples_every seed dynamic_sampling skip_bad lora_rank workers "
-    "coarse_shift coarse_spread",
-    -10: "coarse_scale",
-}
-MOST = {
-    10: "coarse_scale coarse_shift coarse_spread",  # exp() of them is a box's size
-    256: "workers",
-    10**3: "dynamic_sampling inner_steps",
-    10**4: "group_size lora_rank ranks lr temperature beta clip_high grad_clip lora_alpha",
-    10**5: "batch_size micro_batch window",
-    10**6: "max_tokens",
-    10**9: "steps warmup eval_every samples_every save_every keep eval_limit limit skip_bad",
-    10**12: "max_pixels pixel_limit",
-    2**63 - 1: "seed",
-}
+# ------------------------------------------------------------------------------------------------------------ refusing
+
 # NUL and lone surrogates, which no file's name and no text in UTF-8 can have, and what would steer a terminal.
 UNFIT = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
 
 
-def out_of_bounds(args: argparse.Namespace) -> Iterator[str]:
-    """A sentence for each flag of a program whose value is too small, too large, no finite number or no text."""
-    values = {name: value for name, value in vars(args).items() if value is not None}
-    for name, value in values.items():
+def out_of_bounds(args: argparse.Namespace, flags: dict[str, Flag]) -> Iterator[str]:
+    """A sentence for each flag whose value is too small, too large, no finite number or no text."""
+    for name, value in vars(args).items():
         for one in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(one, float) and not math.isfinite(one):
-                yield f"{flag(name)} must be a finite number, not {one}"
+                yield f"{option(name)} must be a finite number, not {one}"
             if isinstance(one, str) and UNFIT.search(one):
-                yield f"{flag(name)} {one_line(one)} holds a character that no name has: NUL, a control or no UTF-8"
-    for least, names in LEAST.items():
-        for name in names.split():
-            if name in values and values[name] < least:
-                yield f"{flag(name)} must be at least {least}"
-    for most, names in MOST.items():
-        for name in names.split():
-            if name in values and values[name] > most:
-                yield f"{flag(name)} must be at most {most}"
+                yield f"{option(name)} {one_line(one)} holds a character that no name has: NUL, a control or no UTF-8"
+            if name in flags and flags[name].kind in (int, float) and one is not None:
+                if one < flags[name].least:
+                    yield f"{option(name)} must be at least {flags[name].least}"
+                if one > flags[name].most:
+                    yield f"{option(name)} must be at most {flags[name].most}"
 
 
-def wrong(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
+def wrong(args: argparse.Namespace, flags: dict[str, Flag], explicit: dict) -> Iterator[str]:
     """What cannot be right about the flags, a sentence each; `explicit` holds those that were given."""
-    yield from out_of_bounds(args)
-    for name in ("lr", "temperature", "grad_clip", "lora_alpha"):
-        if not getattr(args, name) > 0:
-            yield f"{flag(name)} must be above 0"
-    if args.group_size < 2:
-        yield "--group-size must be at least 2: an answer alone has no group to be better than, its advantage is 0"
-    if args.clip_low >= 1:
-        yield "--clip-low must be below 1: ratios are above 0, so nothing would ever be clipped"
-    weights = {}
+    yield from out_of_bounds(args, flags)
+    for name in ("lr", "temperature"):
+        if name in flags and not getattr(args, name) > 0:
+            yield f"{option(name)} must be above 0"
+    try:
+        if "predictions" in flags:
+            yield from wrong_questions(args)
+        if "schedule" in flags:
+            yield from wrong_grpo(args, explicit)
+        if not (getattr(args, "estimate", False) and re.fullmatch(r"cuda(:\d\d?)?", args.device)):  # that needs no GPU
+            check_device(ranks.own_device(args.device))
+    except InputError as error:
+        yield str(error)
+
+
+def wrong_questions(args: argparse.Namespace) -> Iterator[str]:
+    if (args.image is None) != (args.query is None):
+        yield "--image and --query go together"
+    if args.query is not None:
+        with named("--query"):
+            args.query = check_text(args.query, "query")
+
+
+def wrong_grpo(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
+    weights, (_, kl, _) = {}, read_loss(args.loss)
     try:
         weights = rewards.read_weights(args.rewards)
     except InputError as error:
         yield f"--rewards: {error}"
+    general, by_task = rewards.split_schedules(args.schedule)
+    for text in (general, *by_task.values()):
+        name, _ = rewards.read_schedule(text)
+        if args.saved_steps not in (None, args.steps) and scheduler.SCHEDULES[name].by_share:
+            yield f"--schedule {name} goes by the share of the steps: --steps must stay {args.saved_steps}"
     if not held_out_phantoms(args.data) and not args.val:
-        for name in explicit.keys() & {"eval_every", "eval_limit"}:
-            yield f"{flag(name)} needs --val: there is nothing to evaluate on"
-    # Flags that would change nothing.
-    idle = {
-        "kl": (args.beta == 0, "--beta 0: there is no KL"),
-        "clip_low": (args.inner_steps == 1, "--inner-steps 1: every ratio is exactly 1"),
-        "clip_high": (args.inner_steps == 1, "--inner-steps 1: every ratio is exactly 1"),
-        "lora_alpha": (args.lora_rank == 0, "--lora-rank 0: there are no adapters"),
+        for name in sorted(explicit.keys() & {"eval_every", "eval_limit"}):
+            yield f"{option(name)} needs --val: there is nothing to evaluate on"
+    if args.clip[0] >= 1:
+        yield "--clip: LOW must be below 1: ratios are above 0, so nothing would ever be clipped"
+    idle = {  # flags that would change nothing
+        "clip": (args.inner_steps == 1, "--inner-steps 1: every ratio is exactly 1"),
         "freeze_vision": (args.lora_rank > 0, "--lora-rank: only the adapters are trained"),
+        "schedule": (not weights.get(rewards.MAIN), f"--rewards {args.rewards}: the schedule's reward does not count"),
     }
-    piecewise = args.delta_schedule == "piecewise"
-    idle |= dict.fromkeys(("beta1", "beta2"), (not piecewise, f"--delta-schedule {args.delta_schedule}"))
-    idle["delta0"] = (piecewise, "--delta-schedule piecewise")
-    idle["min_hit_rate"] = (not args.check_reward, "--no-check-reward")
-    idle["max_sigma"] = (not args.check_stability, "--no-check-stability")
-    idle["min_margin"] = (not args.check_margin, "--no-check-margin")
-    own = scheduler.SCHEDULES[args.schedule].own
-    for field in fields(ScheduleConfig):
-        if field.name not in (*scheduler.WATCHING, *own):
-            idle[field.name] = (True, f"--schedule {args.schedule}")
-        elif not weights.get("box"):
-            idle[field.name] = (True, f"--rewards {args.rewards}: the box does not count")
     for name, (nothing, why) in idle.items():
         if nothing and name in explicit:
-            yield f"{flag(name)} changes nothing beside {why}; drop it"
-    if args.decode == "graph" and not args.device.startswith("cuda"):
-        yield f"--decode graph records a CUDA graph, --device {args.device} has none: give --decode eager"
-    if "ranks" in explicit and not args.estimate:
-        yield "--ranks is for --estimate; a run has as many as torchrun starts: torchrun --nproc-per-node=N"
+            yield f"{option(name)} changes nothing beside {why}; drop it"
+    if kl != "k3" and args.beta == 0:
+        yield f"--loss {args.loss}: kl changes nothing beside --beta 0, there is no KL; drop it"
+    if args.memory is not None and not re.fullmatch(r"(\d{1,4}x)?\d{1,9}(\.\d{1,9})?GB", args.memory):
+        yield f"--memory wants a number of GB such as 24GB, not {args.memory!r:.40}"
+    elif args.memory and "x" in args.memory and not args.estimate:
+        yield f"--memory {args.memory} is for --estimate; a run has as many GPUs as torchrun starts processes"
     if args.ranks > 1 and args.device.startswith("cuda:"):
         yield f"--device {args.device} is one GPU for all processes: give --device cuda, and each takes its own"
     if args.shard and args.ranks == 1:
-        how = "give --ranks N" if args.estimate else "start it by torchrun --nproc-per-node=N"
+        how = "give --memory 4x80GB" if args.estimate else "start it by torchrun --nproc-per-node=N"
         yield f"--shard spreads the weights over several processes, this is one: {how}"
     if args.shard and args.lora_rank:
         yield "--shard is for weights that are trained, --lora-rank freezes them: drop one of the two"
-    if args.shard and args.decode == "graph":
-        yield "--decode graph replays weights at fixed addresses, --shard moves them: give --decode eager"
-    try:
-        if not (args.estimate and re.fullmatch(r"cuda(:\d\d?)?", args.device)):  # planning for a GPU needs none
-            check_device(ranks.own_device(args.device))
-        if args.memory is not None:
-            read_memory(args.memory)
-    except InputError as error:
-        yield str(error)
 
 
 def describe(args: argparse.Namespace) -> dict:

@@ -84,7 +84,7 @@ class Record:
 
     def text(self, field: str) -> str:
         """A field that must be a text, stripped."""
-        return _text(self[field], self.names.get(field, field))
+        return check_text(self[field], self.names.get(field, field))
 
 
 def load_samples(
@@ -223,11 +223,11 @@ def _sample(
     elif "problem" in record:  # VLM-R1's older one
         record = record | {"query": record["problem"], "bbox": _required(record, "solution")}
         names |= {"query": "problem", "bbox": "solution"}
-    query = _text(_required(record, "query"), names["query"])
+    query = check_text(_required(record, "query"), names["query"])
     if names["query"] != "query":  # without VLM-R1's marker, and of its usual question the phrase alone
         query = query.replace("<image>", "").strip()
         before, after = REC_QUESTION.split("{query}")
-        query = _text(
+        query = check_text(
             query.removeprefix(before).removesuffix(after) if query.startswith(before) else query, names["query"]
         )
         if isinstance(record["bbox"], str):
@@ -235,7 +235,7 @@ def _sample(
                 record["bbox"] = _parse(re.sub(r"</?answer>", "", record["bbox"]), "write [x1, y1, x2, y2]")
 
     image, size = _image(record, folder, outside)
-    dataset, task = _text(record.get("dataset") or name, "dataset"), _text(record.get("task", "box"), "task")
+    dataset, task = check_text(record.get("dataset") or name, "dataset"), check_text(record.get("task", "box"), "task")
     if task not in tasks:
         raise InputError(f"field 'task' is {short(task)}; there are {', '.join(tasks)}")
     whole = Record(record, names, size, clip)
@@ -257,7 +257,7 @@ def picture_path(folder: Path, name: str, field: str, outside: bool) -> Path:
 
 def _image(record: dict, folder: Path, outside: bool) -> tuple[Path, tuple[int, int]]:
     """The path of a record's picture and its size as displayed, held against the size that the record states."""
-    name = _text(_required(record, "image"), "image")
+    name = check_text(_required(record, "image"), "image")
     image, shown = picture_path(folder, name, "image", outside), short(name)
     if not os.path.isfile(image):  # unlike Path.is_file, False also for names that no file can have
         raise InputError(f"field 'image' names {shown}, which is not a file; paths are relative to {one_line(folder)}")
@@ -281,7 +281,7 @@ def _required(record: dict, field: str) -> Any:
     return record[field]
 
 
-def _text(value: Any, field: str) -> str:
+def check_text(value: Any, field: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"field {field!r} must be a non-empty string, not {short(value)}")
     if len(value) > MAX_TEXT:

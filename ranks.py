@@ -138,23 +138,24 @@ def gather(rows: Tensor) -> Tensor:
 
 
 def gather_fields(values: Any) -> Any:
-    """A dataclass whose fields are tensors (n, G), or dicts of such, of one shape on all ranks -> the same with tensors
-    (size, n, G). One collective, in which every number travels as float64."""
-    kind, whole = type(values), {}
-    flat = {(f.name, None): getattr(values, f.name) for f in fields(values)}
-    for (name, _), value in list(flat.items()):
-        if isinstance(value, dict):
-            del flat[name, None]
-            flat |= {(name, key): part for key, part in value.items()}
-            whole[name] = {}
+    """A dataclass with tensors (n, G), or dicts of such, of one shape on all ranks -> the same with tensors
+    (size, n, G); its other fields are left at their defaults. One collective, in which numbers travel as float64."""
+    flat: dict[tuple, Tensor] = {}
+    for f in fields(values):
+        value = getattr(values, f.name)
+        if isinstance(value, Tensor):
+            flat[f.name,] = value
+        elif isinstance(value, dict):
+            flat |= {(f.name, key): part for key, part in value.items()}
     table = gather(torch.stack([tensor.double() for tensor in flat.values()], dim=-1))
-    for ((name, key), tensor), column in zip(flat.items(), table.unbind(-1), strict=True):
-        column = column.to(tensor.dtype)
-        if key is None:
-            whole[name] = column
+    made: dict[str, Any] = {f.name: {} for f in fields(values) if isinstance(getattr(values, f.name), dict)}
+    for (name, *key), column in zip(flat, table.unbind(-1), strict=True):
+        column = column.to(flat[name, *key].dtype)
+        if key:
+            made[name][key[0]] = column
         else:
-            whole[name][key] = column
-    return kind(**whole)
+            made[name] = column
+    return type(values)(**made)
 
 
 def gather_objects(work: Callable[[], Any]) -> list:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 import kernels
 from errors import InputError
-from scheduler import Schedules
-from tasks import Scores
+from scheduler import SCHEDULES, Decision, Schedule
+from settings import Settings, read
+from tasks import TASKS, Scores
 
 MAIN = "task"  # in --rewards: the schedule's reward for u
 
@@ -86,6 +87,55 @@ def other_rewards(weights: dict[str, float], texts: list[str], scores: Scores, s
             )
         parts[name] = part
     return parts
+
+
+def read_schedule(text: str) -> tuple[str, Settings]:
+    """ "medloc:window=60" -> (name, settings). InputError names what there is."""
+    if old := re.match(r"progress-(conservative|moderate|aggressive)", text):
+        end = {"conservative": 0.6, "moderate": 0.7, "aggressive": 0.8}[old[1]]
+        raise InputError(f"--schedule: {old[0]} is progress:end={end} now")
+    return read(text, "--schedule", {name: kind.Settings for name, kind in SCHEDULES.items()})
+
+
+def split_schedules(texts: list[str]) -> tuple[str, dict[str, str]]:
+    """--schedule medloc label=raw -> (what holds for all tasks, task -> what holds for it)."""
+    by_task, general = {}, []
+    for text in texts:
+        task, sign, spec = text.partition("=")
+        if sign and ":" not in task:
+            by_task[task] = spec
+        else:
+            general.append(text)
+    if len(general) > 1:
+        raise InputError(f"--schedule: {general[0]} and {general[1]}; one is for all tasks, others are TASK=SCHEDULE")
+    return (general or ["medloc"])[0], by_task
+
+
+class Schedules:
+    """One Schedule, window and tau, for every (dataset, task)."""
+
+    def __init__(self, texts: list[str], keys: list[tuple[str, str]], total_steps: int):
+        general, by_task = split_schedules(texts)
+        if unknown := by_task.keys() - {task for _, task in keys}:
+            raise InputError(f"--schedule {min(unknown)}=...: no record has the task {min(unknown)!r}")
+        self.of: dict[tuple[str, str], Schedule] = {}
+        for key in keys:
+            name, settings = read_schedule(by_task.get(key[1], general))
+            if (part := SCHEDULES[name].part) and part not in TASKS[key[1]].parts:
+                raise InputError(f"--schedule {name} goes by {part}, which answers of the task {key[1]!r} do not have")
+            self.of[key] = Schedule(name, settings, total_steps)
+
+    def observe(self, groups: dict[tuple[str, str], list[list[float]]]) -> dict[tuple[str, str], Decision]:
+        """A step's groups of u, by key; a schedule of which there is none sees that too."""
+        return {key: schedule.observe(groups.get(key, [])) for key, schedule in self.of.items()}
+
+    def state_dict(self) -> list[dict]:
+        return [{"dataset": key[0], "task": key[1]} | schedule.state_dict() for key, schedule in self.of.items()]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        """runtime/checkpoint.py has seen to it that there is one for each key."""
+        for state in states:
+            self.of[state["dataset"], state["task"]].load_state_dict(state)
 
 
 def combine(scores, schedules: Schedules, weights: dict[str, float], normaliser: str = "none") -> Tensor:

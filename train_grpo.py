@@ -33,13 +33,13 @@ from errors import read_object
 from loss import BatchTotals, completion_mask, grpo_loss, mask_overlong
 from model import Policy, Prefix, collate
 from prompts import Processor, default_prompt
-from rewards import combine, group_advantage, read_weights
+from rewards import Schedules, combine, group_advantage, read_weights
 from rollout import GroupScores, Rollout, Rounds, sample, score, share
 from runtime import checkpoint, plan
 from runtime.readers import Readers
 from runtime.run import Run, begin
 from runtime.stream import Stream
-from scheduler import Decision, Schedules
+from scheduler import Decision
 from tasks import TASKS
 from weights import NANO, load_policy, model_folder, pinned
 

@@ -38,6 +38,7 @@ from prompts import Processor, Prompt, default_prompt
 from runtime import checkpoint
 from runtime.readers import Readers
 from runtime.run import begin
+from runtime.state import check_results
 from runtime.stream import Sampler
 from tasks import TASKS, summary
 from tasks.box import to_model
@@ -161,7 +162,7 @@ def train(args, ending: ExitStack) -> None:
     optimizer, first, results = adamw(policy, args.lr), 0, {}
     if start:
         state = checkpoint.load(start, policy, optimizer)
-        checkpoint.check_results(start, state)
+        check_results(start, state)
         first, results = state["step"], state["evaluation"]
     checkpoint.keep_until(out / "metrics.jsonl", first, each=True)
     checkpoint.write_whole(out / "config.json", json.dumps(config.describe(args), indent=2) + "\n")

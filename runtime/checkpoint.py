@@ -29,11 +29,11 @@ from safetensors.torch import load_file, save_file
 
 import lora
 import ranks
-import tasks
 from errors import MAX_FILE, InputError, cause_of, one_line, read_json
 from model import Policy
 from prompts import Processor
 from runtime import lock
+from runtime.state import is_count, require, way_on
 from weights import save_policy
 
 FORMAT = 4  # of trainer.json, trainer.safetensors and manifest.json
@@ -191,11 +191,6 @@ def prune(out: Path, newest: Path, keep: int) -> None:
         partial = folder.with_name(PARTIAL + folder.name)
         os.replace(folder, partial)  # what is half removed must not be called step-...
         shutil.rmtree(partial)
-
-
-def way_on(folder: Path) -> str:
-    """What to do about a checkpoint that cannot be used."""
-    return f"remove {folder} and --resume goes on from the checkpoint before"
 
 
 def verify(folder: Path) -> None:
@@ -374,55 +369,3 @@ def check_numbers(folder: Path, key: str, tensor: torch.Tensor, dtype: torch.dty
         raise InputError(f"{place} holds numbers that are not finite; {remedy}")
     if key.startswith("exp_avg_sq.") and low < 0:
         raise InputError(f"{place} holds {low:.3g}, a mean of squares is not below 0; {remedy}")
-
-
-def is_count(value: object, most: int = 2**53) -> bool:
-    """Whether it is a whole number from 0 to `most`, by default the last that a float can count to."""
-    return type(value) is int and 0 <= value <= most
-
-
-def require(folder: Path, state: dict, name: str, ok: bool, rule: str) -> None:
-    if not ok:
-        found = one_line(repr(state[name])) if name in state else "missing"
-        raise InputError(f"{folder}/trainer.json: field '{name}' must be {rule}, it is {found}; {way_on(folder)}")
-
-
-def check_state(folder: Path, state: dict, batch_size: int, inner_steps: int) -> None:
-    """InputError if what a GRPO run keeps in a state (Run.save) is none that a run of this batch size and these
-    inner steps can have saved."""
-    step = state["step"]
-    most, least = step * inner_steps, step * batch_size
-    drawn, bad, evaluation, schedule = (state.get(name) for name in ("drawn", "bad", "evaluation", "schedule"))
-    fine = isinstance(schedule, list) and all(isinstance(s, dict) and s.get("step") == step for s in schedule)
-    require(folder, state, "schedule", fine, f"a list of objects whose 'step' is {step}")  # the rest is its own affair
-    fine = state["optimizer_steps"] <= most
-    require(folder, state, "optimizer_steps", fine, f"at most {most}, the inner steps of {step} steps")
-    fine = is_count(drawn) and drawn >= least
-    require(folder, state, "drawn", fine, f"a whole number of at least {least}, the prompts of {step} steps")
-    fine = is_count(state.get("bad_in_a_row"), step)
-    require(folder, state, "bad_in_a_row", fine, f"a whole number from 0 to {step}")
-    words = isinstance(bad, dict) and all(isinstance(said, str) and said.isprintable() for said in bad.values())
-    require(folder, state, "bad", words, "an object of printable sentences")
-    check_results(folder, state)
-    history = evaluation.get("history")
-    fine = isinstance(history, list) and all(is_result(row) and is_count(row.get("step"), step) for row in history)
-    steps = [row["step"] for row in history] if fine else []
-    fine = fine and {"start", "final"} <= evaluation.keys() and steps == sorted(set(steps))
-    require(folder, state, "evaluation", fine, "an object of 'start', 'final' and 'history', results of rising steps")
-
-
-def check_results(folder: Path, state: dict) -> None:
-    """InputError if a state's evaluations, train_sft.py's too, are none that can be shown."""
-    evaluation = state.get("evaluation")
-    fine = isinstance(evaluation, dict) and all(
-        is_result(evaluation[name]) for name in ("start", "final", "exact_sft") if evaluation.get(name) is not None
-    )
-    require(folder, state, "evaluation", fine, "an object of results, each of which can be shown")
-
-
-def is_result(value: object) -> bool:
-    """Whether it is what eval.py makes of an evaluation, as far as it is shown."""
-    try:
-        return isinstance(value, dict) and len(tasks.summary("", value)) > 0
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return False

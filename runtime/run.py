@@ -33,6 +33,7 @@ from eval import evaluate, overlay, sheet
 from images import Sample
 from model import Policy
 from prompts import Processor
+from rewards import Schedules
 from rollout import GroupScores, Rollout
 from runtime import checkpoint, lock
 from runtime.diagnose import Watch
@@ -45,8 +46,9 @@ from runtime.metrics import (
     schedule_metrics,
     write_samples,
 )
+from runtime.state import check_schedules, check_state
 from runtime.stream import Stream
-from scheduler import Decision, Schedules
+from scheduler import Decision
 from tasks import TASKS
 
 LINES = "metrics.jsonl", "samples.jsonl"
@@ -109,14 +111,14 @@ class Run:
     def resume(self, start: Path) -> None:
         """Fill optimiser, stream and schedules with what a verified checkpoint has."""
         state = checkpoint.load(start, self.policy, self.optimizer)
-        checkpoint.check_state(start, state, self.args.batch_size, self.args.inner_steps)
+        check_state(start, state, self.args.batch_size, self.args.inner_steps)
+        check_schedules(start, state, self.schedules.of)
         self.done, self.bad_in_a_row, self.evaluation = state["step"], state["bad_in_a_row"], state["evaluation"]
         if self.done > self.args.steps:
             raise InputError(f"--steps {self.args.steps}: {start} has {self.done} already; give more, or a new --out")
         self.stream.drawn = state["drawn"]
         self.bad.sentences |= state["bad"]
-        with errors.named(f"{start}/trainer.json"):
-            self.schedules.load_state_dict(state["schedule"])
+        self.schedules.load_state_dict(state["schedule"])
         self.latest = self.done, len(self.evaluation["history"])
 
     def open(self) -> None:
@@ -269,7 +271,7 @@ class Run:
         if self.logger:
             self.logger.write(row)
         for key, decision in decisions.items():
-            if decision.tighten and self.schedules.of[key].announces:
+            if decision.tighten and not self.schedules.of[key].kind.by_share:  # those rise at every step
                 ranks.print0(f"step {done}: {'/'.join(key) + ': ' if len(decisions) > 1 else ''}{decision}")
         if row["dropped"] == row["groups"]:
             ranks.print0(f"step {done}: none of {row['groups']} groups had spread, no update")

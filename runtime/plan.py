@@ -25,12 +25,15 @@ import torch
 
 import lora
 import ranks
-from data import ImageConfig, PhantomImage, Sample, check_prompt, held_out_phantoms, load_tokenizer, smart_resize
+from data import held_out_phantoms
 from data import phantom_samples as phantoms
-from errors import InputError
+from errors import InputError, read_object
+from images import ImageConfig, PhantomImage, Sample, smart_resize
 from model import HEAD_ROWS, ModelConfig, Policy
+from prompts import Processor
+from tasks import TASKS
 from vision import VisionConfig
-from weights import read_config, read_json
+from weights import read_config
 
 GB = 2**30
 # Share of the memory that a plan fills. On a CPU malloc keeps freed pages: 1.2 to 1.9 times what tensors held was seen.
@@ -419,6 +422,7 @@ def remedy(run: Run, memory: int) -> str:
 
 def read_memory(text: str) -> int:
     """24GB -> bytes."""
+    text = text.rpartition("x")[2]
     if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?GB", text) or float(text[:-2]) == 0:
         raise InputError(f"--memory wants a number of GB such as 24GB, not {text!r:.40}")
     return int(float(text[:-2]) * GB)
@@ -491,15 +495,15 @@ def longest_prompt(args, base: Path, samples: list[Sample]) -> tuple[int, int, s
                 continue
 
     def size(sample: Sample) -> tuple[int, int]:
-        return (sample.image.size,) * 2 if isinstance(sample.image, PhantomImage) else sample.size
+        return (sample.media.size,) * 2 if isinstance(sample.media, PhantomImage) else sample.size
 
     picture = max(usable({size(sample) for sample in samples}, tokens), default=images.max_pixels // images.factor**2)
     source = "the largest of --data" if samples else f"the largest that --max-pixels {images.max_pixels} lets in"
     text = TEXT_TOKENS.get(args.prompt, max(TEXT_TOKENS.values()))
     if (base / "tokenizer.json").exists():
-        rest = load_tokenizer(base), images, args.prompt, None
+        processor = Processor(base, args.prompt, TASKS, max_pixels=args.max_pixels)
         by_length = sorted(samples or phantoms(None, 0, 0, 1), key=lambda sample: len(sample.query), reverse=True)
-        text = next(usable(by_length, lambda s: check_prompt(s, *rest) - tokens(size(s))), text)
+        text = next(usable(by_length, lambda s: processor.check(s) - tokens(size(s))), text)
     words = f"{picture + text} tokens a prompt: {picture} of its picture ({source}), {text} of text"
     return picture + text, picture * images.merge_size**2, words
 
@@ -508,7 +512,7 @@ def read_run(args, base: Path, samples: list[Sample]) -> tuple[Run, str]:
     """The run that the flags describe, and in words what its prompts are taken to be."""
     if args.estimate and args.data == "phantoms" and args.model != "nano":
         samples = []  # no data named yet: nobody means phantoms
-    config = read_config(read_json(base / "config.json"), str(base / "config.json"))
+    config = read_config(read_object(base / "config.json"), str(base / "config.json"))
     prompt, patches, words = longest_prompt(args, base, samples)
     share = math.ceil(args.batch_size / args.ranks)  # prompts of a step on one rank
     if args.ranks > 1:
@@ -542,7 +546,7 @@ def settle(args, base: Path, samples: list[Sample]) -> tuple[Run, str]:
     asked, words = read_run(args, base, samples)
     if args.memory is None and args.estimate and asked.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--estimate: there is no GPU here to ask; say what it has, such as --memory 24GB")
-    memory = min(ranks.everyone(lambda: share_of_memory(args)))  # where one rank has less, all make do with less
+    memory = min(ranks.gather_objects(lambda: share_of_memory(args)))  # where one rank has less, all make do with less
     given = None if args.micro_batch is None else min(args.micro_batch, asked.batch)
     run = choose(asked, memory, given, args.checkpointing)
     args.micro_batch = run.micro if args.micro_batch is None else args.micro_batch
