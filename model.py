@@ -19,7 +19,7 @@ Left out: video, sliding-window text attention (no published Qwen2.5-VL uses it)
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 import kernels
-from errors import InputError, short
+from errors import InputError
 from generate import Completions, generate
 from layers import Linear, RMSNorm, SwiGLU, recomputed, rotary_axes, rotary_frequencies, rotate, scores, turns
 from vision import VisionConfig, VisionTower
@@ -38,12 +38,6 @@ HEAD_ROWS = 1024
 
 
 # ------------------------------------------------------------------------------------------------------- configuration
-
-# Modules are made one by one and sizes are multiplied before any weight is looked at: layers without a bound would take
-# hours, and a product beyond 64 bits is no tensor. Far above what there is (the 72B: 80 layers, 152064 tokens).
-MOST = dict.fromkeys(("num_hidden_layers", "depth", "patch_size"), 256)
-MOST |= dict.fromkeys(("spatial_merge_size", "temporal_patch_size", "in_channels"), 16)
-MOST_ELSE = 2**22
 
 
 @dataclass(frozen=True)
@@ -61,47 +55,6 @@ class ModelConfig:
     image_token_id: int
     max_position_embeddings: int
     vision: VisionConfig
-
-    def __post_init__(self):
-        vision = self.vision
-        for prefix, config in {"": self, "vision_config.": vision}.items():
-            for field in fields(config):
-                value, most = getattr(config, field.name), MOST.get(field.name, MOST_ELSE)
-                if field.type in (int, "int") and (type(value) is not int or value < (field.name != "image_token_id")):
-                    raise ValueError(f"{prefix}{field.name} is {short(value)}, a whole number above 0 is needed")
-                if field.type in (int, "int") and value > most:
-                    raise ValueError(f"{prefix}{field.name} is {short(value)}, at most {most} is possible here")
-        for name, (least, most) in {"rms_norm_eps": (0, 1), "rope_theta": (1, 1e12)}.items():
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not least < value < most:
-                raise ValueError(f"{name} is {short(value)}, a number between {least} and {most:g} is needed")
-        heads = (self.hidden_size, self.num_attention_heads), (self.num_attention_heads, self.num_key_value_heads)
-        for whole, part in (*heads, (vision.hidden_size, vision.num_heads)):
-            if whole % part:
-                raise ValueError(f"{whole} cannot be split into {part} heads")
-        if vision.hidden_size // vision.num_heads % 4:  # row and column turn pairs of numbers
-            raise ValueError(f"vision_config.hidden_size {vision.hidden_size}: a head of it must be a multiple of 4")
-        section = self.mrope_section
-        whole = isinstance(section, list | tuple) and all(type(n) is int and n >= 0 for n in section)
-        if not whole or len(section) != 3 or sum(section) * 2 != self.head_dim:
-            raise ValueError(
-                f"mrope_section {short(section)} must be 3 whole numbers with the sum {self.head_dim // 2}, half of a "
-                f"head's {self.head_dim}"
-            )
-        if self.image_token_id >= self.vocab_size:
-            raise ValueError(f"image_token_id {self.image_token_id} is none of vocab_size {self.vocab_size} tokens")
-        if vision.out_hidden_size != self.hidden_size:
-            raise ValueError(
-                f"vision_config.out_hidden_size {vision.out_hidden_size} is not hidden_size {self.hidden_size}"
-            )
-        if vision.in_channels != 3:
-            raise ValueError(f"vision_config.in_channels is {vision.in_channels}, pictures have 3")
-        unit = vision.patch_size * vision.spatial_merge_size
-        if vision.window_size < unit:
-            raise ValueError(f"vision_config.window_size {vision.window_size} is less than a token's {unit} pixels")
-        blocks = vision.fullatt_block_indexes
-        if not isinstance(blocks, list | tuple) or not all(type(i) is int and i >= 0 for i in blocks):
-            raise ValueError(f"vision_config.fullatt_block_indexes {short(blocks)} must be a list of whole numbers")
 
     @property
     def head_dim(self) -> int:

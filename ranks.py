@@ -150,7 +150,7 @@ def gather_fields(values: Any) -> Any:
     table = gather(torch.stack([tensor.double() for tensor in flat.values()], dim=-1))
     made: dict[str, Any] = {f.name: {} for f in fields(values) if isinstance(getattr(values, f.name), dict)}
     for (name, *key), column in zip(flat, table.unbind(-1), strict=True):
-        column = column.to(flat[name, *key].dtype)
+        column = column.to(flat[(name, *key)].dtype)
         if key:
             made[name][key[0]] = column
         else:

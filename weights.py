@@ -44,6 +44,56 @@ COMPANIONS = (
 ).split()
 
 
+# Modules are made one by one and sizes are multiplied before any weight is looked at: layers without a bound would take
+# hours, and a product beyond 64 bits is no tensor. Far above what there is (the 72B: 80 layers, 152064 tokens).
+MOST = dict.fromkeys(("num_hidden_layers", "depth", "patch_size"), 256)
+MOST |= dict.fromkeys(("spatial_merge_size", "temporal_patch_size", "in_channels"), 16)
+MOST_ELSE = 2**22
+
+
+def check(config: ModelConfig) -> None:
+    """ValueError for sizes that no policy can have."""
+    vision = config.vision
+    for prefix, part in {"": config, "vision_config.": vision}.items():
+        for field in fields(part):
+            value, most = getattr(part, field.name), MOST.get(field.name, MOST_ELSE)
+            if field.type in (int, "int") and (type(value) is not int or value < (field.name != "image_token_id")):
+                raise ValueError(f"{prefix}{field.name} is {short(value)}, a whole number above 0 is needed")
+            if field.type in (int, "int") and value > most:
+                raise ValueError(f"{prefix}{field.name} is {short(value)}, at most {most} is possible here")
+    for name, (least, most) in {"rms_norm_eps": (0, 1), "rope_theta": (1, 1e12)}.items():
+        value = getattr(config, name)
+        if type(value) not in (int, float) or not least < value < most:
+            raise ValueError(f"{name} is {short(value)}, a number between {least} and {most:g} is needed")
+    heads = (config.hidden_size, config.num_attention_heads), (config.num_attention_heads, config.num_key_value_heads)
+    for whole, by in (*heads, (vision.hidden_size, vision.num_heads)):
+        if whole % by:
+            raise ValueError(f"{whole} cannot be split into {by} heads")
+    if vision.hidden_size // vision.num_heads % 4:  # row and column turn pairs of numbers
+        raise ValueError(f"vision_config.hidden_size {vision.hidden_size}: a head of it must be a multiple of 4")
+    section = config.mrope_section
+    whole = isinstance(section, list | tuple) and all(type(n) is int and n >= 0 for n in section)
+    if not whole or len(section) != 3 or sum(section) * 2 != config.head_dim:
+        raise ValueError(
+            f"mrope_section {short(section)} must be 3 whole numbers with the sum {config.head_dim // 2}, half of a "
+            f"head's {config.head_dim}"
+        )
+    if config.image_token_id >= config.vocab_size:
+        raise ValueError(f"image_token_id {config.image_token_id} is none of vocab_size {config.vocab_size} tokens")
+    if vision.out_hidden_size != config.hidden_size:
+        raise ValueError(
+            f"vision_config.out_hidden_size {vision.out_hidden_size} is not hidden_size {config.hidden_size}"
+        )
+    if vision.in_channels != 3:
+        raise ValueError(f"vision_config.in_channels is {vision.in_channels}, pictures have 3")
+    unit = vision.patch_size * vision.spatial_merge_size
+    if vision.window_size < unit:
+        raise ValueError(f"vision_config.window_size {vision.window_size} is less than a token's {unit} pixels")
+    blocks = vision.fullatt_block_indexes
+    if not isinstance(blocks, list | tuple) or not all(type(i) is int and i >= 0 for i in blocks):
+        raise ValueError(f"vision_config.fullatt_block_indexes {short(blocks)} must be a list of whole numbers")
+
+
 def read_config(raw: dict, source: str = "config.json") -> ModelConfig:
     """Read a config.json: flat as published (rope_scaling mrope) or nested as transformers 5 writes it."""
     source = one_line(source)
@@ -74,7 +124,7 @@ def read_config(raw: dict, source: str = "config.json") -> ModelConfig:
     if "quantization_config" in raw:
         raise InputError(f"{source}: has a quantization_config; take the checkpoint that is not quantised.")
     try:
-        return ModelConfig(
+        config = ModelConfig(
             **{key: text[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
             **{key: text[key] for key in ("num_attention_heads", "num_key_value_heads", "rms_norm_eps")},
             rope_theta=theta,
@@ -90,6 +140,8 @@ def read_config(raw: dict, source: str = "config.json") -> ModelConfig:
                 }
             ),
         )
+        check(config)
+        return config
     except KeyError as missing:
         raise InputError(f"{source}: field {missing} is missing; is this a Qwen2.5-VL checkpoint?") from None
     except ValueError as error:

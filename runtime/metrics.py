@@ -18,6 +18,7 @@ import torch
 
 from errors import InputError
 from eval import overlay, rounded, sheet
+from rewards import MAIN, REWARDS
 from rollout import GroupScores, Rollout
 from scheduler import Decision, hit
 from tasks import TASKS
@@ -41,7 +42,8 @@ def rollout_metrics(everyone: GroupScores, taus: dict[tuple[str, str], float | N
     quartiles = everyone.u.flatten().quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
     best = [(u, taus[key]) for u, key in zip(everyone.u.amax(1).tolist(), everyone.keys, strict=True)]
     missed = [not hit(u, tau) for u, tau in best if tau is not None]
-    return {f"reward_{name}": part.mean().item() for name, part in everyone.parts.items()} | {
+    named = {name: f"reward_{name}" if name in (MAIN, *REWARDS) else f"{name}_mean" for name in everyone.parts}
+    return {named[name]: part.mean().item() for name, part in everyone.parts.items()} | {
         "u_mean": everyone.u.mean().item(),
         "u_q25": quartiles[0],
         "u_q50": quartiles[1],

@@ -12,10 +12,10 @@ ROOT = Path(__file__).parent.parent
 # From the ground floor up; a module may import those of its own floor, where that makes no circle, and those below.
 FLOORS = (
     "errors kernels kernels.optional kernels.advantage kernels.iou kernels.logprob ranks phantoms loss",
-    "layers vision generate model lora weights images data prompts scheduler",
-    "tasks.task tasks.box tasks rewards rollout config",
-    "eval runtime runtime.lock runtime.readers runtime.stream runtime.plan runtime.checkpoint runtime.metrics "
-    "runtime.diagnose runtime.run",
+    "settings layers vision generate model lora weights images data prompts scheduler",
+    "tasks.task tasks.box tasks rewards rollout flags config",
+    "eval runtime runtime.lock runtime.readers runtime.stream runtime.plan runtime.state runtime.checkpoint "
+    "runtime.metrics runtime.diagnose runtime.run",
     "train_sft train_grpo",
 )
 FLOOR = {module: i for i, floor in enumerate(FLOORS) for module in floor.split()}
