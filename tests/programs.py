@@ -1,0 +1,73 @@
+"""train_grpo.py, train_sft.py and eval.py as a user runs them, on the nano policy and small pictures; for all tests."""
+
+import io
+import json
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+
+import errors
+import train_grpo
+from data import phantom_samples
+from images import load
+
+ROOT = Path(__file__).parent.parent
+TIMES = {"seconds", "seconds_input", "seconds_rollout", "seconds_update", "peak_mb", "resident_mb"}
+
+
+def run(script, *flags: str, expect: int = 0) -> str:
+    """A script's main() as its __main__ block calls it -> stdout and stderr. In this process, since importing torch
+    takes longer than most runs here."""
+    output, code = io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(output):
+        patch.setattr(sys, "argv", [script.__name__ + ".py", *flags])
+        try:
+            errors.run(script.main, train_grpo.MEMORY)
+        except SystemExit as end:
+            code = end.code
+    assert code == expect, output.getvalue()
+    assert "Traceback" not in output.getvalue()
+    return output.getvalue()
+
+
+def write_records(folder: Path, count: int = 12, **more) -> Path:
+    """Phantoms as files and a JSONL, 84 x 84 pixels so that a step is quick; two prompts of unequal length."""
+    with open(folder / "train.jsonl", "w") as file:
+        for i in range(count):
+            sample = phantom_samples(None, 5, i, 1, size=84)[0]
+            image, box = load(sample)
+            image.save(folder / f"{i}.png")
+            record = {"image": f"{i}.png", "query": sample.query, "bbox": box, "dataset": "phantoms"} | more
+            print(json.dumps(record), file=file)
+    return folder / "train.jsonl"
+
+
+@pytest.fixture(scope="session")
+def records(tmp_path_factory) -> Path:
+    return write_records(tmp_path_factory.mktemp("records"))
+
+
+def small(out: Path, records: Path) -> list[str]:
+    sizes = ["--batch-size", "4", "--group-size", "4", "--micro-batch", "2", "--eval-limit", "4"]
+    return ["--data", str(records), "--val", str(records), "--out", str(out), *sizes]
+
+
+def grpo(out: Path, records: Path, *flags: str, expect: int = 0) -> str:
+    return run(train_grpo, *small(out, records), *flags, expect=expect)
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def sentence(output: str) -> str:
+    """The error, which must be one line, and the last."""
+    last = output.strip().splitlines()[-1]
+    assert last.startswith(("error: ", "train_grpo.py: error: ")), output
+    return last
