@@ -27,13 +27,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import errors
 import ranks
-from errors import InputError, cause_of, one_line, short
+from errors import InputError, cause_of, one_line, read_object, short
 from layers import Linear
 from model import ModelConfig, Policy
 from vision import VisionConfig
 
+RESTORE = "restore it from where it came"
 SHARD_BYTES = 5 * 10**9  # size of one file of a saved checkpoint, as the hub has it
 
 # What belongs to a checkpoint beside weights and config.json, and is carried on from folder to folder as it is.
@@ -160,7 +160,7 @@ def load_policy(folder: str | Path, device: torch.device | str = "cpu", dtype=to
     memory holds the policy (nothing of it if device is another) and at most one shard.
     """
     folder = Path(folder)
-    raw = read_json(folder / "config.json")
+    raw = read_object(folder / "config.json", RESTORE)
     config = read_config(raw, str(folder / "config.json"))
     eos_ids, files = read_eos_ids(folder, raw), checkpoint_files(folder)
     if max(eos_ids) >= config.vocab_size:
@@ -260,23 +260,10 @@ def _write(policy: Policy, folder: Path, dtype: torch.dtype | None, tensors: Ite
             shutil.copyfile(policy.source / name, folder / name)
 
 
-def read_json(file: Path) -> dict:
-    """A JSON file that holds an object. InputError else."""
-    if not os.path.lexists(file):
-        raise InputError(
-            f"{one_line(file)} does not exist; --model wants a folder of a Qwen2.5-VL checkpoint or 'nano', "
-            "or org/name of the Hugging Face Hub."
-        )
-    value = errors.read_json(file, "restore it from where it came")
-    if not isinstance(value, dict):
-        raise InputError(f"{one_line(file)}: a JSON object was expected, not {type(value).__name__}.")
-    return value
-
-
 def read_eos_ids(folder: Path, raw: dict) -> tuple[int, ...]:
     """EOS ids of the generation config if there is one (Qwen has two: end of turn, end of text), else of the config."""
     file = folder / "generation_config.json"
-    generation = read_json(file) if os.path.lexists(file) else {}
+    generation = read_object(file, RESTORE) if os.path.lexists(file) else {}
     sources = (generation, raw, raw.get("text_config") or {})
     eos = next((s["eos_token_id"] for s in sources if s.get("eos_token_id") is not None), None)
     if eos is None:
@@ -296,7 +283,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     """The safetensors files that hold the weights, all of which exist."""
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if os.path.lexists(index):
-        where = read_json(index).get("weight_map")
+        where = read_object(index, RESTORE).get("weight_map")
         files = list(where.values()) if isinstance(where, dict) else [None]
         if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in files):
             raise InputError(
@@ -341,7 +328,14 @@ def model_folder(model: str, weights: bool = True) -> Path:
     which weights come only if they are wanted."""
     if model == "nano":
         return NANO
-    return fetch(model, weights) if is_hub_name(model) else Path(model)
+    if is_hub_name(model):
+        return fetch(model, weights)
+    if not os.path.lexists(file := Path(model) / "config.json"):
+        raise InputError(
+            f"{one_line(file)} does not exist; --model wants a folder of a Qwen2.5-VL checkpoint or 'nano', or org/name "
+            "of the Hugging Face Hub"
+        )
+    return Path(model)
 
 
 def fetch(model: str, weights: bool = True) -> Path:

@@ -12,16 +12,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from programs import grpo, lines, run, sentence
 from safetensors.torch import load_file, save_file
-from test_train import grpo, lines, run
 
 import eval as evaluation
 import train_grpo
 import train_sft
-from data import load, phantom_samples
+from data import phantom_samples
 from errors import InputError
+from images import load
 from model import Policy
-from weights import load_policy
+from prompts import Processor, default_prompt
+from rewards import REWARDS
+from runtime import checkpoint
+from runtime.stream import Sampler
+from scheduler import Schedule
+from tasks import TASKS
+from weights import NANO, load_policy
 
 GOOD = {"image": "a.png", "query": "the skin lesion", "bbox": [10, 10, 50, 40]}
 
@@ -41,33 +48,13 @@ def write(folder: Path, *records, name: str = "train.jsonl") -> Path:
     return folder / name
 
 
-def sentence(output: str) -> str:
-    """The error, which must be one line, and the last."""
-    last = output.strip().splitlines()[-1]
-    assert last.startswith(("error: ", "train_grpo.py: error: ")), output
-    return last
-
-
 # --------------------------------------------------------------------------------------------------------- records
 
-RECORDS = {  # what line 17 says: (field, words of the sentence with its remedy)
-    "broken JSON": ('{"image": "a.png", ', "not valid JSON"),
-    "not an object": ("[1, 2]", "a record must be a JSON object"),
-    "invalid UTF-8": (b'{"image": "a.png", "query": "\xff"}', "UTF-8"),
-    "missing key": (
-        {"image": "a.png", "query": "it"},
-        "field 'bbox' is missing, add it; the record has",
-    ),
-    "wrong type": (GOOD | {"query": 7}, "field 'query' must be a non-empty string, not 7"),
-    "text for a box": (GOOD | {"bbox": "10,10,50,40"}, "field 'bbox' must be four finite numbers [x1, y1, x2, y2]"),
-    "several boxes": (GOOD | {"bbox": [[1, 2, 3, 4], [5, 6, 7, 8]]}, "field 'bbox' holds 2 boxes"),
-    "missing picture": (GOOD | {"image": "z.png"}, "field 'image' names"),
-    "no picture": (GOOD | {"image": "train.jsonl"}, "train.jsonl"),
-    "box outside": (GOOD | {"bbox": [10, 10, 85, 40]}, "field 'bbox' [10, 10, 85, 40] reaches outside the 84x56 image"),
-    "inverted box": (GOOD | {"bbox": [50, 10, 10, 40]}, "field 'bbox' [50, 10, 10, 40] is an empty or inverted box"),
-    "wrong frame": (GOOD | {"width": 840, "height": 560}, "fields 'width' and 'height' say 840x560"),
-    "long question": (GOOD | {"query": "where " * 800}, "field 'query'"),
-    "special token": (
+RECORDS = {  # what line 17 says, when it is found, and the words of the sentence; all others: test_data.py
+    "broken JSON": ('{"image": "a.png", ', "not valid JSON"),  # when it is read
+    "no picture": (GOOD | {"image": "train.jsonl"}, "train.jsonl"),  # when its header is
+    "unknown task": (GOOD | {"task": "sing"}, "field 'task' is 'sing'; there are box"),
+    "special token": (  # when a prompt is made of it
         GOOD | {"query": "the <|image_pad|>"},
         "field 'query' 'the <|image_pad|>' holds the special token",
     ),
@@ -77,24 +64,19 @@ RECORDS = {  # what line 17 says: (field, words of the sentence with its remedy)
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_bad_record_ends_the_run_by_name_or_is_skipped_and_listed(name, folder):
     record, words = RECORDS[name]
-    file = write(folder, *[GOOD] * 16, record, GOOD)
-    place = f"{file}:17: "
-    for flag in ("--data", "--val"):
-        data = {"--data": str(folder / "good.jsonl"), "--val": str(folder / "good.jsonl"), flag: str(file)}
-        write(folder, *[GOOD] * 4, name="good.jsonl")
-        flags = [part for pair in data.items() for part in pair]
-        error = sentence(run(train_grpo, *flags, "--out", str(folder / "out"), expect=2))
+    file, good = write(folder, *[GOOD] * 16, record, GOOD), write(folder, *[GOOD] * 4, name="good.jsonl")
+    place, out = f"{file}:17: ", str(folder / "out")
+    for data, val in ((file, good), (good, file)):
+        error = sentence(run(train_grpo, "--data", str(data), "--val", str(val), "--out", out, expect=2))
         assert place in error and words in error and len(error) < 500 + 2 * len(str(folder)), error
         assert not (folder / "out").exists()
     flags = ["--steps", "1", "--batch-size", "2", "--group-size", "2", "--eval-limit", "1", "--skip-bad", "1"]
     output = grpo(folder / "out", file, *flags)  # the same file is evaluated on: one record, counted once
     assert output.count(f"left out: {place}") == 1 and words in output
-    assert "17 training samples, 17 to evaluate on" in output
-    if name in ("broken JSON", "special token"):  # found when read, and when a prompt is made of it
-        sft = ["--data", str(file), "--steps", "1", "--batch-size", "2"]
-        assert place in sentence(run(train_sft, *sft, "--out", str(folder / "a"), expect=2))
-        output = run(train_sft, *sft, "--out", str(folder / "a"), "--skip-bad", "1")
-        assert output.count(f"left out: {place}") == 1
+    assert "17 training samples, 1 to evaluate on" in output
+    sft = ["--data", str(file), "--steps", "1", "--batch-size", "2", "--out", str(folder / "a")]
+    assert place in sentence(run(train_sft, *sft, expect=2))
+    assert run(train_sft, *sft, "--skip-bad", "1").count(f"left out: {place}") == 1
 
 
 def test_more_bad_records_than_allowed_end_the_run(folder):
@@ -139,7 +121,7 @@ def test_a_picture_that_breaks_on_the_way_saves_the_run_first(folder):
     file = write(folder, *records)
     val = write(folder, records[0], name="val.jsonl")
     whole = {name: (folder / f"{name}.png").read_bytes() for name in names}
-    order = train_grpo.Sampler(8, 2, 0).take(0, 8)
+    order = Sampler(8, 2, 0).take(0, 8)
     victim = names[order[5]]  # in the third step
     flags = ["--data", str(file), "--val", str(val), "--steps", "4", "--batch-size", "2", "--group-size", "4"]
     flags += ["--schedule", "raw"]
@@ -178,7 +160,7 @@ def edit(file: Path, **changes) -> None:
 
 def broken_model(folder: Path, name: str) -> Path:
     """A copy of the nano policy with one thing wrong."""
-    copy = shutil.copytree(evaluation.NANO, folder / "model")
+    copy = shutil.copytree(NANO, folder / "model")
     if name == "foreign architecture":
         config = json.loads((copy / "config.json").read_text())
         (copy / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
@@ -250,10 +232,16 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_an_unreadable_or_foreign_model_is_named(name, folder):
-    file = write(folder, GOOD)
     model = broken_model(folder, name)
-    error = sentence(grpo(folder / "out", file, "--model", str(model), "--recipe", "nano", expect=2))
-    assert MODELS[name] in error and f"{folder.name}/model" in error and not (folder / "out").exists()
+    with pytest.raises(InputError) as error:
+        default_prompt(model)
+        load_policy(model)
+        Processor(model, "answer", TASKS)
+    assert MODELS[name] in str(error.value) and f"{folder.name}/model" in str(error.value)
+    if name == "weights cut off":
+        flags = ("--model", str(model), "--recipe", "nano")
+        assert MODELS[name] in sentence(grpo(folder / "out", write(folder, GOOD), *flags, expect=2))
+        assert not (folder / "out").exists()
 
 
 def test_a_folder_that_is_not_there_is_named(folder):
@@ -299,9 +287,9 @@ BREAKS = {
     "cut-off moments": (damage("trainer.safetensors", b"12345678"), "trainer.safetensors: is damaged, {'bytes': 8"),
     "a bit of a weight": (damage("model.safetensors", None), "step-000001/model.safetensors: is damaged, {'bytes': 9"),
     "lost file": (lambda out: (out / "step-000001" / "tokenizer.json").unlink(), "tokenizer.json: cannot be read (No"),
-    "another format": (lambda out: manifest(out, format=99), "step-000001/manifest.json: format 99 is not 3"),
+    "another format": (lambda out: manifest(out, format=99), "step-000001/manifest.json: format 99 is not 4"),
     "no object": (damage("manifest.json", b"[]"), "step-000001/manifest.json: cannot be read"),
-    "cut-off manifest": (damage("manifest.json", b'{"format": 3, "fi'), "step-000001/manifest.json: is not valid JSON"),
+    "cut-off manifest": (damage("manifest.json", b'{"format": 4, "fi'), "step-000001/manifest.json: is not valid JSON"),
     "odd manifest": (lambda out: manifest(out, files=[1]), "step-000001/manifest.json: cannot be read"),
     "no manifest": (lambda out: (out / "step-000001" / "manifest.json").unlink(), "step-000001: no manifest.json; an"),
     "foreign line": (lambda out: (out / "metrics.jsonl").write_text("{}\n"), "metrics.jsonl:1: is no line of this run"),
@@ -327,18 +315,18 @@ def test_a_broken_checkpoint_is_named_on_resume(name, stopped, tmp_path):
 
 def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoint_before(folder, monkeypatch):
     file = write(folder, GOOD)
-    save = train_grpo.checkpoint.save_file
+    save = checkpoint.save_file
 
     def full(tensors, path, **_):
         if "000002" in str(path):
             raise OSError(28, "No space left on device")
         save(tensors, path)
 
-    monkeypatch.setattr(train_grpo.checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     error = sentence(grpo(folder / "out", file, "--steps", "3", "--save-every", "1", expect=2))
     assert "step-000002 cannot be written" in error and "No space left on device" in error and "--resume" in error
     assert [f.name for f in (folder / "out").iterdir() if "step" in f.name] == ["step-000001"]
-    monkeypatch.setattr(train_grpo.checkpoint, "save_file", save)
+    monkeypatch.setattr(checkpoint, "save_file", save)
     run(train_grpo, "--resume", "--out", str(folder / "out"))
     assert (folder / "out" / "step-000003").is_dir()
 
@@ -347,9 +335,9 @@ def test_an_evaluation_that_fails_at_the_end_does_not_cost_the_run(folder):
     """The picture to evaluate on vanishes after the first look."""
     file, val = write(folder, GOOD | {"image": "b.png"}), write(folder, GOOD, name="val.jsonl")
     with pytest.MonkeyPatch.context() as patch:
-        observe = train_grpo.Schedule.observe
+        observe = Schedule.observe
         vanish = lambda self, ious: (folder / "a.png").unlink(missing_ok=True) or observe(self, ious)  # noqa: E731
-        patch.setattr(train_grpo.Schedule, "observe", vanish)
+        patch.setattr(Schedule, "observe", vanish)
         flags = ["--data", str(file), "--val", str(val), "--steps", "2", "--out", str(folder / "out")]
         error = sentence(run(train_grpo, *flags, expect=2))
     assert f"{val}:1: " in error and "a.png" in error
@@ -360,7 +348,7 @@ def test_what_was_left_out_is_still_counted_after_a_resume(folder):
     """Two pictures break on the way and one is allowed: the second ends the run, also if it was resumed in between."""
     names = "abcdefgh"
     file = write(folder, *[GOOD | {"image": f"{name}.png"} for name in names])
-    order = train_grpo.Sampler(8, 2, 0).take(0, 8)
+    order = Sampler(8, 2, 0).take(0, 8)
     for place in (1, 5):
         picture = folder / f"{names[order[place]]}.png"
         picture.write_bytes(picture.read_bytes()[:2000])
@@ -379,7 +367,7 @@ def test_training_records_are_never_evaluated_on_unasked(folder):
     assert "no evaluation: name records with --val" in output
     flags = ["--data", f"phantoms:xray, {file}", "--steps", "1", "--batch-size", "2", "--eval-limit", "2"]
     output = run(train_grpo, *flags, "--out", str(folder / "b"))
-    assert "20001 training samples, 600 to evaluate on" in output
+    assert "20001 training samples, 2 to evaluate on" in output
 
 
 def test_a_used_or_unwritable_folder_is_refused(stopped, folder):
@@ -405,7 +393,7 @@ def test_names_of_others_are_printed_on_one_line(folder, capsys, monkeypatch):
     assert "\x1b" not in output and "\x07" not in output and max(map(len, output.splitlines())) < 300
     assert not any(line.startswith("error") for line in output.splitlines())
     assert evil in json.loads((folder / "out" / "eval.json").read_text())["datasets"]  # a file has it as it is
-    monkeypatch.setattr(evaluation.Task, "answer", lambda *_: [evil])
+    monkeypatch.setattr(evaluation, "greedy", lambda *_: [evil])
     output = run(evaluation, "--image", str(folder / "a.png"), "--query", "it", "--out", str(folder / "out"))
     assert "\x1b" not in output and "all is lost" in output and len(output.splitlines()) == 2
 
@@ -442,7 +430,7 @@ def test_predictions_of_odd_kinds_are_one_sentence(name, folder):
     "flags, words",
     [
         (["--query", "x" * 100_000], "--query: field 'query' has 100000 characters; shorten it to at most 10000"),
-        (["--query", "the \udcff lesion"], "--query: field 'query' .* holds half a surrogate pair"),
+        (["--query", "the \udcff lesion"], "--query the .*udcff lesion holds a character that no name has"),
         (["--query", " \n"], "--query: field 'query' must be a non-empty string"),
         (["--query", "<|im_end|>"], "holds the special token"),
         (["--query", "it", "--max-tokens", "1" + "0" * 30], "--max-tokens must be at most 1000000"),
@@ -465,7 +453,7 @@ def test_boxes_over_the_edge_are_cut_for_an_evaluation_if_it_is_asked_for(folder
     answers = write(folder, {"box": [10, 10, 50, 40]}, {"box": [10, 10, 84, 40]}, name="answers.jsonl")
     flags = ["--data", str(file), "--predictions", str(answers), "--train", str(file), "--out", str(folder / "out")]
     assert f"{file}:2: field 'bbox' [10, 10, 85.5, 40] reaches" in run(evaluation, *flags, expect=2)
-    output = run(evaluation, *flags, "--clip")
+    output = run(evaluation, *flags, "--clip-boxes")
     assert output.count(f"boxes clipped at the picture's edge: 1 ({file}:2)") == 2  # of --data and of --train
     assert json.loads((folder / "out" / "eval.json").read_text())["miou"] == 1.0
 
@@ -475,12 +463,12 @@ def test_boxes_over_the_edge_are_cut_for_an_evaluation_if_it_is_asked_for(folder
 
 def test_a_reward_that_gives_no_number_is_named(folder, monkeypatch):
     file = write(folder, GOOD)
-    monkeypatch.setitem(train_grpo.rewards.REWARDS, "odd", lambda texts, scores, samples: [math.nan] * len(texts))
-    error = sentence(grpo(folder / "a", file, "--rewards", "box=1,odd=1", expect=2))
-    assert "reward 'odd' must give 8 finite numbers, one an answer" in error
-    monkeypatch.setitem(train_grpo.rewards.REWARDS, "odd", lambda texts, scores, samples: [1.0])
-    error = sentence(grpo(folder / "b", file, "--rewards", "box=1,odd=1", expect=2))
-    assert "reward 'odd' must give 8 finite numbers" in error and "(1,)" in error
+    monkeypatch.setitem(REWARDS, "odd", lambda texts, scores, samples: [math.nan] * len(texts))
+    error = sentence(grpo(folder / "a", file, "--rewards", "task=1,odd=1", expect=2))
+    assert "reward 'odd' must give 16 finite numbers, one an answer" in error
+    monkeypatch.setitem(REWARDS, "odd", lambda texts, scores, samples: [1.0])
+    error = sentence(grpo(folder / "b", file, "--rewards", "task=1,odd=1", expect=2))
+    assert "reward 'odd' must give 16 finite numbers" in error and "(1,)" in error
 
 
 OUT_OF_MEMORY = {

@@ -34,8 +34,8 @@ from weights import NANO, load_policy, read_config
 WHOLE = ("--save-every", "3", "--schedule", "medloc:window=4,tau_start=.1")
 METRICS = (
     "step tau hit_rate sigma margin decision u_mean u_q25 u_q50 u_q75 reward_mean reward_task giou_mean zero_spread "
-    "no_hit parse_failures truncated clip_low clip_high entropy grad_norm loss lr seconds seconds_rollout seconds_update tokens "
-    "peak_mb groups dropped drawn skipped seconds_input resident_mb"
+    "no_hit parse_failures truncated clip_low clip_high entropy grad_norm loss lr seconds seconds_rollout tokens "
+    "peak_mb groups dropped drawn skipped seconds_input seconds_update resident_mb"
 ).split()
 
 
