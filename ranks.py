@@ -113,6 +113,10 @@ class Lost(InputError):
     """Another rank is gone: nothing can be done together any more."""
 
 
+class Together(InputError):
+    """An InputError on every rank at the same point: all may still do something together, such as save."""
+
+
 @contextmanager
 def _company():
     """Around every collective: it fails where another rank is gone."""

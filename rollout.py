@@ -236,8 +236,15 @@ def share(mine: GroupScores, stream) -> GroupScores:
                 raise fault
             return stream.failures
 
-        failures = [failure for part in ranks.gather_objects(report) for failure in part]
-    stream.advance(count, failures)
+        try:
+            failures = [failure for part in ranks.gather_objects(report) for failure in part]
+            stream.advance(count, failures)
+        except ranks.Lost:
+            raise
+        except InputError as error:
+            raise ranks.Together(str(error)) from error
+    else:
+        stream.advance(count, failures)
     places = [place for place, there in zip(stream.places, rolled.tolist(), strict=True) if there]
     everyone = everyone.map(lambda values: values[rolled])
     everyone.keys = [stream.keys[i] for i in everyone.key[:, 0].tolist()]

@@ -332,8 +332,8 @@ def model_folder(model: str, weights: bool = True) -> Path:
         return fetch(model, weights)
     if not os.path.lexists(file := Path(model) / "config.json"):
         raise InputError(
-            f"{one_line(file)} does not exist; --model wants a folder of a Qwen2.5-VL checkpoint or 'nano', or org/name "
-            "of the Hugging Face Hub"
+            f"{one_line(file)} does not exist; --model wants a folder of a Qwen2.5-VL checkpoint or 'nano', or "
+            "org/name of the Hugging Face Hub"
         )
     return Path(model)
 

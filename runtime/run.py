@@ -245,9 +245,7 @@ class Run:
         drawn = self.stream.drawn
         try:
             yield
-        except ranks.Lost:
-            raise
-        except InputError as error:
+        except ranks.Together as error:
             self.save(step, drawn)
             raise InputError(f"{error}. All up to step {step} is saved: repair it and go on by --resume") from error
         except errors.Stopped:

@@ -18,20 +18,22 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import checkpoint  # noqa: E402
 import errors  # noqa: E402
 import ranks  # noqa: E402
 import train_grpo  # noqa: E402
+from runtime import checkpoint  # noqa: E402
+
+SINGLE = "in float32"  # in front of flags: as they are
 
 
 def wide_policies(args, base, start, make=train_grpo.make_policies):
-    """In float64, where a difference of 1e-10 is a mistake and not rounding: weights, arithmetic and gradients. With
-    --dtype as it says."""
-    if "--dtype" in sys.argv:
-        return make(args, base, start)
-    args.dtype = "float64"
+    """In float64, where a difference of 1e-10 is a mistake and not rounding: weights, arithmetic and gradients."""
+    shard, args.shard, args.dtype = args.shard, False, "float64"
     policy, _, reference = make(args, base, start)
     policy.double()
+    args.shard = shard
+    for sharded in filter(None, (policy, reference) if shard else ()):
+        ranks.shard(sharded, args.device, train_grpo.torch.float64)
     return policy, policy, reference
 
 
@@ -45,36 +47,38 @@ def stopped(folder: Path, step: int, out: Path) -> None:
 
 def run(out: Path, flags: list[str], begun: tuple[Path, int] | None = None) -> None:
     if begun:
-        ranks.first(lambda: stopped(Path(begun[0]), begun[1], out))
-    steps, sizes = [], []
-    rollout, update, gather, save = train_grpo.rollout, train_grpo.update, ranks.gather, checkpoint.save
+        ranks.on_rank0(lambda: stopped(Path(begun[0]), begun[1], out))
+    single, flags = flags[:1] == [SINGLE], [flag for flag in flags if flag != SINGLE]
+    steps, sizes, prefixes = [], [], []
+    step, update, gather, save = train_grpo.step, train_grpo.update, ranks.gather, checkpoint.save
 
-    def traced_rollout(*arguments):
-        tally, seen, used = rollout(*arguments)
-        lengths = seen.lengths.tolist()
-        ids = [
-            [row[:n] for row, n in zip(*group, strict=True)] for group in zip(seen.ids.tolist(), lengths, strict=True)
-        ]
-        mine = [list(row) for row in zip([p.sample.source for p in seen.prompts], seen.texts, ids, strict=True)]
-        steps.append({"rolled": mine, "iou": tally.iou.tolist(), "shared": seen.prefix is not None})
-        return tally, seen, used
+    def traced_update(*arguments):
+        prefixes.append(arguments[4])
+        return update(*arguments)
 
-    def traced_update(policy, *rest):
-        metrics = update(policy, *rest)
-        total = sum(ranks.whole(p.detach()).sum().item() for p in policy.parameters())
-        steps[-1] |= {"collectives": ranks.collectives, "gathered": list(sizes), "weights": total}
+    def traced_step(number, policy, *rest):
         sizes.clear()
-        return metrics
+        everyone, roll, losses, decisions = step(number, policy, *rest)
+        gathered = list(sizes)
+        lengths = roll.lengths.tolist()
+        ids = [
+            [row[:n] for row, n in zip(*group, strict=True)] for group in zip(roll.ids.tolist(), lengths, strict=True)
+        ]
+        mine = [list(row) for row in zip([p.sample.source for p in roll.prompts], roll.texts, ids, strict=True)]
+        traced = {"rolled": mine, "u": everyone.u.tolist(), "shared": prefixes.pop() is not None}
+        traced |= {"collectives": ranks.collectives, "gathered": gathered}
+        steps.append(traced | {"weights": sum(ranks.full_tensor(p.detach()).sum().item() for p in policy.parameters())})
+        return everyone, roll, losses, decisions
 
-    def traced_save(folder, step, task, *rest):
-        tensors = {name: ranks.whole(p.detach()).clone() for name, p in task.policy.named_parameters()}
+    def traced_save(folder, number, policy, *rest):
+        tensors = {name: ranks.full_tensor(p.detach()).clone() for name, p in policy.named_parameters()}
         if ranks.rank == 0:
             save_file(tensors, out / "wide.safetensors")
-        return save(folder, step, task, *rest)
+        return save(folder, number, policy, *rest)
 
     with (
-        patch.object(train_grpo, "make_policies", wide_policies),
-        patch.object(train_grpo, "rollout", traced_rollout),
+        patch.object(train_grpo, "make_policies", train_grpo.make_policies if single else wide_policies),
+        patch.object(train_grpo, "step", traced_step),
         patch.object(train_grpo, "update", traced_update),
         patch.object(checkpoint, "save", traced_save),
         patch.object(ranks, "gather", lambda rows: sizes.append(rows.numel()) or gather(rows)),
@@ -83,8 +87,8 @@ def run(out: Path, flags: list[str], begun: tuple[Path, int] | None = None) -> N
         patch.object(sys, "argv", ["train_grpo.py", *flags, "--out", str(out)]),
     ):
         train_grpo.main()
-    traces = ranks.everyone(lambda: steps)
-    ranks.first(lambda: (out / "trace.json").write_text(json.dumps(traces)) and None)
+    traces = ranks.gather_objects(lambda: steps)
+    ranks.on_rank0(lambda: (out / "trace.json").write_text(json.dumps(traces)) and None)
 
 
 def main() -> None:

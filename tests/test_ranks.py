@@ -10,35 +10,47 @@ from pathlib import Path
 
 import pytest
 import ranks_program
+from programs import ROOT, lines, records, without_times  # noqa: F401  a fixture
 from safetensors.torch import load_file
-from test_train import ROOT, lines, records, without_times  # noqa: F401  a fixture
 
-import train_grpo
+from runtime.stream import Sampler
 
-SMALL = "--group-size 4 --max-tokens 18 --eval-limit 2 --samples-every 2 --workers 1 --lr 1e-3"
+SMALL = "--group-size 4 --max-tokens 18 --eval-limit 2 --workers 1 --lr 1e-3"
+EASY = "check_stability=off,check_margin=off,stages=0:.3:1/.6:.3:1/.75:.3:1"
 CASES = {  # twelve pictures
-    "plain": "--steps 2 --batch-size 5 --micro-batch 2 --schedule medloc --window 4 --tau-start .05"
-    " --no-check-stability --no-check-margin --min-hit-rate .3 .3 .3",
+    "plain": "--steps 2 --batch-size 5 --micro-batch 2 --schedule medloc:window=4,tau_start=.05," + EASY,
     "one pass": "--steps 2 --batch-size 5 --micro-batch 9 --schedule raw --eval-every 2",
-    "everything": "--steps 2 --batch-size 5 --micro-batch 2 --schedule medloc --window 8 --tau-start .2 --skip-bad 1"
-    " --dynamic-sampling 2 --inner-steps 2 --beta .05 --loss dapo --overlong mask --freeze-vision",
+    "everything": "--steps 2 --batch-size 5 --micro-batch 2 --schedule medloc:window=8,tau_start=.2 --skip-bad 1"
+    " --dynamic-sampling 2 --inner-steps 2 --beta .05 --loss dapo:overlong=mask --freeze-vision",
     "an idle rank": "--steps 2 --batch-size 1 --micro-batch 1 --schedule raw --group-size 3 --beta .1",
     "adapters": "--steps 2 --batch-size 3 --micro-batch 2 --schedule raw --lora-rank 3 --beta .1 --checkpointing",
 }
 
-SHARDED = ("plain", "everything", "an idle rank")
-SHARDED = {f"sharded {name}": f"{CASES[name]} --shard --checkpointing" for name in SHARDED}
-EXACT = "--steps 3 --batch-size 3 --micro-batch 1 --schedule medloc --window 6 --tau-start .05 --min-hit-rate .3 .3 .3"
-EXACT += " --no-check-stability --no-check-margin --dynamic-sampling 1 --inner-steps 2 --beta .05 --dtype float32"
-EXACT += " --save-every 1 --eval-limit 1"
+SHARDED = {
+    f"sharded {name}": f"{CASES[name]} --shard --checkpointing" for name in ("plain", "everything", "an idle rank")
+}
+QUICK = ("plain", "everything", "sharded everything", "two0 exact 2", "one0 exact 2--shard")  # the others are slow
+EXACT = f"--steps 3 --batch-size 3 --micro-batch 1 --schedule medloc:window=6,tau_start=.05,{EASY}"
+EXACT += " --dynamic-sampling 1 --inner-steps 2 --beta .05 --save-every 1 --eval-limit 1"
 MIDDLE, RAISED = 1, 2  # steps after which EXACT is stopped: in the middle of a window, and right after a raise
+
+
+def marked(names) -> list:
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.fixture(scope="module")
+def wanted(request):
+    """Which cases are run: of the quick tests, or, with -m slow, all."""
+    every = "slow" in request.config.option.markexpr and "not slow" not in request.config.option.markexpr
+    return lambda cases: [case for case in cases if every or case[0] in (*QUICK, "exact")]
 
 
 @pytest.fixture(scope="module")
 def data(records) -> list[str]:  # noqa: F811
-    """The pictures of test_train.py, and a copy of the records in which the second of the stream is cut off."""
+    """The pictures of programs.py, and a copy of the records in which the second of the stream is cut off."""
     folder = records.parent
-    second = train_grpo.Sampler(12, 5, 0).take(1, 1)[0]
+    second = Sampler(12, 5, 0).take(1, 1)[0]
     rows = [json.loads(line) for line in records.read_text().splitlines()]
     (folder / "broken.png").write_bytes((folder / rows[second]["image"]).read_bytes()[:1500])
     rows[second]["image"] = "broken.png"
@@ -47,7 +59,8 @@ def data(records) -> list[str]:  # noqa: F811
 
 
 def flags(case: str, data: list[str]) -> list[str]:
-    return [*SMALL.split(), "--data", data["skip-bad" in case], "--val", data[0], *case.split()]
+    first = [ranks_program.SINGLE] if case.startswith(EXACT) else []
+    return [*first, *SMALL.split(), "--data", data["skip-bad" in case], "--val", data[0], *case.split()]
 
 
 def torchrun(size: int, *command, expect: int = 0, timeout: float = 240) -> str:
@@ -82,27 +95,27 @@ def run_cases(size: int, cases: list[Case], folder: Path, timeout: float = 400) 
 
 def resumed(begun: Path, *flags: str, steps: tuple[int, ...] = (MIDDLE, RAISED)) -> list[Case]:
     """The run in this folder, stopped and gone on with: cases named by the folder and the step."""
-    words = ["--resume", "--dtype", "float32", *flags]
+    words = [ranks_program.SINGLE, "--resume", *flags]
     return [(f"{begun.parent.name} {begun.name} {step}{' '.join(flags)}", words, (str(begun), step)) for step in steps]
 
 
 @pytest.fixture(scope="module")
-def alone(data, tmp_path_factory) -> dict[str, Path]:
+def alone(data, wanted, tmp_path_factory) -> dict[str, Path]:
     """CASES, and EXACT: straight, and stopped and resumed."""
     folder = tmp_path_factory.mktemp("one")
     cases = [(name, flags(case, data)) for name, case in (CASES | {"exact": EXACT}).items()]
-    return run_cases(1, cases + resumed(folder / "exact"), folder)
+    return run_cases(1, wanted(cases + resumed(folder / "exact")), folder)
 
 
 @pytest.fixture(scope="module")
-def two(data, alone, tmp_path_factory) -> dict[str, Path]:
+def two(data, alone, wanted, tmp_path_factory) -> dict[str, Path]:
     """CASES and SHARDED on two ranks; EXACT, replicated and sharded; and EXACT begun by one rank."""
     folder = tmp_path_factory.mktemp("two")
     cases = CASES | SHARDED | {"exact": EXACT, "shards": EXACT + " --shard"}
     cases = [(name, flags(case, data)) for name, case in cases.items()]
     cases += resumed(folder / "exact") + resumed(folder / "shards", "--shard", steps=(RAISED,))
     cases += resumed(alone["exact"], steps=(RAISED,)) + resumed(alone["exact"], "--shard", steps=(RAISED,))
-    return run_cases(2, cases, folder)
+    return run_cases(2, wanted(cases), folder)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +140,7 @@ def assert_same_run(one: Path, several: Path, size: int) -> None:
     assert len(ranks_steps) == size
     for step, *shares in zip(single, *ranks_steps, strict=True):
         assert sorted(step["rolled"]) == sorted(row for share in shares for row in share["rolled"])
-        assert all(share["iou"] == step["iou"] and share["weights"] == shares[0]["weights"] for share in shares)
+        assert all(share["u"] == step["u"] and share["weights"] == shares[0]["weights"] for share in shares)
     a, b = load_file(one / "wide.safetensors"), load_file(several / "wide.safetensors")
     assert a.keys() == b.keys() and max((a[name] - b[name]).abs().max() for name in a) < 1e-10
     start = load_file(ROOT / "assets" / "nano" / "model.safetensors")
@@ -135,7 +148,7 @@ def assert_same_run(one: Path, several: Path, size: int) -> None:
     assert json.loads((one / "eval.json").read_text()) == json.loads((several / "eval.json").read_text())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", marked(CASES))
 def test_two_ranks_are_one(name, alone, two):
     assert_same_run(alone[name], two[name], 2)
 
@@ -147,10 +160,9 @@ def test_the_cases_are_what_they_are_meant_to_be(alone, two):
     everything = rows["everything"]
     assert everything[-1]["drawn"] > sum(row["groups"] for row in everything) > 10
     assert any(row["dropped"] for row in everything) and all(row["kl"] is not None for row in everything)
-    assert [[len(step["rolled"]) for step in rank] for rank in traces(two["an idle rank"])] == [[1, 0], [0, 1]]
-    for name, outs in (("one", alone), ("two", two)):
-        for rank in traces(outs["one pass"]):
-            assert all(step["shared"] for step in rank), name
+    if "an idle rank" in two:  # with -m slow
+        assert [[len(step["rolled"]) for step in rank] for rank in traces(two["an idle rank"])] == [[1, 0], [0, 1]]
+        assert all(step["shared"] for outs in (alone, two) for rank in traces(outs["one pass"]) for step in rank)
     shares = [(len(step["rolled"]), step["shared"]) for rank in traces(two["plain"]) for step in rank]
     assert shares == [(3, False), (2, True), (2, True), (3, False)]  # two at a time
 
@@ -162,7 +174,7 @@ def test_a_step_is_four_collectives_and_one_of_them_carries_the_groups(alone, tw
     for rank in traces(two["plain"]):
         first, second = (step["collectives"] for step in rank)
         assert second - first == 4
-        assert rank[1]["gathered"] == [3 * 4 * 7, 4, 6]  # three places a rank, four answers, seven columns
+        assert rank[1]["gathered"] == [3 * 4 * 7, 4, 6]  # three places a rank, four answers, seven numbers of each
 
 
 @pytest.mark.slow
@@ -183,7 +195,7 @@ def test_twenty_steps_on_several_ranks_are_those_of_one(size, data, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- shards
 
 
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("name", marked(SHARDED))
 def test_sharded_weights_are_trained_as_whole_ones(name, alone, two):
     """FSDP2 on two ranks with micro-batches of unequal number, recomputed activations, a sharded reference, a frozen
     tower, several inner steps; against one process without any of that."""
@@ -198,12 +210,15 @@ def same_tensors(a: Path, b: Path) -> bool:
     return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
 
 
-@pytest.mark.parametrize("name", ["one exact 1", "one exact 2", "two exact 1", "two exact 2", "two shards 2--shard"])
+RESUMED = ["one0 exact 1", "one0 exact 2", "two0 exact 1", "two0 exact 2", "two0 shards 2--shard"]
+
+
+@pytest.mark.parametrize("name", marked(RESUMED))
 def test_a_resumed_run_is_the_run_that_was_not_stopped(name, alone, two):
     """On one rank and on two, in the middle of a window and right after a raise, with inner steps and dynamic sampling:
     metrics line by line (times aside), weights and moments bit by bit."""
     outs = alone if name.startswith("one") else two
-    straight, again = outs[name.split()[1]], outs[name.replace(" ", "0 ", 1)]
+    straight, again = outs[name.split()[1]], outs[name]
     rows, found = (without_times(lines(out / "metrics.jsonl")) for out in (straight, again))
     assert rows == found and len(rows) == 3
     for file in ("model.safetensors", "trainer.safetensors"):
@@ -217,11 +232,14 @@ def test_the_run_that_is_resumed_is_what_it_is_meant_to_be(alone):
     assert all(row["groups"] > 3 and row["dropped"] and row["grad_norm"] and row["kl"] is not None for row in rows)
 
 
-@pytest.mark.parametrize("name", ["one0 exact 2", "one0 exact 2--shard", "two0 exact 2", "two0 shards 2--no-shard"])
-def test_another_number_of_ranks_goes_on_with_the_same_trace(name, alone, two, one_after_two):
+OTHERS = ["one0 exact 2", "one0 exact 2--shard", "two0 exact 2", "two0 shards 2--no-shard"]
+
+
+@pytest.mark.parametrize("name", marked(OTHERS))
+def test_another_number_of_ranks_goes_on_with_the_same_trace(name, alone, two, request):
     """1 -> 2 and 2 -> 1, replicated and sharded: the same rollouts, so tau and all decisions are equal. Weights are so
     to rounding: a checkpoint is float32, as is the arithmetic here."""
-    begun, again = (alone, two) if name.startswith("one") else (two, one_after_two)
+    begun, again = (alone, two) if name.startswith("one") else (two, request.getfixturevalue("one_after_two"))
     straight, again = begun[name.split()[1]], again[name]
     rows, found = (without_times(lines(out / "metrics.jsonl")) for out in (straight, again))
     assert rows[:RAISED] == found[:RAISED] and rows != found
@@ -233,7 +251,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_trace(name, alone, two, o
 
 def test_a_sharded_checkpoint_is_whole(two):
     nano = load_file(ROOT / "assets" / "nano" / "model.safetensors")
-    model = load_file(two["shards"] / "step-000003" / "model.safetensors")
+    model = load_file(two["sharded everything"] / "step-000002" / "model.safetensors")
     assert {name: t.shape for name, t in model.items()} == {name: t.shape for name, t in nano.items()}
 
 
@@ -289,7 +307,7 @@ def test_a_rank_that_ends_ends_the_job(name, data, tmp_path):
 
 def test_what_ends_one_rank_ends_all_at_the_same_point_and_keeps_what_was_learned(data, tmp_path):
     """A picture on one rank, more than --skip-bad allows: found in the first epoch, in a step that is not the first."""
-    order = train_grpo.Sampler(12, 2, 0).take(0, 12)
+    order = Sampler(12, 2, 0).take(0, 12)
     rows = [json.loads(line) for line in Path(data[0]).read_text().splitlines()]
     for place in (3, 6):  # of rank 1 in the second step, of rank 0 in the third: the first one is allowed
         rows[order[place]]["image"] = "broken.png"
