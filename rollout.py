@@ -228,23 +228,19 @@ def share(mine: GroupScores, stream) -> GroupScores:
     start, count = stream.places.start % ranks.size, len(stream.places)
     everyone = table.map(lambda values: values.roll(-start, 0).transpose(0, 1).flatten(0, 1)[:count])
     rolled = everyone.found[:, 0] == FOUND
-    failures = []
-    if not rolled.all():
 
-        def report() -> list:
-            if fault:
-                raise fault
-            return stream.failures
+    def report() -> list:
+        if fault:
+            raise fault
+        return stream.failures
 
-        try:
-            failures = [failure for part in ranks.gather_objects(report) for failure in part]
-            stream.advance(count, failures)
-        except ranks.Lost:
-            raise
-        except InputError as error:
-            raise ranks.Together(str(error)) from error
-    else:
-        stream.advance(count, failures)
+    try:
+        reports = [] if rolled.all() else ranks.gather_objects(report)
+        stream.advance(count, [failure for part in reports for failure in part])
+    except ranks.Lost:
+        raise
+    except InputError as error:
+        raise ranks.Together(str(error)) from error
     places = [place for place, there in zip(stream.places, rolled.tolist(), strict=True) if there]
     everyone = everyone.map(lambda values: values[rolled])
     everyone.keys = [stream.keys[i] for i in everyone.key[:, 0].tolist()]

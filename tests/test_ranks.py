@@ -26,9 +26,8 @@ CASES = {  # twelve pictures
     "adapters": "--steps 2 --batch-size 3 --micro-batch 2 --schedule raw --lora-rank 3 --beta .1 --checkpointing",
 }
 
-SHARDED = {
-    f"sharded {name}": f"{CASES[name]} --shard --checkpointing" for name in ("plain", "everything", "an idle rank")
-}
+SHARDED = ("plain", "everything", "an idle rank")
+SHARDED = {f"sharded {name}": f"{CASES[name]} --shard --checkpointing" for name in SHARDED}
 QUICK = ("plain", "everything", "sharded everything", "two0 exact 2", "one0 exact 2--shard")  # the others are slow
 EXACT = f"--steps 3 --batch-size 3 --micro-batch 1 --schedule medloc:window=6,tau_start=.05,{EASY}"
 EXACT += " --dynamic-sampling 1 --inner-steps 2 --beta .05 --save-every 1 --eval-limit 1"
@@ -232,14 +231,16 @@ def test_the_run_that_is_resumed_is_what_it_is_meant_to_be(alone):
     assert all(row["groups"] > 3 and row["dropped"] and row["grad_norm"] and row["kl"] is not None for row in rows)
 
 
-OTHERS = ["one0 exact 2", "one0 exact 2--shard", "two0 exact 2", "two0 shards 2--no-shard"]
+OTHERS = ["one0 exact 2", "one0 exact 2--shard", "back: two0 exact 2", "back: two0 shards 2--no-shard"]
 
 
 @pytest.mark.parametrize("name", marked(OTHERS))
 def test_another_number_of_ranks_goes_on_with_the_same_trace(name, alone, two, request):
     """1 -> 2 and 2 -> 1, replicated and sharded: the same rollouts, so tau and all decisions are equal. Weights are so
     to rounding: a checkpoint is float32, as is the arithmetic here."""
-    begun, again = (alone, two) if name.startswith("one") else (two, request.getfixturevalue("one_after_two"))
+    back = name.startswith("back")
+    begun, again = (two, request.getfixturevalue("one_after_two")) if back else (alone, two)
+    name = name.removeprefix("back: ")
     straight, again = begun[name.split()[1]], again[name]
     rows, found = (without_times(lines(out / "metrics.jsonl")) for out in (straight, again))
     assert rows[:RAISED] == found[:RAISED] and rows != found
@@ -265,6 +266,7 @@ atexit.register(torch.distributed.all_reduce_coalesced, [torch.ones(1) for _ in 
 """
 
 
+@pytest.mark.slow
 def test_no_rank_aborts_when_its_last_act_was_a_collective(tmp_path):
     """gloo's thread still holds a thousand tensors when the interpreter ends: without ranks.LAST_BREATH it is aborted,
     on two of three tries."""

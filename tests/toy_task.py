@@ -1,5 +1,5 @@
-"""A task of one's own in one file: which of three kinds of pictures is it? python tests/toy_task.py takes train_grpo.py's
-flags; records say {"image", "query", "task": "kind", "kind": "xray"}."""
+"""A task of one's own in one file: which kind of picture is it? Records say {"image", "query", "task": "kind", "kind":
+"xray"}; python tests/toy_task.py takes train_grpo.py's flags."""
 
 import sys
 from pathlib import Path
