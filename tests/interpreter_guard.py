@@ -9,15 +9,10 @@ Stock, the interpreter of Triton 3.7 is kinder than the hardware or plainly wron
     masked load without other=             0                                   NaN, or the largest integer
     fp32 division by "/"                   exact                               x * (1 / y), an ulp off; div_rn is exact
     access outside the tensors passed in   whatever lies there, or a crash     IndexError
-    order of the programs                  always ascending                    any, with program_order(seed)
+    order of the programs                  ascending                           descending
 
 Still unseen: races inside a program, missing barriers, fused multiply-adds, the hardware's exp2 and log2.
 """
-
-import itertools
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -28,8 +23,7 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, ReduceO
 _extents: list[tuple[int, int]] = []  # first and last + 1 address of every tensor of the launch that is running
 
 
-def install() -> None:
-    """Once in a process."""
+def install() -> None:  # once in a process
     _arithmetic(InterpreterBuilder)
     _memory(InterpreterBuilder)
 
@@ -85,18 +79,17 @@ def _check(pointers, mask) -> None:
     if used.size:
         first, last = int(used.min()), int(used.max()) + max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         if not any(start <= first and last <= end for start, end in _extents):
-            where = f"{used.size} addresses from {first:#x} to {last:#x}"
-            raise IndexError(f"{where} are not inside any tensor of the launch")
+            raise IndexError(f"addresses from {first:#x} to {last:#x} are not inside any tensor of the launch")
 
 
 def _memory(builder) -> None:
     load, store = builder.create_masked_load, builder.create_masked_store
-    prepare, run = GridExecutor._init_args_hst, GridExecutor.__call__
+    prepare, run, place = GridExecutor._init_args_hst, GridExecutor.__call__, builder.set_grid_idx
 
     def noting(self, args, kwargs):
         host_args, host_kwargs = prepare(self, args, kwargs)
-        every = (*host_args, *host_kwargs.values())
-        _extents[:] = [_extent(x) for x in every if isinstance(x, torch.Tensor) and x.numel()]
+        tensors = (x for x in (*host_args, *host_kwargs.values()) if isinstance(x, torch.Tensor))
+        _extents[:] = [_extent(x) for x in tensors if x.numel()]
         return host_args, host_kwargs
 
     def quiet(self, *args, **kwargs):
@@ -117,23 +110,8 @@ def _memory(builder) -> None:
         _check(pointers, mask)
         return store(self, pointers, value, mask, *rest)
 
-    GridExecutor._init_args_hst, GridExecutor.__call__ = noting, quiet
+    def from_the_last(self, *index):
+        place(self, *(n - 1 - i for n, i in zip(self.grid_dim, index, strict=True)))
+
+    GridExecutor._init_args_hst, GridExecutor.__call__, builder.set_grid_idx = noting, quiet, from_the_last
     builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
-
-
-@contextmanager
-def program_order(seed: int) -> Iterator[None]:
-    """Every launch inside runs its programs in another order, and each of them once."""
-    stock, order = InterpreterBuilder.set_grid_idx, []
-
-    def shuffled(self, *index):
-        if index == (0, 0, 0):
-            order[:] = itertools.product(*map(range, self.grid_dim))
-            random.Random(seed).shuffle(order)
-        stock(self, *order[np.ravel_multi_index(index, self.grid_dim)])
-
-    InterpreterBuilder.set_grid_idx = shuffled
-    try:
-        yield
-    finally:
-        InterpreterBuilder.set_grid_idx = stock

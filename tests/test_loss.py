@@ -83,14 +83,10 @@ def test_the_split_into_micro_batches_never_changes_the_gradient(kind):
         totals, settings = whole(tensors[-1]), dict(kind=kind, beta=0.1, kl="k3+")
         found = [passes(*(t[r] for t in tensors), totals=totals, **settings) for r in rows]
         values, gradients, stats = zip(*found, strict=True)
-        return sum(values), torch.cat(gradients), sum(stats[1:], stats[0])
+        return sum(values), torch.cat(gradients), *vars(sum(stats[1:], stats[0])).values()
 
-    value, grad, stats = parts([B])
     for sizes in ([1, 1, 1, 1], [1, 3], [3, 1], [2, 2]):
-        got = parts(sizes)
-        assert_close(got[:2], (value, grad), rtol=0, atol=1e-10)
-        for name in ("tokens", "kl", "clip_low", "clip_high"):
-            assert_close(getattr(got[2], name), getattr(stats, name))
+        assert_close(parts(sizes), parts([B]), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,7 +140,6 @@ def test_the_expected_estimate_is_the_kl_and_k3_plus_has_its_gradient():
         assert (estimate > 0).all()
         assert_close((p * estimate).sum(), exact, rtol=1e-12, atol=0)
         assert_close(gradient((p * estimate).sum()), gradient(slope), rtol=1e-10, atol=1e-14)
-    assert torch.equal(gradient(estimate.sum()), gradient(((logp - logp_ref).square() / 2).sum()))
     assert torch.equal(estimate, kl_estimate(logp, logp_ref, "k3"))
     far = torch.tensor([-100.0], requires_grad=True)  # where the policy is furthest away it still pulls
     kl_estimate(far, torch.tensor([-1.0]), "k3+").sum().backward()
