@@ -67,20 +67,24 @@ def parse(program: str, argv: list[str] | None = None) -> argparse.Namespace:
         parser.exit()
     if program == "train_sft.py" and "out" not in explicit:
         parser.error("--out is needed: the folder for the trained checkpoint")
-    known = {name: flag.default for name, flag in flags.items()}
     saved, state = {}, {}
     if "resume" in flags:
         explicit, saved, state = resumption(parser, explicit, flags)
-    if program == "train_grpo.py":
-        model = explicit.get("model", saved.get("model", known["model"]))
-        recipe = explicit.get("recipe", saved.get("recipe")) or ("nano" if model == "nano" else "paper")
-        known |= RECIPES[recipe] | {"recipe": recipe}
-    args = argparse.Namespace(**known | saved | explicit | state)
+    args = argparse.Namespace(**defaults(flags, saved | explicit) | saved | explicit | state)
     if program == "train_grpo.py":
         resolve(args, saved)
     for sentence in wrong(args, flags, explicit):
         parser.error(sentence)
     return args
+
+
+def defaults(flags: dict[str, Flag], given: dict) -> dict:
+    """The rows', and where there are recipes the one's that is given, or that suits the model."""
+    rows = {name: flag.default for name, flag in flags.items()}
+    if "recipe" not in flags:
+        return rows
+    recipe = given.get("recipe") or ("nano" if given.get("model", rows["model"]) == "nano" else "paper")
+    return rows | RECIPES[recipe] | {"recipe": recipe}
 
 
 def make_parser(program: str) -> argparse.ArgumentParser:
@@ -109,7 +113,7 @@ def resumption(parser, explicit: dict, flags: dict[str, Flag]) -> tuple[dict, di
     asked = explicit  # what must be as in the run
     if restarted() and "resume" not in explicit and file.is_file():
         # The command line is that of the beginning; the first start may have failed because another run is in --out.
-        asked = {name: flag.default for name, flag in flags.items()} | explicit
+        asked = defaults(flags, explicit) | explicit
         explicit = explicit | {"resume": True}
     wanted, there = bool(explicit.get("resume")), os.path.lexists(file)
     state = {"resume": wanted and there, "begins": wanted and not there}

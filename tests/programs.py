@@ -7,11 +7,17 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import errors
 import train_grpo
 from data import phantom_samples
 from images import load
+from model import Policy, collate
+from prompts import Processor
+from tasks import TASKS
+from weights import NANO, load_policy, read_config, save_policy
 
 ROOT = Path(__file__).parent.parent
 TIMES = {"seconds", "seconds_input", "seconds_rollout", "seconds_update", "peak_mb", "resident_mb"}
@@ -71,3 +77,28 @@ def sentence(output: str) -> str:
     last = output.strip().splitlines()[-1]
     assert last.startswith(("error: ", "train_grpo.py: error: ")), output
     return last
+
+
+def tiny_folder(folder: Path) -> Path:
+    """A policy with random weights, 64 wide, two layers: its checkpoint is a few hundred kilobytes."""
+    raw = json.loads((NANO / "config.json").read_text()) | {"hidden_size": 64, "intermediate_size": 64}
+    raw |= {"num_hidden_layers": 2, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+    raw["vision_config"] |= {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "out_hidden_size": 64}
+    policy = Policy(read_config(raw), (2,)).init_weights(0)
+    policy.raw_config, policy.source = raw, NANO
+    save_policy(policy, folder)
+    return folder
+
+
+def tiny_trained(folder: Path, steps: int = 1) -> tuple[Policy, Processor, torch.optim.Optimizer]:
+    """The policy of tiny_folder(), after some steps of AdamW."""
+    policy, processor = load_policy(folder), Processor(folder, "answer", TASKS)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2, weight_decay=0.0, fused=True)
+    for step in range(steps):
+        optimizer.zero_grad()
+        batch = collate([processor.prompt(phantom_samples(None, 0, step, 1, size=56)[0])])
+        ids = torch.arange(5, 8).view(1, 1, 3)
+        policy.logprobs(policy.prefix(batch), ids, torch.tensor([[3]])).sum().backward()
+        nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+    return policy, processor, optimizer
