@@ -33,7 +33,9 @@ def check_state(folder: Path, state: dict, batch_size: int, inner_steps: int) ->
     step = state["step"]
     most, least = step * inner_steps, step * batch_size
     drawn, bad, evaluation, schedule = (state.get(name) for name in ("drawn", "bad", "evaluation", "schedule"))
-    fine = isinstance(schedule, list) and all(isinstance(s, dict) and s.get("step") == step for s in schedule)
+    fine = isinstance(schedule, list) and all(
+        isinstance(s, dict) and is_count(s.get("step")) and s["step"] == step for s in schedule
+    )
     require(folder, state, "schedule", fine, f"a list of objects whose 'step' is {step}")  # the rest is its own affair
     fine = state["optimizer_steps"] <= most
     require(folder, state, "optimizer_steps", fine, f"at most {most}, the inner steps of {step} steps")
@@ -89,6 +91,7 @@ def check_results(folder: Path, state: dict) -> None:
 def is_result(value: object) -> bool:
     """Whether it is what eval.py makes of an evaluation, as far as it is shown."""
     try:
-        return isinstance(value, dict) and len(tasks.summary("", value)) > 0
+        counted = isinstance(value, dict) and is_count(value.get("n")) and is_count(value.get("parse_failures"))
+        return counted and len(tasks.summary("", value)) > 0
     except (KeyError, TypeError, ValueError, AttributeError):
         return False

@@ -13,21 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import ROOT, grpo, lines, records, run  # noqa: F401  a fixture
+from programs import ROOT, grpo, lines, records, run  # noqa: F401  a fixture
 
-import checkpoint
 import config
 import errors
-import lock
-import stop
 import train_grpo
 import train_sft
 from errors import InputError
+from runtime import checkpoint, lock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-import lock
+from runtime import lock
 with lock.held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -234,15 +232,15 @@ def test_a_closed_terminal_is_a_request_to_stop_but_not_under_nohup():
     heard = []
     before = signal.signal(signal.SIGHUP, lambda *_: heard.append(True))
     try:
-        with stop.listening():
+        with errors.listening():
             signal.raise_signal(signal.SIGHUP)
-            assert stop.asked
+            assert errors.asked_to_stop
         signal.raise_signal(signal.SIGHUP)
         assert heard == [True]
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with stop.listening():
+        with errors.listening():
             signal.raise_signal(signal.SIGHUP)
-            assert not stop.asked
+            assert not errors.asked_to_stop
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -332,10 +330,10 @@ def lines_so_far(out: Path) -> list[bytes]:
 @pytest.mark.parametrize("moment", ["in a step", "in the first evaluation", "in the last", "after the last step"])
 def test_sft_that_is_asked_to_stop_loses_nothing(records, sft, tmp_path, monkeypatch, moment):  # noqa: F811
     name, at, saved = {
-        "in a step": ("to_model", 30, 7),
+        "in a step": ("answer_of", 30, 7),
         "in the first evaluation": ("evaluate", 1, None),
         "in the last": ("evaluate", 2, 12),
-        "after the last step": ("to_model", 48, 11),
+        "after the last step": ("answer_of", 48, 11),
     }[moment]
     real, calls, out = getattr(train_sft, name), [], tmp_path / "run"
 
@@ -358,6 +356,6 @@ def test_sft_resumes_with_its_own_flags_alone(records, sft):  # noqa: F811
     for flag, value in (("--lr", "1e-3"), ("--steps", "13"), ("--coarse-scale", "0.9"), ("--seed", "1")):
         assert f"--resume goes on with {flag} " in run(train_sft, "--resume", "--out", str(sft), flag, value, expect=2)
     assert "is not empty: name a new folder, or go on" in run(train_sft, *sft_flags(records, sft), expect=2)
-    assert "--resume changes nothing beside --make-nano" in run(train_sft, "--make-nano", "--resume", expect=2)
+    assert "--make-nano is python -m prepare.nano now" in run(train_sft, "--make-nano", expect=2)
     run(train_sft, *sft_flags(records, sft, "--resume", "--keep", "9"))  # done already: nothing changes
     assert len(lines(sft / "metrics.jsonl")) == 12

@@ -10,26 +10,33 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import tiny_folder, tiny_trained
 from safetensors.torch import load_file, save_file
-from test_lora import adamw, base, task, train  # noqa: F401  base is a fixture
 
-import checkpoint
+import flags
 import ranks
 from config import read_saved
 from errors import InputError
 from model import Policy
-from scheduler import ScheduleConfig, make_schedule
+from rewards import Schedules
+from runtime import checkpoint, state
 from weights import load_policy
 
-RESULT = dict.fromkeys(checkpoint.RESULT, 0.5) | {"n": 4}
-WINDOW = ScheduleConfig(window=2)
+RESULT = dict.fromkeys(("miou", "miou_standard_error", "acc@0.5", "acc@0.8", "pmap"), 0.5)
+RESULT |= {"n": 4, "parse_failures": 0, "task": "box"}
+KEY = ("mine", "box")
 DEEP = "[" * 50_000 + "]" * 50_000
 
 
-def schedule_state(name: str = "medloc") -> dict:
-    schedule = make_schedule(name, WINDOW, 9)
-    schedule.observe([[0.2, 0.9]])
-    return json.loads(json.dumps(schedule.state_dict()))
+def schedules(name: str = "medloc") -> Schedules:
+    return Schedules([f"{name}:window=2"], [KEY], 9)
+
+
+def schedule_state(name: str = "medloc", **changes) -> list[dict]:
+    made = schedules(name)
+    made.observe({KEY: [[0.2, 0.9]]})
+    (saved,) = json.loads(json.dumps(made.state_dict()))
+    return [saved | changes]
 
 
 STATE = {
@@ -42,13 +49,10 @@ STATE = {
 
 
 @pytest.fixture(scope="module")
-def saved(base, tmp_path_factory) -> Path:  # noqa: F811
+def saved(tmp_path_factory) -> Path:
     """A checkpoint of one step of two prompts."""
-    folder, prompts = base
-    policy = load_policy(folder)
-    optimizer = adamw(policy)
-    train(policy, optimizer, prompts[:1], 1)
-    return checkpoint.save(tmp_path_factory.mktemp("saved"), 1, task(policy), optimizer, STATE)
+    made = tiny_trained(tiny_folder(tmp_path_factory.mktemp("tiny")))
+    return checkpoint.save(tmp_path_factory.mktemp("saved"), 1, *made, STATE)
 
 
 @pytest.fixture
@@ -110,7 +114,7 @@ MANIFESTS = {
     "no weights": (listing(lambda files: files.pop("model.safetensors")), "does not list model.safetensors"),
     "no moments": (listing(lambda files: files.pop("trainer.safetensors")), "does not list trainer.safetensors"),
     "no state": (listing(lambda files: files.pop("trainer.json")), "does not list trainer.json"),
-    "a file that is not in it": (more("preprocessor_config.json"), "preprocessor_config.json: was not written with"),
+    "a file that is not in it": (more("chat_template.json"), "chat_template.json: was not written with"),
     "a list of shards of somebody's": (more("model.safetensors.index.json"), "index.json: was not written with"),
     "an escape for a name": (more("a\x1b[31m"), r"a\x1b[31m: was not written with"),
     "a device": (
@@ -161,8 +165,8 @@ MANIFESTS = {
     "too deep": (text(DEEP), "manifest.json: is not valid JSON"),
     "not UTF-8": (text(b'{"format": "\xff"}'), "manifest.json: cannot be read"),
     "a number": (text("3"), "manifest.json: cannot be read"),
-    "a format that is true": (lambda folder: edit(folder / "manifest.json", format=True), "format True is not 3"),
-    "a format that draws": (lambda folder: edit(folder / "manifest.json", format="\x1b[2J" * 999), r"\x1b[2J is not 3"),
+    "a format that is true": (lambda folder: edit(folder / "manifest.json", format=True), "format True is not 4"),
+    "a format that draws": (lambda folder: edit(folder / "manifest.json", format="\x1b[2J" * 999), r"\x1b[2J is not 4"),
 }
 
 
@@ -204,16 +208,17 @@ def policy(saved) -> Policy:
 
 
 def take(folder: Path, policy: Policy) -> None:
-    """As train_grpo.py does, with --batch-size 2 and --inner-steps 1."""
-    optimizer, schedule = adamw(policy), make_schedule("medloc", WINDOW, 9)
+    """As a run does, with --batch-size 2 and --inner-steps 1."""
+    made, optimizer = schedules(), torch.optim.AdamW(policy.parameters(), lr=1e-2, fused=True)
     checkpoint.verify(folder)
     try:
-        state = checkpoint.load(folder, policy, optimizer)
+        found = checkpoint.load(folder, policy, optimizer)
     except InputError:
         assert not optimizer.state
         raise
-    checkpoint.check_state(folder, state, 2, 1)
-    schedule.load_state_dict(state["schedule"])
+    state.check_state(folder, found, 2, 1)
+    state.check_schedules(folder, found, made.of)
+    made.load_state_dict(found["schedule"])
 
 
 def result(**changes) -> dict:
@@ -232,7 +237,7 @@ STATES = [
     ("evaluation", result(history=None)), ("evaluation", result(history=[RESULT])),
     ("evaluation", result(history=[{"step": 2} | RESULT])), ("evaluation", result(history=[{"step": 1} | RESULT] * 2)),
     ("evaluation", result(exact_sft="good")), ("evaluation", result(start=RESULT | {"n": 10**400})),
-    ("schedule", {}), ("schedule", None), ("schedule", "medloc"), ("schedule", schedule_state() | {"step": 2}),
+    ("schedule", {}), ("schedule", None), ("schedule", "medloc"), ("schedule", schedule_state(step=2)),
 ]  # fmt: skip
 
 
@@ -278,7 +283,7 @@ def test_a_state_as_it_was_saved_is_taken(folder, policy):
 
 
 SCHEDULES = [
-    ("settings", None), ("settings", []), ("settings", {}), ("step", -1), ("step", "1"), ("step", 1.0), ("step", True),
+    ("step", -1), ("step", "1"), ("step", 1.0), ("step", True), ("dataset", "another"), ("task", None),
     ("tau", None), ("tau", "0.3"), ("tau", 7.0), ("tau", math.nan), ("tau", True), ("tau", 10**400), ("window", None),
     ("window", {}), ("window", [1]), ("window", [[0.3]]), ("window", [[0.3, []]]), ("window", [[0.3, [1.5]]]),
     ("window", [[0.3, [math.nan]]]), ("window", [[0.3, ["1"]]]), ("window", [[None, [0.5]]]),
@@ -287,30 +292,26 @@ SCHEDULES = [
 
 
 @pytest.mark.parametrize(("field", "value"), SCHEDULES, ids=lambda value: f"{value!r:.40}")
-def test_a_schedule_checks_its_own_state_and_stays_as_it_was(field, value):
-    schedule = make_schedule("medloc", WINDOW, 9)
-    before = schedule.state_dict()
-    for state in (schedule_state() | {field: value}, {k: v for k, v in schedule_state().items() if k != field}):
+def test_a_schedule_that_no_run_can_have_saved_is_refused(field, value, folder, policy):
+    changed = schedule_state(**{field: value})
+    without = [{name: value for name, value in changed[0].items() if name != field}]
+    for schedule in (changed, without, changed * 2):
+        edit(folder / "trainer.json", schedule=schedule)
+        reseal(folder)
         with pytest.raises(InputError) as error:
-            schedule.load_state_dict(state)
-        if field != "settings":
-            sentence(error, f"field '{field}' of 'schedule' must be ", "go on from another checkpoint")
-        assert schedule.state_dict() == before
-    raw = make_schedule("raw", WINDOW, 9)
-    raw.load_state_dict(schedule_state("raw"))
-    with pytest.raises(InputError, match="field 'tau' of 'schedule' must be null, it is 0.5"):
-        raw.load_state_dict(schedule_state("raw") | {"tau": 0.5})
+            take(folder, policy)
+        sentence(error, "step-000001/trainer.json: field ", "--resume goes on from the checkpoint be")
 
 
-def test_settings_of_a_megabyte_are_one_line():
-    state = schedule_state()
-    state["settings"]["unit"] = "\x1b[31m" * 10**6
-    with pytest.raises(InputError) as error:
-        make_schedule("medloc", WINDOW, 9).load_state_dict(state)
-    sentence(error, "--unit")
+def test_a_schedule_without_a_threshold_has_none_in_its_state(folder):
+    found = {"schedule": schedule_state("raw")}
+    state.check_schedules(folder, found, schedules("raw").of)
+    found["schedule"][0]["tau"] = 0.5
+    with pytest.raises(InputError, match="field 'tau' must be null, it is 0.5"):
+        state.check_schedules(folder, found, schedules("raw").of)
 
 
-KEY = "exp_avg.model.norm.weight"
+MOMENT = "exp_avg.model.norm.weight"
 
 
 def moments(**changes):
@@ -326,10 +327,10 @@ def moments(**changes):
 
 
 def as_kind(dtype: torch.dtype):
-    return moments(how=lambda tensors: tensors.update({KEY: tensors[KEY].to(dtype)}))
+    return moments(how=lambda tensors: tensors.update({MOMENT: tensors[MOMENT].to(dtype)}))
 
 
-def one_is(value: float, key: str = KEY):
+def one_is(value: float, key: str = MOMENT):
     def made(tensors: dict) -> None:
         tensors[key] = tensors[key].clone()
         tensors[key][3] = value
@@ -337,19 +338,19 @@ def one_is(value: float, key: str = KEY):
     return moments(how=made)
 
 
-SQUARES = KEY.replace("avg", "avg_sq")
+SQUARES = MOMENT.replace("avg", "avg_sq")
 TENSORS = {
-    "whole numbers": (as_kind(torch.int64), f"{KEY} holds torch.int64, it was saved as torch.float32"),
-    "double": (as_kind(torch.float64), f"{KEY} holds torch.float64"),
-    "half": (as_kind(torch.bfloat16), f"{KEY} holds torch.bfloat16"),
-    "complex": (as_kind(torch.complex64), f"{KEY} holds torch.complex64"),
-    "truth": (as_kind(torch.bool), f"{KEY} holds torch.bool"),
-    "NaN": (one_is(math.nan), f"{KEY} holds numbers that are not finite"),
-    "infinite": (one_is(-math.inf), f"{KEY} holds numbers that are not finite"),
+    "whole numbers": (as_kind(torch.int64), f"{MOMENT} holds torch.int64, it was saved as torch.float32"),
+    "double": (as_kind(torch.float64), f"{MOMENT} holds torch.float64"),
+    "half": (as_kind(torch.bfloat16), f"{MOMENT} holds torch.bfloat16"),
+    "complex": (as_kind(torch.complex64), f"{MOMENT} holds torch.complex64"),
+    "truth": (as_kind(torch.bool), f"{MOMENT} holds torch.bool"),
+    "NaN": (one_is(math.nan), f"{MOMENT} holds numbers that are not finite"),
+    "infinite": (one_is(-math.inf), f"{MOMENT} holds numbers that are not finite"),
     "a square below 0": (one_is(-1.0, SQUARES), f"{SQUARES} holds -1, a mean of squares is not below 0"),
     "another shape": (
-        moments(how=lambda tensors: tensors.update({KEY: torch.zeros(3)})),
-        f"{KEY} has shape (3,), this policy asks for (64,)",
+        moments(how=lambda tensors: tensors.update({MOMENT: torch.zeros(3)})),
+        f"{MOMENT} has shape (3,), this policy asks for (64,)",
     ),
     "no shape": (
         moments(how=lambda tensors: tensors.update({"x.adapter.a": torch.tensor(1.0)})),
@@ -379,30 +380,35 @@ def test_moments_that_adamw_cannot_have_left_are_refused_by_name(name, folder, p
 # ---------------------------------------------------------------------------------------------------------- saved flags
 
 ARGUMENTS = [
-    ("recipe", "zzz"), ("schedule", "zzz"), ("loss", "zzz"), ("dtype", "zzz"), ("dtype", "float16"), ("kl", "zzz"),
-    ("overlong", "zzz"), ("decode", "zzz"), ("log", "zzz"), ("unit", "zzz"), ("stale", 1), ("refresh", ""),
-    ("delta_schedule", "\x1b[2J"), ("stages", ["a", "b"]), ("stages", [0.5]), ("stages", [0.5, True]), ("stages", {}),
-    ("stages", [0.5, None]), ("max_sigma", [0.1, 0.2]), ("lr", True), ("lr", "1"), ("lr", None), ("lr", math.nan),
-    ("lr", 10**400), ("steps", 10**30), ("window", 10**30), ("group_size", 10**30), ("seed", 2**63), ("seed", -1),
-    ("batch_size", 10**30), ("max_tokens", 10**30), ("lora_rank", 10**30), ("workers", 10**30), ("steps", 1e3),
-    ("shard", 1), ("checkpointing", "yes"), ("memory", 24), ("model", "a\0b"), ("data", "\ud800"), ("val", ["a"]),
-    ("device", "cpu\x1b]0;x\a"), ("rewards", None), ("prompt", "no placeholder"), ("prompt", 3),
-    ("stages", [0.5, 10**400]), ("zzz", 1), ("\x1b[2J", 1),
+    ("recipe", "zzz"), ("schedule", "medloc"), ("schedule", []), ("schedule", [1]), ("log", "zzz"), ("clip", [0.2]),
+    ("clip", [0.2, True]), ("clip", {}), ("clip", [0.5, 10**400]), ("lr", True), ("lr", "1"), ("lr", math.nan),
+    ("lr", 10**400), ("steps", 10**30), ("group_size", 10**30), ("seed", 2**63), ("seed", -1), ("batch_size", 10**30),
+    ("max_tokens", 10**30), ("lora_rank", 10**30), ("workers", 10**30), ("steps", 1e3), ("shard", 1),
+    ("checkpointing", "yes"), ("memory", 24), ("model", "a\0b"), ("data", "\ud800"), ("val", ["a"]),
+    ("device", "cpu\x1b]0;x\a"), ("advantage", "mean"), ("prompt", "no placeholder"), ("prompt", 3), ("zzz", 1),
+    ("\x1b[2J", 1),
 ]  # fmt: skip
+ROWS_OF_FLAGS = {name: flag.default for name, flag in flags.FLAGS.items() if name not in flags.SWITCHES}
+ROWS_OF_FLAGS |= {"schedule": ["medloc"], "clip": [0.2, 0.2]}
 
 
 @pytest.mark.parametrize(("name", "value"), ARGUMENTS, ids=lambda value: f"{value!r:.40}")
 def test_a_saved_flag_that_no_command_line_can_have_given_is_refused(name, value, tmp_path):
     file = tmp_path / "config.json"
-    file.write_text(json.dumps({"arguments": {"model": "nano", name: value}}))
+    file.write_text(json.dumps({"arguments": ROWS_OF_FLAGS}))
+    assert read_saved(file, flags.FLAGS)["model"] == "nano"
+    file.write_text(json.dumps({"arguments": ROWS_OF_FLAGS | {name: value}}))
     with pytest.raises(InputError) as error:
-        read_saved(file)
+        read_saved(file, flags.FLAGS)
     sentence(error, f"{file}: ")
-    assert (
-        name not in "zzz \x1b[2J"
-        and "--" + name.replace("_", "-") in str(error.value)
-        or "is no flag" in str(error.value)
-    )
+    assert "is no flag" in str(error.value) or "--" + name.replace("_", "-") in str(error.value)
+
+
+def test_a_config_of_another_version_is_refused(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"arguments": {"model": "nano", "tau_start": 0.3}}))
+    with pytest.raises(InputError, match="another version wrote it"):
+        read_saved(file, flags.FLAGS)
 
 
 @pytest.mark.parametrize("content", ["[]", "7", "null", DEEP, '{"arguments": ', '{"arguments": [1]}'], ids=range(6))
@@ -410,19 +416,8 @@ def test_a_saved_config_of_another_kind_is_refused(content, tmp_path):
     file = tmp_path / "config.json"
     file.write_text(content)
     with pytest.raises(InputError) as error:
-        read_saved(file)
+        read_saved(file, flags.FLAGS)
     sentence(error, f"{file}: ", "restore it, or start a new run")
-
-
-def test_the_flags_of_other_programs_and_the_folder_itself(tmp_path):
-    """known: train_sft.py's. --out is where the file lies: a run may have been moved."""
-    file = tmp_path / "config.json"
-    known = {"max_tokens": None, "out": None, "coarse": False, "lr": 1.0, "model": "nano"}
-    file.write_text(json.dumps({"arguments": {"max_tokens": 5, "out": "elsewhere", "coarse": True, "lr": 1}}))
-    assert read_saved(file, known) == {"max_tokens": 5, "coarse": True, "lr": 1}
-    file.write_text(json.dumps({"arguments": {"recipe": "nano"}}))
-    with pytest.raises(InputError, match="field 'recipe' of 'arguments' is no flag of this version"):
-        read_saved(file, known)
 
 
 # -------------------------------------------------------------------------------------------------------------- metrics
@@ -533,22 +528,21 @@ def test_a_save_that_fails_says_of_what(name, tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "_write", fail)
     with pytest.raises(InputError) as error:
-        checkpoint.save(tmp_path, 7, None, None, {})
+        checkpoint.save(tmp_path, 7, None, None, None, {})
     sentence(error, "step-000007 cannot be written (", way)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_folder_that_is_gone_under_the_run_is_not_made_again(rank, base, tmp_path, monkeypatch):  # noqa: F811
+def test_a_folder_that_is_gone_under_the_run_is_not_made_again(rank, saved, tmp_path, monkeypatch):
     """Of a sharded policy, the other ranks have done their part all the same."""
     monkeypatch.setattr(ranks, "rank", rank)
-    policy, called = load_policy(base[0]), []
-    whole = task(policy)
-    inner, whole.save = whole.save, lambda *arguments: called.append(1) or inner(*arguments)
+    made, called, write = tiny_trained(saved, 0), [], checkpoint.save_policy
+    monkeypatch.setattr(checkpoint, "save_policy", lambda *arguments: called.append(1) or write(*arguments))
     if rank:
-        checkpoint.save(tmp_path / "out", 1, whole, adamw(policy), {})
+        checkpoint.save(tmp_path / "out", 1, *made, {})
     else:
         with pytest.raises(InputError) as error:
-            checkpoint.save(tmp_path / "out", 1, whole, adamw(policy), {})
+            checkpoint.save(tmp_path / "out", 1, *made, {})
         sentence(error, "out was removed or renamed under the run); mend that, then go on by --resume")
     assert called and not list(tmp_path.iterdir())
