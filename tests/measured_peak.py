@@ -1,13 +1,13 @@
 """One whole run of train_grpo.py on a CPU, and what it really took: the measurement behind plan.py's promise.
 
-    MALLOC_MMAP_THRESHOLD_=65536 [torchrun --nproc-per-node=2] python tests/measured_peak.py FOLDER FLAG ...
+    [torchrun --nproc-per-node=2] python tests/measured_peak.py FOLDER FLAG ...
 
 Prints a JSON object: peak resident bytes of a run with these flags, beyond what the same process had in use after a
 small run of the nano policy (interpreter, libraries, whatever is loaded late), and plan.py's estimate of the run. Of
 several ranks it is the first that is measured.
 
-The variable makes glibc hand memory back as soon as it is freed, so that what is resident is what tensors hold. Without
-it, malloc keeps freed pieces for later, and the same run has a peak that is 1.2 to 1.9 times as high. Linux only.
+glibc is made to hand memory back as soon as it is freed, so that what is resident is what tensors hold. Otherwise
+malloc keeps freed pieces for later, and the same run has a peak that is 1.2 to 1.9 times as high. Linux only.
 """
 
 import ctypes
@@ -21,10 +21,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import checkpoint
-import plan
 import ranks
 import train_grpo
+from runtime import checkpoint, plan
 
 
 def in_use(name: str) -> int:
@@ -39,12 +38,14 @@ def train(out: str, *flags: str) -> None:
 
 
 def measure(folder: Path, flags: list[str]) -> dict:
+    ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD, in force from here on
     torch.set_num_threads(1)  # each thread has buffers of its own
     ranks.start("cpu")
     ranks.start = ranks.end = lambda *device: None  # once for both runs
     if "--shard" in flags:  # rank 0 writes them whole, from the memory of the host: beside a GPU that is another one
         checkpoint.save = lambda *rest: ""
-    train(str(folder / "warm"), "--batch-size", "2", *{"--shard"}.intersection(flags))
+    small = "--batch-size", "2", "--group-size", "2", "--max-tokens", "8"
+    train(str(folder / "warm"), *small, *{"--shard"}.intersection(flags))
     runs, settle = [], plan.settle
 
     def noting(*arguments):
@@ -58,7 +59,8 @@ def measure(folder: Path, flags: list[str]) -> dict:
     before = in_use("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     train(str(folder / "run"), *flags)
-    return {"measured": in_use("VmHWM") - before, "estimated": plan.peak(runs[0]), "always": plan.always(runs[0])}
+    always = sum(plan.moments(runs[0])["always there"].values())
+    return {"measured": in_use("VmHWM") - before, "estimated": plan.peak(runs[0]), "always": always}
 
 
 if __name__ == "__main__":
