@@ -19,7 +19,7 @@ def batch(seed: int = 0):
     logp_old = logp + 0.4 * torch.randn(B, G, T, generator=generator, dtype=torch.float64)
     logp_ref = logp + 0.5 * torch.randn(B, G, T, generator=generator, dtype=torch.float64)
     advantage = torch.randn(B, G, generator=generator, dtype=torch.float64)
-    advantage[3, 1] = 0  # of a group without spread: nothing to clip
+    advantage[2, 1:] = torch.tensor([0.0, -1.0])  # 0: of a group without spread, where nothing is clipped
     truncated = torch.zeros(B, G, dtype=torch.bool)
     truncated[0, 0] = truncated[1, 1] = True
     return logp, logp_old, logp_ref, advantage, mask_overlong(completion_mask(LENGTHS, T), truncated)
