@@ -1,5 +1,4 @@
-"""What a step needs of the device's memory, before anything is loaded: micro-batch and checkpointing follow from it.
-Arithmetic on config.json's shapes, within 20 % of whole runs on a CPU. Left out: driver and allocator (hence FILL)."""
+"""The memory of a step from config.json's shapes, within 20 % of whole runs on a CPU. Left out: allocators (hence FILL)."""
 
 import math
 import os
@@ -45,12 +44,12 @@ class Run:  # all that decides how much memory a step takes
     freeze_vision: bool = False
     reference: bool = False  # beta > 0
 
-    def self.fits(memory: float) -> bool:
+    def fits(self, memory: float) -> bool:
         return peak(self) <= FILL[self.device] * memory
 
     def __str__(self) -> str:
-        way = "--checkpointing" if self.checkpointing else "--no-checkpointing"
-        return f"--micro-batch {self.micro} {way}, estimated peak {peak(self) / GB:.2f} GB"
+        no = "" if self.checkpointing else "no-"
+        return f"--micro-batch {self.micro} --{no}checkpointing, estimated peak {peak(self) / GB:.2f} GB"
 
 
 @lru_cache
@@ -185,9 +184,7 @@ def settle(args, base: Path, samples: list[Sample]) -> tuple[Run, str]:
     asked = replace(asked, shards=args.ranks if args.shard else 1, evaluation=evaluated, lora_rank=args.lora_rank)
     asked = replace(asked, freeze_vision=args.freeze_vision, reference=args.beta > 0)
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", args.ranks)) if device == "cpu" else 1  # a CPU is all ranks'
-    memory = min(
-        ranks.gather_objects(lambda: (given or free_memory(args.device)) // sharing)
-    )
+    memory = min(ranks.gather_objects(lambda: (given or free_memory(args.device)) // sharing))
     run = choose(asked, memory, args.micro_batch and min(args.micro_batch, share), args.checkpointing)
     args.micro_batch, args.checkpointing = args.micro_batch or run.micro, run.checkpointing
     words = f"{run} of {FILL[device] * memory / GB:.2f} ({FILL[device]:.0%} of {memory / GB:.2f} GB); {words}"
