@@ -158,7 +158,7 @@ def next_tau(tau: float, s: MedLoc) -> float:
 
 @dataclass(frozen=True)
 class Kind:
-    """shape(settings, tau, u, further numbers) -> reward; start(settings) -> tau; rule(schedule) -> Decision."""
+    """shape(schedule, u, further numbers) -> reward; start(settings) -> tau; rule(schedule) -> Decision."""
 
     shape: Callable
     start: Callable
@@ -179,7 +179,7 @@ class Schedule:
 
     def reward(self, u: float, valid: bool, parts: dict[str, float] | None = None) -> float:
         """What an answer earns: one that cannot be read always 0; a sigmoid or a GIoU would give it something."""
-        return self.kind.shape(self.settings, self.tau, u, parts or {}) if valid else 0.0
+        return self.kind.shape(self, u, parts or {}) if valid else 0.0
 
     def observe(self, groups: Sequence[Sequence[float]]) -> Decision:
         """Take in one optimiser step: its groups of u, in global order; tau moves at most once."""
@@ -201,8 +201,8 @@ class Schedule:
         self.window.entries = deque(((tau, us) for tau, us in state["window"]), self.window.size)
 
 
-def hits(s: Watch, tau: float, u: float, parts: dict) -> float:
-    return float(hit(u, tau))
+def hits(s: Schedule, u: float, parts: dict) -> float:
+    return float(hit(u, s.tau))
 
 
 def medloc(schedule: Schedule) -> Decision:
@@ -226,13 +226,13 @@ def by_step(shape: Callable, tau_at: Callable, Settings: type[Watch], **more) ->
 SCHEDULES = {  # a schedule of your own is a row
     "medloc": Kind(hits, lambda s: s.tau_start, medloc, MedLoc),
     "medloc-soft": Kind(  # the sigmoid, without overflow
-        lambda s, tau, u, parts: (1 + math.tanh((u - tau) / s.scale / 2)) / 2, lambda s: s.tau_start, medloc, Soft
+        lambda s, u, parts: (1 + math.tanh((u - s.tau) / s.settings.scale / 2)) / 2, lambda s: s.tau_start, medloc, Soft
     ),
     "fixed": by_step(hits, lambda s, share: s.tau, Fixed),
-    "raw": by_step(lambda s, tau, u, parts: u, lambda s, share: None, Watch),  # VLM-R1 since 2025-03-24
-    "giou": by_step(lambda s, tau, u, parts: (parts["giou"] + 1) / 2, lambda s, share: None, Watch, part="giou"),
+    "raw": by_step(lambda s, u, parts: u, lambda s, share: None, Watch),  # VLM-R1 since 2025-03-24
+    "giou": by_step(lambda s, u, parts: (parts["giou"] + 1) / 2, lambda s, share: None, Watch, part="giou"),
     "vtriune": by_step(  # u if u >= eps else 0, NOT binary
-        lambda s, tau, u, parts: u if hit(u, tau) else 0.0,
+        lambda s, u, parts: u if hit(u, s.tau) else 0.0,
         lambda s, share: next(eps for end, eps in VTRIUNE_PHASES if share < end),
         Watch,
         by_share=True,

@@ -1,4 +1,4 @@
-"""runtime/diagnose.py: when it speaks, what it says, and that it finds answers in another frame. What the loggers get."""
+"""runtime/diagnose.py: when it speaks, what it says, that it finds answers in another frame. What the loggers get."""
 
 import sys
 from types import ModuleType, SimpleNamespace

@@ -5,7 +5,7 @@ import math
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +14,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import InputError
-from scheduler import SCHEDULES, ScheduleConfig, Window, hit, make_schedule, medloc_decision, next_tau
+from rewards import Schedules, read_schedule
+from scheduler import SCHEDULES, MedLoc, Schedule, Window, hit, medloc_decision, next_tau
+from settings import explained
 
-DEFAULTS = ScheduleConfig()
+DEFAULTS = MedLoc()
 OFF = {"check_reward": False, "check_stability": False, "check_margin": False}
 PERFECT = [[1.0] * 4]  # one group that passes every check at every tau but 1.0's margin, which is never asked
 
 
-def config(**changes) -> ScheduleConfig:
+def config(**changes) -> MedLoc:
     return replace(DEFAULTS, **changes)
+
+
+def make(name: str, like: MedLoc = DEFAULTS, total: int = 100, **more) -> Schedule:
+    """A schedule with those of these settings that it has."""
+    kind = SCHEDULES[name].Settings
+    shared = {f.name: getattr(like, f.name) for f in fields(kind) if hasattr(like, f.name)}
+    return Schedule(name, kind(**shared | more), total)
 
 
 def taus(schedule, steps) -> list[float]:
@@ -47,46 +56,35 @@ def test_hit_at_exactly_tau_in_float32_and_float64(number, num, den, tau):
     assert not hit(iou - 2e-6, tau)
 
 
-def test_hit_needs_a_number():
-    assert not hit(math.nan, 0.0)
-
-
 def test_window_statistics_by_hand():
     w = window([[0.5, 0.3], [0.2, 0.1], [0.6, 0.9]])
     # hits at .3: 2/2, 0/2, 2/2 -> r_bar 2/3; deviations 1/3, -2/3, 1/3 -> variance (1 + 4 + 1)/27 = 2/9, ddof 0
-    assert w.hit_rate(0.3) == pytest.approx(2 / 3)
-    assert w.sigma(0.3) == pytest.approx(math.sqrt(2 / 9))
+    assert w.statistics(0.3)[0] == pytest.approx(2 / 3)
+    assert w.statistics(0.3)[1] == pytest.approx(math.sqrt(2 / 9))
     # group means .40, .15, .75 -> 1.30/3
-    assert w.margin(0.3) == pytest.approx(1.30 / 3 - 0.3)
+    assert w.statistics(0.3)[2] == pytest.approx(1.30 / 3 - 0.3)
     # hits at .55: 0, 0, 1
-    assert w.hit_rate(0.55) == pytest.approx(1 / 3)
+    assert w.statistics(0.55)[0] == pytest.approx(1 / 3)
 
 
 def test_window_keeps_the_last_groups_and_is_full_at_n():
     w = Window(size=2)
-    assert w.hit_rate(0.5) is None and w.sigma(0.5) is None and w.margin(0.5) is None
+    assert w.statistics(0.5) == (None, None, None)
     w.append([[0.1]], 0.5)
-    assert not w.full
+    assert len(w.entries) < w.size
     w.append([[0.7], [0.9]], 0.5)
-    assert w.full
-    assert w.margin(0.5) == pytest.approx(0.3)  # (.7 + .9)/2 - .5; .1 is gone
-
-
-def test_window_copies_what_it_is_given():
-    group = [0.9, 0.9]
-    w = window([group])
-    group[0] = 0.1
-    assert w.hit_rate(0.5) == 1.0
+    assert len(w.entries) == w.size
+    assert w.statistics(0.5)[2] == pytest.approx(0.3)  # (.7 + .9)/2 - .5; .1 is gone
 
 
 def test_window_unit_step_counts_a_whole_step_as_one_entry():
     w = Window(size=2, unit="step")
     w.append([[1.0, 1.0], [0.0, 0.0]], 0.5)  # h = 1/2
-    assert not w.full
+    assert len(w.entries) < w.size
     w.append([[1.0, 1.0], [1.0, 1.0]], 0.5)  # h = 1
-    assert w.full
-    assert w.hit_rate(0.5) == pytest.approx(0.75)
-    assert w.sigma(0.5) == pytest.approx(0.25)  # of 1/2 and 1; of the four groups it would be .433
+    assert len(w.entries) == w.size
+    assert w.statistics(0.5)[0] == pytest.approx(0.75)
+    assert w.statistics(0.5)[1] == pytest.approx(0.25)  # of 1/2 and 1; of the four groups it would be .433
 
 
 def test_window_stale_groups_under_current_or_old_tau():
@@ -94,18 +92,18 @@ def test_window_stale_groups_under_current_or_old_tau():
         w = Window(size=2, stale=stale)
         w.append([[0.4]], 0.3)  # a hit then, a miss at .5
         w.append([[0.8]], 0.5)
-        assert w.hit_rate(0.5) == r_bar
-        assert w.sigma(0.5) == sigma
-        assert w.margin(0.5) == pytest.approx(0.1)  # (.4 + .8)/2 - .5 either way
+        assert w.statistics(0.5)[0] == r_bar
+        assert w.statistics(0.5)[1] == sigma
+        assert w.statistics(0.5)[2] == pytest.approx(0.1)  # (.4 + .8)/2 - .5 either way
 
 
 @pytest.mark.parametrize("step", [[[0.5], []], [], [[0.5], [math.nan]], [[0.5], [-0.3]], [[0.5], [1.5]]])
 @pytest.mark.parametrize("unit", ["group", "step"])
-def test_window_refuses_what_is_no_iou(step, unit):
-    schedule = make_schedule("medloc", config(unit=unit), 10)
-    with pytest.raises(ValueError, match="group [01] must hold IoUs"):
-        schedule.observe(step)
-    assert len(schedule.window.entries) == schedule.step == 0
+def test_window_refuses_what_is_no_u(step, unit):
+    schedule = make("medloc", config(unit=unit), 10)
+    with pytest.raises(ValueError, match="group [01] must hold u's"):
+        schedule.window.append(step, 0.3)
+    assert len(schedule.window.entries) == 0
 
 
 # --- the decision
@@ -158,10 +156,6 @@ def test_decision_with_all_checks_off_still_waits_for_the_window():
     assert str(medloc_decision(w, 0.3, DEFAULTS)) == "tau .300 stays: window 1/3 steps"
 
 
-def test_decision_at_the_target():
-    assert str(medloc_decision(window(PERFECT), 0.8, DEFAULTS)) == "tau .800 stays: target reached"
-
-
 def test_bounds_are_met_exactly_in_spite_of_floats():
     # .70 - .60 = 0.09999999999999998 and the mean of 0.7s rounds too; r_bar = .75 = P in the second stage
     assert medloc_decision(window([[0.7] * 3] * 3), 0.6, DEFAULTS).tighten
@@ -193,25 +187,19 @@ def test_p_falls_and_s_grows_with_tau(tau, p, s):
 
 
 def test_stage_values_are_settings():
-    strict = config(stages=(0.4, 0.5), min_hit_rate=(0.5, 0.6, 0.7), check_stability=False, check_margin=False)
+    rows = ((0.0, 0.5, 0.2), (0.4, 0.6, 0.35), (0.5, 0.7, 0.4))
+    strict = config(stages=rows, check_stability=False, check_margin=False)
     sixty = window([[1.0] * 6 + [0.0] * 4])
     assert [medloc_decision(sixty, tau, strict).tighten for tau in (0.3, 0.4, 0.5)] == [True, True, False]
-    loose = config(max_sigma=(0.5, 0.5, 0.5), check_reward=False, check_margin=False)
+    loose = config(stages=tuple((*row[:2], 0.5) for row in rows), check_reward=False, check_margin=False)
     assert medloc_decision(window([[1.0], [0.0]]), 0.3, loose).tighten  # sigma .5
     assert medloc_decision(window([[0.35]]), 0.3, config(min_margin=0.05)).tighten
-
-
-def test_medloc_decision_changes_nothing():
-    w = window(PERFECT)
-    before = list(w.entries)
-    assert medloc_decision(w, 0.3, DEFAULTS) == medloc_decision(w, 0.3, DEFAULTS)
-    assert list(w.entries) == before
 
 
 # --- the size of a raise
 
 
-def climb(settings_: ScheduleConfig) -> list[float]:
+def climb(settings_: MedLoc) -> list[float]:
     """tau from the start to the target when every decision is a raise."""
     path = [settings_.tau_start]
     while path[-1] < settings_.tau_target:
@@ -231,13 +219,13 @@ def test_piecewise_steps():
 def test_linear_steps():
     # delta = .2 (1 - f): f 0 -> .2; f .4 -> .12; f .64 -> .072; f .784 -> .0432; f .8704 -> .02592 (.76112);
     # f .92224 -> .015552, so .02 -> .78112, and .8 - .78112 = .01888 < .02 -> .8
-    assert climb(config(delta_schedule="linear")) == [0.3, 0.5, 0.62, 0.692, 0.7352, 0.76112, 0.8]
+    assert climb(config(delta="linear")) == [0.3, 0.5, 0.62, 0.692, 0.7352, 0.76112, 0.8]
     # delta0 .1: .3 + .1 = .4; f .2 -> .08 -> .48
-    assert climb(config(delta_schedule="linear", delta0=0.1))[:3] == [0.3, 0.4, 0.48]
+    assert climb(config(delta="linear", delta0=0.1))[:3] == [0.3, 0.4, 0.48]
 
 
 def test_cosine_steps():
-    path = climb(config(delta_schedule="cosine"))
+    path = climb(config(delta="cosine"))
     # delta = .1 (1 + cos(pi f)): f 0 -> .2 (.5); f .4 -> .1 (1 + .309017) = .130902 (.630902);
     # f .661804: cos(2.079118) = -.486712 -> .051329 (.682231)
     assert path[:4] == pytest.approx([0.3, 0.5, 0.630902, 0.682231], abs=2e-6)
@@ -261,16 +249,16 @@ def test_a_rest_below_two_hundredths_is_taken_at_once():
 
 @pytest.mark.parametrize("delta_schedule", ["piecewise", "linear", "cosine"])
 def test_a_start_at_the_target_is_no_division_by_zero(delta_schedule):
-    settings_ = config(tau_start=0.8, delta_schedule=delta_schedule)
+    settings_ = config(tau_start=0.8, delta=delta_schedule)
     assert next_tau(0.8, settings_) == 0.8
-    assert taus(make_schedule("medloc", replace(settings_, window=1), 9), [PERFECT] * 2) == [0.8, 0.8]
+    assert taus(make("medloc", replace(settings_, window=1), 9), [PERFECT] * 2) == [0.8, 0.8]
 
 
 # --- medloc, step by step
 
 
 def test_medloc_trace_one_group_a_step():
-    schedule = make_schedule("medloc", config(window=4), 100)
+    schedule = make("medloc", config(window=4), 100)
     # full after 4: .45; 2 are kept, so after 2 more: .60, and so on to .80, where it stays
     assert taus(schedule, [PERFECT] * 14) == [0.3] * 3 + [0.45] * 2 + [0.6] * 2 + [0.7] * 2 + [0.75] * 2 + [0.8] * 3
 
@@ -281,27 +269,21 @@ def test_medloc_trace_one_group_a_step():
     + [("half", 1, 1), ("quarter", 1, 1)],
 )
 def test_refresh_drops_the_oldest_part(refresh, size, waits):
-    schedule = make_schedule("medloc", config(window=size, refresh=refresh), 100)
+    schedule = make("medloc", config(window=size, refresh=refresh), 100)
     path = [0.3] * (size - 1) + [0.45] * waits + [0.6] * waits + [0.7]
     assert taus(schedule, [PERFECT] * len(path)) == path
-
-
-def test_refresh_keeps_the_newest_groups():
-    schedule = make_schedule("medloc", config(window=4), 100)
-    schedule.observe([[0.91], [0.92], [0.93], [0.94]])
-    assert [ious for _, ious in schedule.window.entries] == [[0.93], [0.94]]
 
 
 def test_a_raise_changes_how_kept_groups_count():
     # N = 4, all IoUs .44 and Delta 0: at .30 all hit -> .45. The kept two then miss under the current tau, hit under
     # the old one. Two more groups at .90: r_bar is 1/2 (blocked) or 1; mean .67 - .45 = .22.
     for stale, after in (("current", 0.45), ("old", 0.6)):
-        schedule = make_schedule("medloc", config(window=4, stale=stale), 100)
+        schedule = make("medloc", config(window=4, stale=stale), 100)
         assert taus(schedule, [[[0.44]] * 4, [[0.9]] * 2]) == [0.45, after]
 
 
 def test_more_groups_a_step_than_the_window_holds():
-    schedule = make_schedule("medloc", config(window=4), 100)
+    schedule = make("medloc", config(window=4), 100)
     decision = schedule.observe([[0.0]] * 6 + [[0.9]] * 4)  # only the last 4 of 10 count
     assert decision.hit_rate == 1.0 and decision.tau_next == 0.45
     assert [tau for tau, _ in schedule.window.entries] == [0.3, 0.3]  # kept ones: the older tau
@@ -310,33 +292,21 @@ def test_more_groups_a_step_than_the_window_holds():
     assert decision.tau_next == 0.6
     # a full refresh can do no more: with B > N the window is new at every step
     for refresh in ("full", "none"):
-        schedule = make_schedule("medloc", config(window=4, refresh=refresh), 100)
+        schedule = make("medloc", config(window=4, refresh=refresh), 100)
         assert taus(schedule, [[[0.9]] * 10] * 3) == [0.45, 0.6, 0.7]
 
 
-def test_half_a_window_a_step_raises_at_every_step_once_full():
-    schedule = make_schedule("medloc", config(window=4), 100)
-    assert taus(schedule, [PERFECT * 2] * 4) == [0.3, 0.45, 0.6, 0.7]
-    schedule = make_schedule("medloc", config(window=6), 100)  # keeps 3, then 5, then 6
-    assert taus(schedule, [PERFECT * 2] * 6) == [0.3, 0.3, 0.45, 0.45, 0.6, 0.6]
-
-
-def test_unit_step_fills_the_window_with_steps():
-    schedule = make_schedule("medloc", config(window=3, unit="step"), 100)  # a raise drops 2 of 3
-    assert taus(schedule, [PERFECT * 8] * 6) == [0.3, 0.3, 0.45, 0.45, 0.6, 0.6]
-
-
 def test_the_decision_reports_what_was_judged_and_tau_is_for_the_next_step():
-    schedule = make_schedule("medloc", config(window=1), 100)
+    schedule = make("medloc", config(window=1), 100)
     decision = schedule.observe([[0.42]])
     assert (decision.tau, decision.tau_next, schedule.tau) == (0.3, 0.45, 0.45)
     assert decision.hit_rate == 1.0 and decision.margin == pytest.approx(0.12)
-    assert schedule.reward(0.42, 0.0, True) == 0.0
+    assert schedule.reward(0.42, True, {"giou": 0.0}) == 0.0
 
 
 def test_the_paper_trace_ends_where_the_margin_stops_it():
     # A policy with mean IoU .62: .30 -> .45 (margin .32), .45 -> .60 (.17), then margin .02 < .10: stays.
-    schedule = make_schedule("medloc", DEFAULTS, 100)
+    schedule = make("medloc", DEFAULTS, 100)
     path = taus(schedule, [[[0.62] * 8] * 16] * 8)  # B = 16: 16 | 30, raise, 15 kept | 30, raise | ...
     assert path == [0.3, 0.45] + [0.6] * 6
 
@@ -358,71 +328,65 @@ def test_the_paper_trace_ends_where_the_margin_stops_it():
     ],
 )
 def test_rewards_by_hand(name, rewards):
-    schedule = make_schedule(name, DEFAULTS, 100)
-    got = [schedule.reward(iou, iou - 0.1, True) for iou in (0.2, 0.3, 0.5, 0.9)]
+    schedule = make(name, DEFAULTS, 100)
+    got = [schedule.reward(iou, True, {"giou": iou - 0.1}) for iou in (0.2, 0.3, 0.5, 0.9)]
     assert got == pytest.approx(rewards)
     assert all(type(reward) is float for reward in got)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_parse_failure_earns_nothing(name):
-    schedule = make_schedule(name, DEFAULTS, 10)
+    schedule = make(name, DEFAULTS, 10)
     for iou, giou in ((0.0, -1.0), (0.0, 0.0), (1.0, 1.0), (math.nan, math.nan)):
-        assert schedule.reward(iou, giou, False) == 0.0
-    assert schedule.reward(1.0, 1.0, True) > 0.9  # so that the zeros above say something
+        assert schedule.reward(iou, False, {"giou": giou}) == 0.0
+    assert schedule.reward(1.0, True, {"giou": 1.0}) > 0.9  # so that the zeros above say something
 
 
 @pytest.mark.parametrize("name", ["medloc", "fixed", "progress"])
 def test_rewards_use_the_same_hit(name):
-    schedule = make_schedule(name, config(tau_start=0.45, fixed_tau=0.45), 10)
-    assert schedule.reward(float(np.float32(9) / np.float32(20)), 0.0, True) == 1.0
-    assert schedule.reward(0.4499, 0.0, True) == 0.0
+    schedule = make(name, config(tau_start=0.45), **{"tau": 0.45} if name == "fixed" else {})
+    assert schedule.reward(float(np.float32(9) / np.float32(20)), True, {"giou": 0.0}) == 1.0
+    assert schedule.reward(0.4499, True, {"giou": 0.0}) == 0.0
 
 
 def test_soft_rewards_do_not_change_what_the_tracker_sees():
-    hard, soft = (make_schedule(name, config(window=4), 100) for name in ("medloc", "medloc-soft"))
+    hard, soft = (make(name, config(window=4), 100) for name in ("medloc", "medloc-soft"))
     steps = [[[0.5, 0.31]], [[0.7, 0.29]], [[0.5, 0.5]], [[0.9, 0.8]], [[0.9, 0.9]], [[0.9, 0.9]], [[0.9, 0.9]]]
     assert [hard.observe(step) for step in steps] == [soft.observe(step) for step in steps]
     assert hard.tau > 0.3
 
 
 def test_a_narrow_sigmoid_does_not_overflow():
-    schedule = make_schedule("medloc-soft", config(soft_scale=1e-5), 10)
-    assert [schedule.reward(iou, 0.0, True) for iou in (0.0, 0.3, 1.0)] == [0.0, 0.5, 1.0]
+    schedule = make("medloc-soft", scale=1e-3)
+    assert [schedule.reward(iou, True, {"giou": 0.0}) for iou in (0.0, 0.3, 1.0)] == [0.0, 0.5, 1.0]
 
 
 def test_fixed_never_moves():
-    assert taus(make_schedule("fixed", DEFAULTS, 100), [PERFECT * 30] * 3) == [0.5] * 3
-    assert make_schedule("fixed", config(fixed_tau=0.7), 100).tau == 0.7
+    assert taus(make("fixed", DEFAULTS, 100), [PERFECT * 30] * 3) == [0.5] * 3
+    assert make("fixed", tau=0.7).tau == 0.7
 
 
 def test_vtriune_phases():
-    schedule = make_schedule("vtriune", DEFAULTS, 20)
+    schedule = make("vtriune", DEFAULTS, 20)
     # step k has the share k/20: .85 for k = 0, 1 (< .10), .95 for k = 2, 3, 4 (< .25), .99 from k = 5 on
     used = [schedule.tau] + taus(schedule, [PERFECT] * 25)  # and on past the end
     assert used == [0.85] * 2 + [0.95] * 3 + [0.99] * 21
     for total in (10, 30, 70, 1000):  # shares like 3/30 must not fall short of .10
-        schedule = make_schedule("vtriune", DEFAULTS, total)
+        schedule = make("vtriune", DEFAULTS, total)
         assert ([schedule.tau] + taus(schedule, [PERFECT] * total)).count(0.85) == total // 10
 
 
-@pytest.mark.parametrize(
-    ("name", "end"),
-    [("progress", 0.7), ("progress-conservative", 0.6), ("progress-moderate", 0.7), ("progress-aggressive", 0.8)],
-)
-def test_progress_rises_on_a_line(name, end):
-    schedule = make_schedule(name, DEFAULTS, 4)
-    # from .3 by (end - .3)/4 a step, for any IoU; past the end it stays
-    step = (end - 0.3) / 4
-    used = [schedule.tau] + taus(schedule, [[[0.0]]] * 6)
-    assert used == pytest.approx([0.3, 0.3 + step, 0.3 + 2 * step, 0.3 + 3 * step, end, end, end], abs=1e-9)
-    assert used[-1] == end
-    assert make_schedule(name, config(tau_start=0.5), 4).tau == 0.5
+@pytest.mark.parametrize("end", [0.6, 0.7, 0.8])
+def test_progress_rises_on_a_line(end):
+    schedule = make("progress", total=4, end=end)
+    step = (end - 0.3) / 4  # from .3, for any u
+    used = [schedule.tau] + taus(schedule, [[[0.0]]] * 4)
+    assert used == pytest.approx([0.3, 0.3 + step, 0.3 + 2 * step, 0.3 + 3 * step, end], abs=1e-9) and used[-1] == end
 
 
 @pytest.mark.parametrize("name", ["fixed", "vtriune", "progress"])
 def test_threshold_schedules_report_the_windows_statistics(name):
-    schedule = make_schedule(name, config(window=2), 10)
+    schedule = make(name, config(window=2), 10)
     tau = schedule.tau
     decision = schedule.observe([[0.0], [0.99], [0.1]])  # window: .99 and .1, one hit of two under tau
     assert (decision.tau, decision.hit_rate, decision.sigma) == (tau, 0.5, 0.5)
@@ -431,16 +395,11 @@ def test_threshold_schedules_report_the_windows_statistics(name):
 
 @pytest.mark.parametrize("name", ["raw", "giou"])
 def test_without_a_threshold_there_are_no_statistics(name):
-    schedule = make_schedule(name, DEFAULTS, 10)
+    schedule = make(name, DEFAULTS, 10)
     decision = schedule.observe(PERFECT)
     assert schedule.tau is decision.tau is decision.hit_rate is decision.sigma is decision.margin is None
     assert not decision.tighten
     assert str(decision) == f"{name}, step 1"
-
-
-def test_other_schedules_say_what_happened():
-    assert str(make_schedule("fixed", DEFAULTS, 10).observe(PERFECT)) == "tau .500 stays: fixed, step 1"
-    assert str(make_schedule("progress", DEFAULTS, 4).observe(PERFECT)) == "tau .300 -> .400: progress, step 1"
 
 
 # --- what must hold for any trace
@@ -450,14 +409,14 @@ GROUP = st.lists(IOUS, min_size=2, max_size=4)
 STRONG = st.lists(st.floats(0.9, 1), min_size=2, max_size=4)  # else hardly any trace would ever raise
 STEPS = st.lists(st.lists(st.one_of(STRONG, GROUP, STRONG), min_size=1, max_size=9), min_size=1, max_size=25)
 CONFIGS = st.builds(
-    ScheduleConfig,
+    MedLoc,
     tau_start=st.sampled_from([0.1, 0.3, 0.333333, 0.5]),
     tau_target=st.sampled_from([0.5, 0.67, 0.8, 0.95]),
     window=st.integers(1, 7),
     unit=st.sampled_from(["group", "step"]),
     stale=st.sampled_from(["current", "old"]),
     refresh=st.sampled_from(["half", "full", "quarter", "none"]),
-    delta_schedule=st.sampled_from(["piecewise", "linear", "cosine"]),
+    delta=st.sampled_from(["piecewise", "linear", "cosine"]),
     check_reward=st.booleans(),
     check_stability=st.booleans(),
     check_margin=st.booleans(),
@@ -467,7 +426,7 @@ CONFIGS = st.builds(
 @settings(max_examples=200, deadline=None)
 @given(CONFIGS, STEPS)
 def test_tau_only_rises_within_the_target_and_by_decisions_alone(settings_, steps):
-    schedule = make_schedule("medloc", settings_, len(steps))
+    schedule = make("medloc", settings_, len(steps))
     fill = 0  # entries that the window must hold, counted independently
     kept = {"half": settings_.window // 2, "full": 0, "quarter": settings_.window * 3 // 4, "none": settings_.window}
     for step in steps:
@@ -485,7 +444,7 @@ def test_tau_only_rises_within_the_target_and_by_decisions_alone(settings_, step
             assert not settings_.check_margin or decision.margin >= 0.10 - 1e-6
             fill = kept[settings_.refresh]
         else:
-            assert not schedule.window.full or decision.reasons
+            assert len(schedule.window.entries) < settings_.window or decision.reasons
         assert len(schedule.window.entries) == fill
 
 
@@ -493,7 +452,7 @@ def test_tau_only_rises_within_the_target_and_by_decisions_alone(settings_, step
 @given(st.sampled_from(sorted(SCHEDULES)), CONFIGS, STEPS, st.data())
 def test_a_saved_schedule_goes_on_identically(name, settings_, steps, data):
     cut = data.draw(st.integers(0, len(steps)), label="cut")
-    whole, first, resumed = (make_schedule(name, settings_, len(steps)) for _ in range(3))
+    whole, first, resumed = (make(name, settings_, len(steps)) for _ in range(3))
     for step in steps[:cut]:
         whole.observe(step)
         first.observe(step)
@@ -502,14 +461,14 @@ def test_a_saved_schedule_goes_on_identically(name, settings_, steps, data):
     assert resumed.state_dict() == first.state_dict()
     for step in steps[cut:]:
         assert resumed.observe(step) == whole.observe(step)
-        assert resumed.reward(0.7, 0.6, True) == whole.reward(0.7, 0.6, True)
+        assert resumed.reward(0.7, True, {"giou": 0.6}) == whole.reward(0.7, True, {"giou": 0.6})
     assert resumed.state_dict() == whole.state_dict()
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(sorted(set(SCHEDULES) - {"raw", "giou"})), CONFIGS, STEPS)
 def test_no_threshold_ever_falls(name, settings_, steps):
-    schedule = make_schedule(name, settings_, 10)
+    schedule = make(name, settings_, 10)
     path = [schedule.tau] + taus(schedule, steps)
     assert path == sorted(path) and path[-1] <= 1
 
@@ -519,90 +478,100 @@ def test_no_threshold_ever_falls(name, settings_, steps):
 def test_a_perfect_policy_always_reaches_the_target(settings_):
     # All hits and no spread; Delta 0, since a margin of .10 forbids even a perfect policy to leave a tau above .90.
     # At least .02 a raise: the longest way, .10 to .95, takes at most 43 raises.
-    schedule = make_schedule("medloc", replace(settings_, min_margin=0.0), 1)
+    schedule = make("medloc", replace(settings_, min_margin=0.0), 1)
     assert taus(schedule, [PERFECT] * 43 * settings_.window)[-1] == settings_.tau_target
 
 
-# --- states, settings, import, speed
+# --- states, settings, one schedule a key
 
 
 def test_the_state_is_a_copy():
-    schedule = make_schedule("medloc", config(window=4), 10)
+    schedule, resumed = make("medloc", config(window=4)), make("medloc", config(window=4))
     schedule.observe([[0.9, 0.8]])
     state = schedule.state_dict()
     before = json.dumps(state)
-    resumed = make_schedule("medloc", config(window=4), 10)
     resumed.load_state_dict(state)
     for trained in (schedule, resumed):
         trained.observe([[0.1, 0.2]] * 3)
         assert json.dumps(state) == before
 
 
-def test_a_state_of_something_else_is_refused():
-    schedule = make_schedule("medloc", config(window=4), 10)
-    schedule.observe(PERFECT * 4)
-    state = json.loads(json.dumps(schedule.state_dict()))
-    for other, message in (
-        (make_schedule("medloc-soft", config(window=4), 10), "with --schedule medloc, not medloc-soft"),
-        (make_schedule("medloc", config(window=5), 10), "with --window 4, not 5"),
-        (make_schedule("medloc", config(window=4, max_sigma=(0.1, 0.2, 0.3)), 10), r"--max-sigma \[0.2, 0.35, 0.4\]"),
-        (make_schedule("medloc", config(window=4, check_margin=False), 10), "--check-margin True, not False"),
+NONSENSE = {
+    "medlock": "there is no 'medlock'; there are medloc, medloc-soft, fixed",
+    "medloc:window=0": "medloc: window must be a whole number from 1 to 100000, not 0",
+    "medloc:window=2.5": "medloc: window must be a whole number",
+    "medloc:window": "medloc: 'window' is none of its settings; it has window, unit, stale, tau_start",
+    "medloc:tau=.5": "medloc: 'tau=.5' is none of its settings",
+    "medloc:window=3,window=4": "medloc: window is given twice",
+    "medloc:tau_start=.9": "medloc: tau_start must be at most tau_target, 0.8, not 0.9",
+    "medloc:tau_start=-.1": "tau_start must be a number from 0 to 1",
+    "medloc:tau_target=nan": "tau_target must be a number from 0 to 1, not nan",
+    "medloc:beta1=.8": "beta1 must be at most beta2, 0.7",
+    "medloc:check_margin=maybe": "check_margin must be on or off, not 'maybe'",
+    "medloc:unit=batch": "unit must be one of group, step, not 'batch'",
+    "medloc:refresh=third": "refresh must be one of half, full, quarter, none",
+    "medloc:delta=sine": "delta must be one of piecewise, linear, cosine",
+    "medloc:stages=.75:.6": "stages must be 3 rising rows of 3 numbers from 0 to 1, as 0:0.8:0.2/0.6:0.75:0.35",
+    "medloc:stages=0:.8:.2/.8:.7:.3/.6:.5:.4": "stages must be 3 rising rows",
+    "medloc:stages=.1:.8:.2/.6:.7:.3/.7:.5:.4": "stages must be 3 rising rows",
+    "medloc-soft:scale=0": "scale must be a number from 0.001 to 1",
+    "fixed:tau=50": "tau must be a number from 0 to 1",
+    "raw:tau=.5": "raw: 'tau=.5' is none of its settings; it has window, unit, stale",
+    "progress:tau_start=.65,end=.6": "tau_start must be at most end, 0.6",
+    "progress-moderate": "progress-moderate is progress:end=0.7 now",
+}
+
+
+@pytest.mark.parametrize("text", NONSENSE)
+def test_nonsense_is_one_sentence_that_names_the_setting(text):
+    with pytest.raises(InputError) as error:
+        read_schedule(text)
+    words = str(error.value)
+    assert words.startswith("--schedule") and NONSENSE[text] in words and words.isprintable() and len(words) < 400
+
+
+def test_settings_are_read_behind_the_name():
+    name, found = read_schedule("medloc:window=60,refresh=full,check_stability=off,stages=0:.9:.1/.5:.8:.2/.7:.6:.3")
+    stages = ((0.0, 0.9, 0.1), (0.5, 0.8, 0.2), (0.7, 0.6, 0.3))
+    assert (name, found) == ("medloc", MedLoc(window=60, refresh="full", check_stability=False, stages=stages))
+    assert read_schedule("raw") == ("raw", SCHEDULES["raw"].Settings())
+    text = explained({name: kind.Settings for name, kind in SCHEDULES.items()})
+    assert "  window=30  (s) N, what decisions look back on" in text and "  check_margin=on  (s)" in text
+    assert "  stages=0:0.8:0.2/0.6:0.75:0.35/0.75:0.55:0.4  rows" in text and "[half, full, quarter, none]" in text
+
+
+KEYS = [("ham", "box"), ("isic", "box"), ("isic", "label")]
+
+
+def test_every_dataset_and_task_has_a_window_and_a_tau_of_its_own():
+    made = Schedules(["medloc:window=2", "label=raw"], KEYS, 10)
+    assert [made.of[key].name for key in KEYS] == ["medloc", "medloc", "raw"]
+    good, poor = [[0.9, 0.9]] * 2, [[0.1, 0.1]] * 2
+    decisions = made.observe({KEYS[0]: good, KEYS[1]: poor, KEYS[2]: good})
+    assert [made.of[key].tau for key in KEYS] == [0.45, 0.3, None]
+    assert decisions[KEYS[0]].tau == 0.3 and decisions[KEYS[0]].tighten and not decisions[KEYS[1]].tighten
+    decisions = made.observe({KEYS[1]: good})  # of the others the step had no group
+    assert [made.of[key].tau for key in KEYS] == [0.45, 0.45, None]
+    assert str(decisions[KEYS[0]]) == "tau .450 stays: no group in this step" and made.of[KEYS[0]].step == 2
+    again = Schedules(["medloc:window=2", "label=raw"], KEYS, 10)
+    again.load_state_dict(json.loads(json.dumps(made.state_dict())))
+    assert again.state_dict() == made.state_dict()
+    assert made.observe({KEYS[0]: good * 2}) == again.observe({KEYS[0]: good * 2})
+
+
+def test_a_schedule_by_share_of_the_steps_goes_on_where_a_dataset_rests():
+    made = Schedules(["progress:end=.5"], KEYS[:1], 4)
+    assert [made.observe({})[KEYS[0]].tau_next for _ in range(4)] == pytest.approx([0.35, 0.4, 0.45, 0.5])
+
+
+def test_schedules_that_fit_no_task_are_refused():
+    for texts, words in (
+        (["medloc", "raw"], "medloc and raw; one is for all tasks, others are TASK=SCHEDULE"),
+        (["label=raw", "span=raw"], "no record has the task 'span'"),
+        (["label=nope"], "there is no 'nope'"),
     ):
-        before = other.state_dict()
-        with pytest.raises(InputError, match=message):
-            other.load_state_dict(state)
-        assert other.state_dict() == before
-
-
-def test_only_schedules_by_share_of_steps_mind_another_length():
-    for name in ("vtriune", "progress-aggressive"):
-        with pytest.raises(InputError, match="--steps 10, not 20"):
-            make_schedule(name, DEFAULTS, 20).load_state_dict(make_schedule(name, DEFAULTS, 10).state_dict())
-    make_schedule("medloc", DEFAULTS, 20).load_state_dict(make_schedule("medloc", DEFAULTS, 10).state_dict())
-
-
-@pytest.mark.parametrize(
-    ("changes", "flag"),
-    [
-        ({"window": 0}, "--window"),
-        ({"window": 2.5}, "--window"),
-        ({"tau_start": 0.9}, "--tau-start"),
-        ({"tau_start": -0.1}, "--tau-start"),
-        ({"tau_target": 1.1}, "--tau-target"),
-        ({"tau_target": math.nan}, "--tau-target"),
-        ({"beta1": 0.8}, "--beta1"),
-        ({"beta2": 7.0}, "--beta2"),
-        ({"delta0": -0.2}, "--delta0"),
-        ({"min_margin": 10.0}, "--min-margin"),
-        ({"soft_scale": 0.0}, "--soft-scale"),
-        ({"fixed_tau": 50.0}, "--fixed-tau"),
-        ({"stages": (0.75, 0.6)}, "--stages"),
-        ({"stages": (0.75,)}, "--stages"),
-        ({"min_hit_rate": (0.8, 0.75, 55.0)}, "--min-hit-rate"),
-        ({"max_sigma": (0.2, 0.3)}, "--max-sigma"),
-        ({"unit": "batch"}, "--unit"),
-        ({"stale": "new"}, "--stale"),
-        ({"refresh": "third"}, "--refresh"),
-        ({"delta_schedule": "sine"}, "--delta-schedule"),
-    ],
-)
-def test_nonsense_is_refused_by_the_name_of_its_flag(changes, flag):
-    with pytest.raises(InputError, match=f"^{flag} must be "):
-        make_schedule("medloc", config(**changes), 10)
-
-
-def test_make_schedule_refuses_what_does_not_fit():
-    with pytest.raises(InputError, match="^--schedule must be one of medloc, .*progress-aggressive, got medlock$"):
-        make_schedule("medlock", DEFAULTS, 10)
-    with pytest.raises(InputError, match="^--steps must be at least 1, got 0$"):
-        make_schedule("vtriune", DEFAULTS, 0)
-    with pytest.raises(InputError, match="^--tau-start must be <= 0.6 for --schedule progress-conservative, got 0.65$"):
-        make_schedule("progress-conservative", config(tau_start=0.65), 10)
-
-
-def test_lists_from_the_command_line_equal_tuples():
-    theirs = make_schedule("medloc", config(stages=[0.6, 0.75]), 10)
-    theirs.load_state_dict(make_schedule("medloc", DEFAULTS, 10).state_dict())
+        with pytest.raises(InputError, match=words):
+            Schedules(texts, KEYS, 10)
 
 
 def test_scheduler_needs_no_torch_or_numpy():
@@ -610,15 +579,53 @@ def test_scheduler_needs_no_torch_or_numpy():
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
 
 
-@pytest.mark.parametrize("unit", ["group", "step"])
-def test_observe_is_fast(unit):
-    schedule = make_schedule("medloc", config(unit=unit, check_margin=False), 1000)
-    step = [[i / 16 for i in range(16)] for _ in range(64)]
-    for _ in range(30):
-        schedule.observe(step)
-    times = []
-    for _ in range(20):
+def test_observe_is_fast():
+    schedule = make("medloc", config(check_margin=False), 1000)
+    step, times = [[i / 16 for i in range(16)] for _ in range(64)], []
+    for _ in range(50):
         start = time.perf_counter()
         schedule.observe(step)
         times.append(time.perf_counter() - start)
-    assert min(times) < {"group": 0.005, "step": 0.050}[unit]  # best of 20: the machine is shared
+    assert min(times) < 0.005  # the machine is shared
+
+
+# --- experiments/variants.py
+
+
+@pytest.fixture(scope="module")
+def variants():
+    before = dict(SCHEDULES)
+    from experiments import variants as module
+
+    yield module
+    for name in SCHEDULES.keys() - before.keys():
+        del SCHEDULES[name]
+
+
+def test_giou_gives_way_to_iou(variants):
+    """An answer of IoU .5 and GIoU .1: .1 at first, .5 once the policy is good, halfway between in the middle."""
+    earned = []
+    for mean in (0.4, 0.5, 0.6):
+        schedule = make("hull", config(window=1))
+        schedule.observe([[mean] * 4])
+        earned.append(schedule.reward(0.5, True, {"giou": 0.1}))
+    assert earned == pytest.approx([0.1, 0.3, 0.5])
+    soft = make("hull-soft", config(window=2), scale=0.1)
+    assert soft.reward(0.5, True, {"giou": 0.1}) == pytest.approx(1 / (1 + math.exp(2)))
+    soft.observe([[0.61] * 4] * 2)
+    assert soft.tau == 0.45 and soft.reward(0.5, True, {"giou": 0.1}) == pytest.approx(1 / (1 + math.exp(-0.5)))
+
+
+def test_tau_is_the_windows_median_up_and_down(variants):
+    schedule = make("quantile-50", config(window=2))
+    for step in ([[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]], [[0.8] * 4, [0.9] * 4], [[0.1] * 4, [0.3] * 4]):
+        schedule.observe(step)
+        assert schedule.tau == np.quantile(np.array(step), 0.5, method="higher")  # the window holds this step alone
+
+
+def test_the_program_trains_with_a_variant(tmp_path):
+    words = "--schedule hull-soft --data phantoms:xray --steps 1 --batch-size 2 --workers 0 --eval-limit 2".split()
+    root = Path(__file__).parent.parent
+    command = [sys.executable, root / "experiments" / "variants.py", *words, "--out", tmp_path / "out"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["arguments"]["schedule"] == ["hull-soft"]
