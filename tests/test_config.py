@@ -1,229 +1,218 @@
-"""config.py: what wins over what, and that flags which cannot be meant end the program by name."""
+"""config.py and flags.py: precedence, the recipes, what --resume may change, what is refused and what it became."""
 
 import json
-import math
-from argparse import Namespace
-from dataclasses import asdict, fields
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from programs import grpo, records, run  # noqa: F401  a fixture
 
 import config
+import errors
 import scheduler
-from config import DEFAULTS, RECIPES, parse_arguments
-from errors import InputError
-from scheduler import ScheduleConfig
+import train_grpo
+from flags import EVAL, FLAGS, GONE, PROGRAMS, RECIPES, SFT
+
+ROOT = Path(__file__).parent.parent
 
 
-def refused(capsys, *flags: str) -> str:
+def parse(*flags: str, program: str = "train_grpo.py"):
+    return config.parse(program, list(flags))
+
+
+def refused(capsys, *flags: str, program: str = "train_grpo.py") -> str:
+    """The one line that a command line ends with."""
     with pytest.raises(SystemExit) as end:
-        parse_arguments(list(flags))
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
-    return error
+        parse(*flags, program=program)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and said.startswith("error: ")
+    return said
 
 
-def test_every_default_has_a_flag_and_every_flag_a_default():
-    flags = {name for helps in config.GROUPS.values() for name in helps}
-    assert flags == DEFAULTS.keys() | RECIPES["nano"].keys() | {f.name for f in fields(ScheduleConfig)}
-    assert RECIPES["nano"].keys() == RECIPES["paper"].keys()
+# ----------------------------------------------------------------------------------------------------------- precedence
 
 
-def test_the_recipe_follows_the_model_and_explicit_flags_win(tmp_path):
-    assert parse_arguments([]).recipe == "nano" and parse_arguments(["--model", str(tmp_path)]).recipe == "paper"
-    paper = parse_arguments(["--recipe", "paper"])
-    settings = (paper.lr, paper.group_size, paper.temperature, paper.beta, paper.rewards, paper.prompt)
-    assert settings == (1e-6, 8, 0.9, 0.04, "box=1,format=1", "think") and paper.warmup > 0
-    assert parse_arguments(["--recipe", "paper", "--lr", "3e-6"]).lr == 3e-6
-    assert parse_arguments(["--stages", "0.5", "0.7"]).stages == [0.5, 0.7]
+def test_there_are_at_most_42_flags_and_help_shows_each_with_its_default(capsys):
+    assert len(FLAGS) <= 42
+    for program, groups in PROGRAMS.items():
+        with pytest.raises(SystemExit) as end:
+            parse("--help", program=program)
+        text = capsys.readouterr().out
+        assert end.value.code == 0
+        for flags in groups.values():
+            for name in flags:
+                assert config.option(name) in text, (program, name)
+    assert "(default 0.0001, paper's recipe 1e-06)" in " ".join(text.split()) or program == "eval.py"
 
 
-def test_a_resumed_run_keeps_its_flags_and_frees_some(tmp_path, capsys):
-    saved = {"lr": 0.5, "steps": 7, "recipe": "paper", "model": "nano", "loss": "dapo"}
-    (tmp_path / "config.json").write_text(json.dumps({"arguments": saved}))
-    resume = ["--resume", "--out", str(tmp_path)]
-    args = parse_arguments(resume)
-    assert (args.lr, args.steps, args.recipe, args.loss, args.batch_size) == (0.5, 7, "paper", "dapo", 8)
-    assert parse_arguments([*resume, "--steps", "9", "--loss", "dapo"]).steps == 9
-    assert "--resume goes on with --loss dapo, not grpo: drop --loss" in refused(capsys, *resume, "--loss", "grpo")
+def test_given_flags_go_before_the_recipe_and_that_before_the_rows():
+    args = parse()
+    assert (args.recipe, args.lr, args.steps, args.rewards) == ("nano", 1e-4, 200, "task=1")
+    assert (args.group_size, args.clip, args.schedule, args.prompt) == (8, (0.2, 0.2), ["medloc"], None)
+    args = parse("--recipe=paper", "--lr=3e-6")
+    assert (args.lr, args.steps, args.rewards, args.beta, args.prompt) == (3e-6, 500, "task=1,format=1", 0.04, "think")
+    assert parse("--model=somewhere").recipe == "paper" and parse("--model=x", "--recipe=nano").recipe == "nano"
+    assert RECIPES["nano"].keys() == RECIPES["paper"].keys() < FLAGS.keys()
 
 
-IMPOSSIBLE = {
-    "unknown flag": (["--lerning-rate", "1"], "unrecognized arguments: --lerning-rate"),
-    "abbreviated flag": (["--sched", "raw"], "unrecognized arguments: --sched"),
-    "unknown schedule": (["--schedule", "easy"], "--schedule: invalid choice: 'easy'"),
-    "unknown loss": (["--loss", "ppo"], "--loss: invalid choice: 'ppo'"),
-    "not a number": (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
-    "no steps": (["--steps", "0"], "--steps must be at least 1"),
-    "ranks of a run": (["--ranks", "2"], "--ranks is for --estimate; a run has as many as torchrun starts"),
-    "no rank": (["--estimate", "--ranks", "0"], "--ranks must be at least 1"),
-    "one shard": (["--estimate", "--shard"], "this is one: give --ranks N"),
-    "fewer than no workers": (["--workers", "-1"], "--workers must be at least 0"),
-    "negative": (["--dynamic-sampling", "-1"], "--dynamic-sampling must be at least 0"),
-    "no temperature": (["--temperature", "0"], "--temperature must be above 0"),
-    "nan": (["--lr", "nan"], "--lr must be a finite number, not nan"),
-    "infinite": (["--lr", "inf"], "--lr must be a finite number, not inf"),
-    "nan that passes no comparison": (["--beta", "nan"], "--beta must be a finite number"),
-    "adapters that count nothing": (["--lora-rank", "4", "--lora-alpha", "0"], "--lora-alpha must be above 0"),
-    "seed": (["--seed", str(2**63)], f"--seed must be at most {2**63 - 1}"),
-    "memory without end": (["--memory", "9" * 400 + "GB"], "--memory wants a number of GB such as 24GB"),
-    "a graphics card that is none": (["--estimate", "--device", "cudafoo"], "--device cudafoo is not to be had here"),
-    "the card of another world": (["--estimate", "--device", "cuda:" + "9" * 30], "is not to be had here"),
-    "NUL": (["--out", "a\0b"], r"--out a\x00b holds a character that no name has"),
-    "a name that is no UTF-8": (["--data", "a\udcff"], r"--data a\udcff holds a character that no name has"),
-    "a name that steers a terminal": (["--val", "\x1b[2J"], r"--val \x1b[2J holds a character that no name has"),
-    "stages that are no number": (["--stages", "nan", "0.5"], "--stages must be a finite number, not nan"),
-    "a device without numbers": (["--device", "meta"], "--device meta is not to be had here"),
-    "reward named twice": (["--rewards", "box=1,box=2"], "--rewards: 'box' is named twice"),
-    "linear's": (["--delta0", "0.1"], "--delta0 changes nothing beside --delta-schedule piecewise"),
-    "piecewise's": (
-        ["--delta-schedule", "linear", "--beta1", "0.5"],
-        "--beta1 changes nothing beside --delta-schedule",
-    ),
-    "hit rate unchecked": (
-        ["--no-check-reward", "--min-hit-rate", "0.9", "0.8", "0.7"],
-        "--min-hit-rate changes nothing beside --no-check-reward",
-    ),
-    "margin unchecked": (
-        ["--no-check-margin", "--min-margin", "0.2"],
-        "--min-margin changes nothing beside --no-check",
-    ),
-    "stability unchecked": (
-        ["--no-check-stability", "--max-sigma", "0.2", "0.2", "0.2"],
-        "--max-sigma changes nothing",
-    ),
-    "the box does not count": (["--rewards", "format=1", "--tau-start", "0.2"], "--tau-start changes nothing beside"),
-    "no group": (["--group-size", "1"], "--group-size must be at least 2"),
-    "no clipping": (["--inner-steps", "2", "--clip-low", "1"], "--clip-low must be below 1"),
-    "unknown reward": (["--rewards", "box=1,bleu=1"], "--rewards: no reward is called 'bleu'; there are box, format"),
-    "half a reward": (["--rewards", "box"], "--rewards: 'box' must be NAME=WEIGHT"),
-    "no reward": (["--rewards", "box=0"], "gives every reward the weight 0"),
-    "infinite reward": (["--rewards", "box=inf"], "'box=inf' must have a finite weight"),
-    "no such device": (["--device", "cuda:99"], "--device cuda:99 is not to be had here"),
-    "no device at all": (["--device", "tpuu"], "--device tpuu is not to be had here"),
-    "kl without beta": (["--kl", "k3+"], "--kl changes nothing beside --beta 0"),
-    "clip on policy": (["--clip-high", "0.28"], "--clip-high changes nothing beside --inner-steps 1"),
-    "alpha without adapters": (["--lora-alpha", "32"], "--lora-alpha changes nothing beside --lora-rank 0"),
-    "frozen twice": (["--lora-rank", "8", "--freeze-vision"], "--freeze-vision changes nothing beside --lora-rank"),
-    "another schedule's": (
-        ["--schedule", "raw", "--tau-start", "0.2"],
-        "--tau-start changes nothing beside --schedule",
-    ),
-    "medloc's": (
-        ["--schedule", "fixed", "--no-check-margin"],
-        "--check-margin changes nothing beside --schedule fixed",
-    ),
-    "fixed's": (["--fixed-tau", "0.4"], "--fixed-tau changes nothing beside --schedule medloc"),
-    "nothing to evaluate": (["--data", "a.jsonl", "--eval-every", "5"], "--eval-every needs --val"),
+def test_the_headline_and_settings_behind_names():
+    assert parse("--schedule=medloc").schedule == ["medloc"]
+    assert parse("--schedule", "medloc:window=60", "box=raw").schedule == ["medloc:window=60", "box=raw"]
+    assert config.read_loss("grpo") == ("grpo", "k3", "keep")
+    assert config.read_loss("dapo:kl=k3+,overlong=mask") == ("dapo", "k3+", "mask")
+    assert parse("--loss=dr-grpo").advantage == "none" and parse("--loss=dapo").advantage == "std"
+    assert parse("--loss=dr-grpo", "--advantage=std").advantage == "std"
+    assert parse("--clip", ".1", ".3", "--inner-steps=2").clip == [0.1, 0.3]
+
+
+def test_help_schedules_lists_all_with_reasons(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse("--help-schedules")
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and all(f"{name}\n" in text for name in scheduler.SCHEDULES)
+    assert "min_margin=0.1  (s) Delta" in text
+
+
+def test_ranks_are_those_of_torchrun_or_of_the_memory_to_plan_for(monkeypatch):
+    assert parse().ranks == 1
+    assert parse("--estimate", "--memory=4x80GB", "--shard").ranks == 4
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert parse("--shard").ranks == 2
+
+
+# -------------------------------------------------------------------------------------------------------------- refused
+
+REFUSED = {
+    "an unknown flag": (["--speed=9"], "unrecognized arguments: --speed=9"),
+    "a short form": (["--sched=raw"], "unrecognized arguments: --sched=raw"),
+    "an unknown schedule": (["--schedule=fast"], "--schedule: there is no 'fast'; there are medloc, medloc-soft"),
+    "two schedules": (["--schedule", "raw", "giou"], "--schedule: raw and giou; one is for all tasks"),
+    "an unknown loss": (["--loss=ppo"], "--loss: there is no 'ppo'; there are grpo, dapo, dr-grpo"),
+    "an unknown estimator": (["--loss=grpo:kl=k9", "--beta=.1"], "--loss grpo: kl must be one of k3, k3+"),
+    "kl without beta": (["--loss=grpo:kl=k3+"], "kl changes nothing beside --beta 0"),
+    "clip on policy": (["--clip", ".2", ".3"], "--clip changes nothing beside --inner-steps 1"),
+    "a clip of 1": (["--clip", "1", ".3", "--inner-steps=2"], "--clip: LOW must be below 1"),
+    "a frozen tower of adapters": (["--lora-rank=4", "--freeze-vision"], "--freeze-vision changes nothing beside"),
+    "a schedule without weight": (["--rewards=task=0,format=1", "--schedule=raw"], "--schedule changes nothing beside"),
+    "evaluating nothing": (["--data=a.jsonl", "--eval-every=5"], "--eval-every needs --val"),
+    "an old reward": (["--rewards=box=1"], "--rewards: 'box' is called 'task' now"),
+    "an unknown reward": (["--rewards=luck=1"], "--rewards: no reward is called 'luck'"),
+    "one answer a group": (["--group-size=1"], "--group-size must be at least 2"),
+    "no rate": (["--lr=0"], "--lr must be above 0"),
+    "no number": (["--lr=nan"], "--lr must be a finite number"),
+    "too many": (["--steps=10000000000"], "--steps must be at most 1000000000"),
+    "NUL": (["--data=a\0b"], "holds a character that no name has"),
+    "half a character": (["--out=\udcff"], "holds a character that no name has"),
+    "no memory": (["--memory=24"], "--memory wants a number of GB such as 24GB"),
+    "many GPUs in a run": (["--memory=4x24GB"], "--memory 4x24GB is for --estimate"),
+    "shards of one": (["--shard"], "--shard spreads the weights over several processes, this is one"),
+    "no such device": (["--device=tpu"], "--device tpu is not to be had here"),
 }
 
 
-@pytest.mark.parametrize("name", IMPOSSIBLE)
-def test_impossible_and_idle_flags_are_refused_by_name(name, capsys):
-    flags, words = IMPOSSIBLE[name]
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_right_is_one_sentence(name, capsys):
+    flags, words = REFUSED[name]
     assert words in refused(capsys, *flags)
 
 
-@pytest.mark.parametrize("name", sorted({name for names in config.MOST.values() for name in names.split()}))
-def test_a_slip_of_the_keyboard_is_refused_before_anything_is_loaded(name, capsys):
-    """--window 10**30; for the flags of all programs, of which this one's come by its command line."""
-    most = next(most for most, names in config.MOST.items() if name in names.split())
-    sentence = f"{config.flag(name)} must be at most {most}"
-    for value in (most * 2, 10**30):
-        assert sentence in list(config.out_of_bounds(Namespace(**{name: value, "another": None})))
-    assert not list(config.out_of_bounds(Namespace(**{name: most})))
-    if name in DEFAULTS | RECIPES["nano"] | {"window": 30}:
-        assert sentence in refused(capsys, config.flag(name), str(10**30))
+@pytest.mark.parametrize("name", GONE)
+def test_a_flag_that_is_gone_says_what_it_became(name, capsys):
+    program = "train_sft.py" if name in ("make_nano", "keep_exact") else "train_grpo.py"
+    for form in (f"{config.option(name)}=1", config.option(name), f"--no-{name.replace('_', '-')}"):
+        said = refused(capsys, form, program=program)
+        assert GONE[name].format(name) in said and ("now" in said or "--schedule" in said)
+    assert name not in FLAGS
 
 
-def test_bounds_let_in_what_anybody_has_use_for():
-    """Each flag with a kind of number has a largest value, or what it is good for says one (tau and its kin: 1)."""
-    bounded = {name for names in config.MOST.values() for name in names.split()}
-    known = DEFAULTS | RECIPES["nano"]
-    numbers = {name for name in known if config.TYPES.get(name, type(known[name])) in (int, float)}
-    assert numbers - bounded == {"clip_low"}
-    assert not list(config.out_of_bounds(Namespace(**asdict(ScheduleConfig()), **DEFAULTS, **RECIPES["paper"])))
-    assert list(config.out_of_bounds(Namespace(lr=math.inf))) == [
-        "--lr must be a finite number, not inf",
-        "--lr must be at most 10000",
-    ]
-    assert list(config.out_of_bounds(Namespace(coarse_shift=-0.1))) == ["--coarse-shift must be at least 0"]
+def test_the_flags_of_the_others():
+    args = parse("--out=x", "--lr=1e-3", program="train_sft.py")
+    assert (args.lr, args.batch_size, args.warmup, args.coarse, args.resume, args.begins) == (
+        1e-3,
+        32,
+        50,
+        False,
+        False,
+        False,
+    )
+    args = parse("--limit=5", program="eval.py")
+    assert (args.out, args.batch_size, args.limit, args.model) == ("out-eval", 50, 5, "nano")
+    shared = {name for groups in (SFT, EVAL) for flags in groups.values() for name in flags} & FLAGS.keys()
+    assert {"model", "data", "out", "device", "clip_boxes", "allow_outside"} <= shared
 
 
-@pytest.mark.parametrize("name", sorted(scheduler.SCHEDULES))
-def test_a_schedule_owns_just_the_switches_that_change_what_it_does(name):
-    """Turn each switch, feed both schedules the same steps: what it does not own changes neither reward nor tau."""
-    other = dict(
-        tau_start=0.2, tau_target=0.4, refresh="full", check_reward=False, check_stability=False, check_margin=False,
-        stages=(0.1, 0.2), min_hit_rate=(0.1,) * 3, max_sigma=(0.0,) * 3, min_margin=0.5, delta_schedule="linear",
-        beta1=0.1, beta2=0.9, delta0=0.05, soft_scale=0.3, fixed_tau=0.7,
-    )  # fmt: skip
-    for switch, value in other.items():
-        traces = []
-        for settings in ({}, {switch: value}):
-            schedule = scheduler.make_schedule(name, ScheduleConfig(window=2, **settings), 30)
-            trace = []
-            for step in range(30):
-                trace.append((schedule.tau, schedule.reward(0.45, 0.4, True)))
-                schedule.observe([[0.55 + 0.01 * (step % 3), 0.9 - 0.02 * (step % 5)]] * 2)
-            traces.append(trace)
-        if switch not in schedule.own:
-            assert traces[0] == traces[1], switch
+def test_the_others_refuse_too(capsys):
+    assert "--out is needed" in refused(capsys, program="train_sft.py")
+    assert "--warmup must be at least 1" in refused(capsys, "--out=x", "--warmup=0", program="train_sft.py")
+    assert "--image and --query go together" in refused(capsys, "--image=a.png", program="eval.py")
+    assert "unrecognized arguments: --schedule=raw" in refused(capsys, "--schedule=raw", program="eval.py")
 
 
-OWNED = {  # schedule -> its switches, and values beside which the traces below must differ
-    "medloc": dict(
-        tau_start=0.2, tau_target=0.4, refresh="full", check_reward=False, check_margin=False,
-        min_hit_rate=(1.0,) * 3, max_sigma=(0.0,) * 3, min_margin=0.5, delta_schedule="linear", beta1=0.1,
-    ),
-    "medloc-soft": dict(soft_scale=0.3, tau_start=0.2),
-    "fixed": dict(fixed_tau=0.7),
-    "progress": dict(tau_start=0.2),
-}  # fmt: skip
+# --------------------------------------------------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("name", OWNED)
-def test_the_switches_that_a_schedule_owns_change_what_it_does(name):
-    """In one of two stories: now and then a group misses, and the margin decides; half of each group is good, and the
-    hit rate does."""
-    stories = [[[0.1, 0.9]] + [[0.85, 0.9]] * 3, [[0.85, 0.9]] * 4], [[[0.55, 0.95]] * 4]
-    for switch, value in OWNED[name].items():
-        traces = []
-        for settings in ({}, {switch: value}):
-            trace = []
-            for story in stories:
-                schedule = scheduler.make_schedule(name, ScheduleConfig(window=12, **settings), 30)
-                for step in range(30):
-                    trace.append((schedule.tau, schedule.reward(0.45, 0.4, True)))
-                    schedule.observe(story[min(step % 3, len(story) - 1)])
-            traces.append(trace)
-        assert switch in schedule.own and traces[0] != traces[1], switch
+@pytest.fixture
+def begun(tmp_path) -> Path:
+    """The config.json of a run."""
+    args = parse("--steps=5", "--schedule=fixed:tau=.4", f"--out={tmp_path}")
+    (tmp_path / "config.json").write_text(json.dumps(config.describe(args)))
+    return tmp_path
 
 
-def test_a_damaged_config_of_a_resumed_run_is_named(tmp_path, capsys):
-    resume = ["--resume", "--out", str(tmp_path)]
-    for content, words in (
-        ({"arguments": []}, "field 'arguments' is no object"),
-        ({}, "field 'arguments' is no object"),
-        ({"arguments": {"lr": "fast"}}, "--lr is 'fast' in it"),
-        ({"arguments": {"steps": 2.5}}, "--steps is 2.5 in it"),
-        ({"arguments": {"check_margin": 1}}, "--check-margin is 1 in it"),
-        ({"arguments": {"stages": 0.5}}, "--stages is 0.5 in it"),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps(content))
-        with pytest.raises(InputError, match="config.json: ") as error:
-            parse_arguments(resume)
-        assert words in str(error.value)
-    (tmp_path / "config.json").write_text(json.dumps({"arguments": {"lr": 1, "val": None, "stages": [0.5, 0.6]}}))
-    assert parse_arguments(resume).lr == 1
+def test_resume_takes_the_runs_flags_and_begins_where_there_is_none(begun, tmp_path):
+    args = parse("--resume", f"--out={begun}")
+    assert (args.resume, args.begins, args.steps, args.schedule) == (True, False, 5, ["fixed:tau=.4"])
+    args = parse("--resume", f"--out={tmp_path / 'new'}")
+    assert (args.resume, args.begins, args.steps) == (False, True, 200)
+    assert "resume" not in json.loads((begun / "config.json").read_text())["arguments"]
 
 
-def test_one_gpu_for_several_ranks_is_refused(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "--device cuda:0 is one GPU for all processes" in refused(capsys, "--device", "cuda:0")
+def test_what_decides_what_is_learned_cannot_be_changed_on_resume(begun, capsys):
+    given = {"lr": "1", "seed": "3", "schedule": "raw", "clip": (".1", ".2"), "advantage": "none", "beta": ".5"}
+    for name, value in given.items():
+        values = value if isinstance(value, tuple) else (value,)
+        said = refused(capsys, "--resume", f"--out={begun}", config.option(name), *values)
+        assert f"--resume goes on with {config.option(name)} " in said and "drop" in said
+    free = {"steps": "9", "save_every": "3", "keep": "2", "workers": "0", "micro_batch": "3", "eval_every": "2"}
+    for name, value in free.items():
+        assert str(getattr(parse("--resume", f"--out={begun}", config.option(name), value), name)) == value
+    assert parse("--resume", f"--out={begun}", "--lr=1e-4").lr == 1e-4  # the same is no change
 
 
-def test_sharding_is_refused_where_it_would_do_nothing(monkeypatch, capsys):
-    assert "--shard spreads the weights over several processes, this is one" in refused(capsys, "--shard")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "drop one of the two" in refused(capsys, "--shard", "--lora-rank", "4")
-    assert "give --decode eager" in refused(capsys, "--shard", "--decode", "graph", "--device", "cuda")
+def test_a_schedule_by_share_of_the_steps_keeps_its_length(tmp_path, capsys):
+    args = parse("--steps=5", "--schedule=progress", f"--out={tmp_path}")
+    (tmp_path / "config.json").write_text(json.dumps(config.describe(args)))
+    said = refused(capsys, "--resume", f"--out={tmp_path}", "--steps=6")
+    assert "--schedule progress goes by the share of the steps: --steps must stay 5" in said
+
+
+def test_a_hub_name_stays_at_the_commit_that_the_run_began_with(tmp_path, capsys):
+    args = parse("--model=org/name", f"--out={tmp_path}", "--data=a.jsonl")
+    args.model = "org/name@0123"
+    (tmp_path / "config.json").write_text(json.dumps(config.describe(args)))
+    assert parse("--resume", f"--out={tmp_path}", "--model=org/name").model == "org/name@0123"
+    assert "--resume goes on with --model" in refused(capsys, "--resume", f"--out={tmp_path}", "--model=org/other")
+
+
+def test_config_json_says_with_what_it_ran(begun):
+    saved = json.loads((begun / "config.json").read_text())
+    assert saved["arguments"].keys() == FLAGS.keys() - {"resume", "estimate", "help_schedules"}
+    assert {"torch", "transformers", "python"} <= saved["versions"].keys() and saved["threads"] >= 1
+
+
+def test_a_damaged_config_is_one_sentence(begun):
+    (begun / "config.json").write_text('{"arguments": {"steps": "many"}}')
+    output = run(train_grpo, "--resume", "--out", str(begun), expect=2)
+    assert output.startswith("error: ") and "config.json" in output and output.count("\n") == 1
+
+
+def test_no_usage_of_forty_lines_stands_before_a_sentence():
+    done = subprocess.run(
+        [sys.executable, "train_grpo.py", "--nope"], cwd=ROOT, capture_output=True, text=True, env=os.environ
+    )
+    assert (
+        done.returncode == 2 and done.stderr.count("\n") == 1 and "python train_grpo.py --help lists all" in done.stderr
+    )
+    assert errors.InputError  # the programs' own
