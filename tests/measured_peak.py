@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint
 import plan
+
 import ranks
 import train_grpo
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint  # noqa: E402
+
 import errors  # noqa: E402
 import ranks  # noqa: E402
 import train_grpo  # noqa: E402

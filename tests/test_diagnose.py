@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diagnose import BLOCK, OTHER_FRAMES, Watch
 
 import kernels
-from diagnose import BLOCK, OTHER_FRAMES, Watch
 
 SIZE, SCALE = (400, 200), (400 / 140, 200 / 140)  # original width and height; original pixels per model pixel
 TARGET = (100.0, 50.0, 180.0, 120.0)

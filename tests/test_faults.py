@@ -13,18 +13,18 @@ import sys
 import time
 from pathlib import Path
 
+import checkpoint
 import pytest
+import stop
 from PIL import Image
 from safetensors.torch import load_file
 from test_lora import adamw, adapted, base, task, train  # noqa: F401  base is a fixture
 from test_ranks import torchrun
 from test_train import ROOT, lines, records, run, without_times  # noqa: F401  a fixture
 
-import checkpoint
 import eval as evaluation
 import generate
 import ranks
-import stop
 import train_grpo
 import train_sft
 from data import BadRecords, load_jsonl

@@ -11,15 +11,15 @@ import sys
 import time
 from pathlib import Path
 
+import checkpoint
+import lock
 import pytest
+import stop
 import torch
 from test_train import ROOT, grpo, lines, records, run  # noqa: F401  a fixture
 
-import checkpoint
 import config
 import errors
-import lock
-import stop
 import train_grpo
 import train_sft
 from errors import InputError

@@ -4,9 +4,9 @@ import json
 import sys
 from types import ModuleType, SimpleNamespace
 
+import logs
 import pytest
 
-import logs
 from errors import InputError
 
 ROW = {"step": 3, "loss": 0.5, "tau": None, "decision": "tau .300 stays", "tokens": 7}

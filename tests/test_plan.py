@@ -9,9 +9,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import plan
 import pytest
 import torch
 from PIL import Image
+from plan import GB, Run
 from test_train import arguments, make_rollout, records, run  # noqa: F401  (records is a fixture)
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -22,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 import layers
 import lora
 import model
-import plan
 import train_grpo
 import weights
 from config import parse_arguments
@@ -30,7 +31,6 @@ from data import load_samples, mrope_positions, phantom_samples
 from errors import InputError
 from eval import NANO, Task
 from model import Policy, collate
-from plan import GB, Run
 from weights import read_config, save_policy
 
 ROOT = Path(__file__).parent.parent

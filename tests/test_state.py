@@ -8,12 +8,12 @@ import os
 import shutil
 from pathlib import Path
 
+import checkpoint
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_lora import adamw, base, task, train  # noqa: F401  base is a fixture
 
-import checkpoint
 import ranks
 from config import read_saved
 from errors import InputError
