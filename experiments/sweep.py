@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script finds modules beside it; errors.py is above
 
 import checkpoint  # noqa: E402
+
 import errors  # noqa: E402
 from errors import InputError  # noqa: E402
 from experiments import figures  # noqa: E402

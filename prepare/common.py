@@ -17,19 +17,20 @@ import os
 import re
 import reprlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
 import errors
 from data import MAX_TEXT, BadRecords, counted, load_jsonl
 from errors import InputError, named, one_line, read_json
 from eval import overlay, sheet
-from images import PIXEL_LIMIT, Box, Sample, size_and_orientation
+from images import Box, Sample, size_and_orientation
 from prepare.boxes import as_displayed, drawn_as_stored, mask_box
+from tasks import TASKS
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 SPLITS = {word: split for split in ("train", "val", "test") for word in (split, f"{split}ing")}
@@ -38,6 +39,7 @@ HELD_OUT = ("test", "val", "train", "all")  # a picture in two splits belongs to
 PLAIN = {"images", "image", "jpegimages", "data"}  # folders whose names say nothing about the pictures in them
 PARTS = {"largest": "the largest is taken", "union": "the box is around all of them", "drop": "left out"}  # --component
 SHEET = 24  # pictures of --overlay
+RAW = argparse.RawDescriptionHelpFormatter  # --help begins with a script's docstring
 MAX_SENTENCE = 2000  # characters; names of files may have 255 bytes, and a path has many
 
 
@@ -114,12 +116,12 @@ def locate(entry: Entry, size: tuple[int, int], orientation: int, args, report: 
     beyond = max(abs(a - b) for a, b in zip(box, inside, strict=True))
     if beyond > 1:
         shown = f"its box {[round(v, 2) for v in box]}"
-        if not args.clip:
+        if not args.clip_boxes:
             over = f"reaches {beyond:.1f} pixels out of the {frame[0]}x{frame[1]} picture"
-            raise InputError(f"{shown} {over}; correct it, or have boxes cut by --clip")
+            raise InputError(f"{shown} {over}; correct it, or have boxes cut by --clip-boxes")
         if inside[0] >= inside[2] or inside[1] >= inside[3]:
             raise InputError(f"{shown} has nothing inside the {frame[0]}x{frame[1]} picture; correct it")
-        report.note("clipped at the picture's edge (--clip)", entry.source)
+        report.note("clipped at the picture's edge (--clip-boxes)", entry.source)
     elif beyond > 0.01:  # less is what is left of a share's six decimals
         report.note("cut at the picture's edge, by a pixel at most", entry.source)
     if inside[2] - inside[0] < 1 or inside[3] - inside[1] < 1:
@@ -284,6 +286,8 @@ def records_of(image: Path, entries: list[Entry], phrase: Callable, args, report
         elif box or entry.crowd:
             found[query].append((box, entry.split))
     name = usable(Path(os.path.relpath(image, args.out)).as_posix(), "the picture's path")
+    if name != name.strip():  # the loader would strip it
+        raise InputError(f"the picture's path '{one_line(name)}' begins or ends with a blank; rename it")
     start = {"image": name, "width": size[0], "height": size[1]}
     records = []
     for query, boxes in found.items():
@@ -307,15 +311,21 @@ def usable(text: str, what: str) -> str:
 
 def convert(args, read: Callable[[argparse.Namespace, Report], list[Entry]]) -> None:
     """Read the source, look at every picture, write --out, say what came out and what did not."""
-    try:
+    with printable():
         _convert(args, read)
-    except InputError as error:  # names that other people gave stand in it
+
+
+@contextmanager
+def printable() -> Iterator[None]:
+    """An InputError from inside has names in it that other people gave."""
+    try:
+        yield
+    except InputError as error:
         raise InputError(plain(str(error))) from error
 
 
 def _convert(args, read: Callable[[argparse.Namespace, Report], list[Entry]]) -> None:
     args.source = Path(os.path.realpath(args.source))  # pictures may be links, the folder that paths start from may not
-    Image.MAX_IMAGE_PIXELS = args.pixel_limit
     if not os.path.exists(args.source):
         raise InputError(f"--source {args.source}: is not there")
     home = args.source if args.source.is_dir() else args.source.parent
@@ -328,18 +338,17 @@ def _convert(args, read: Callable[[argparse.Namespace, Report], list[Entry]]) ->
         entries = make_splits(entries, groups, args.val, args.test, args.seed)
     entries = part_groups(entries, groups, args.leaks, report)
     splits = {split: [] for split in sorted({entry.split for entry in entries}, key=HELD_OUT.index, reverse=True)}
-    for path in (args.out / f"{split}.jsonl" for split in splits):
-        if path.exists() and not args.overwrite:
-            raise InputError(f"{path} is already there; name another --out, or give --overwrite")
+    for split in splits:
+        free(args.out / f"{split}.jsonl", args.overwrite)
     look(entries, phrase, splits, args, report)
     for line in report.lines(home):
         tqdm.write(line)
     if not any(splits.values()):
         raise InputError(f"--source {args.source}: no record came out of it")
-    samples = write(args.out, splits)
+    samples = write({args.out / f"{split}.jsonl": records for split, records in splits.items() if records})
     if args.overlay:
         some = [samples[i * len(samples) // SHEET] for i in range(SHEET)] if len(samples) > SHEET else samples
-        sheet([overlay(sample, [], f"{sample.image.name}: {sample.query}") for sample in some], 6).save(args.overlay)
+        sheet([overlay(sample, [], f"{sample.media.name}: {sample.query}") for sample in some], 6).save(args.overlay)
     for split, records in splits.items():
         count = f"{len(records)} records of {len({r['image'] for r in records})} pictures" if records else "no record"
         tqdm.write(plain(f"{args.out / split}.jsonl: {count}"))
@@ -363,17 +372,22 @@ def look(entries: list[Entry], phrase: Callable, splits: dict[str, list[dict]], 
             report.merge(notes)
 
 
-def write(out: Path, splits: dict[str, list[dict]]) -> list[Sample]:
-    """Write out/<split>.jsonl: all of them whole or none, after the loader that training uses has read them back."""
-    targets = {out / f"{split}.jsonl": records for split, records in splits.items() if records}
-    out.mkdir(parents=True, exist_ok=True)
+def free(path: Path, overwrite: bool) -> None:
+    """See that a file may be written."""
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} is already there; name another --out, or give --overwrite")
+
+
+def write(targets: dict[Path, list[dict]], clip: bool = False) -> list[Sample]:
+    """Write files of records: all of them whole or none, after the loader that training uses has read them back."""
     partial = {path: path.with_name(f".partial-{path.name}") for path in targets}
     samples = []
     try:
         for path, records in targets.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             partial[path].write_text(text, encoding="utf-8")
-            samples += load_jsonl(partial[path], outside=True)  # where --out is not above the pictures
+            samples += load_jsonl(partial[path], TASKS, outside=True, clip=clip)  # --out may not be above pictures
         for path in targets:
             os.replace(partial[path], path)
     finally:
@@ -406,8 +420,7 @@ def png(text: str) -> str:
 def parser(script: str, doc: str, query: str | None = "the {class}", masks: bool = False) -> errors.Parser:
     """The flags that all scripts share. query: default of --query; "" if it must be given; None if the source has
     phrases of its own, and boxes as displayed. masks: the flags of masks too."""
-    raw = argparse.RawDescriptionHelpFormatter
-    made = errors.Parser(prog=f"-m prepare.{script}", description=doc, formatter_class=raw)
+    made = errors.Parser(prog=f"-m prepare.{script}", description=doc, formatter_class=RAW)
     flag = made.add_argument
     flag("--source", required=True, help="folder of the dataset, as unpacked; or a file, where that is said above")
     flag("--out", help="folder for train.jsonl ...; default: --source, so that pictures and paths can move together")
@@ -419,8 +432,7 @@ def parser(script: str, doc: str, query: str | None = "the {class}", masks: bool
     leaks = ["refuse", "drop", "keep"]
     flag("--leaks", choices=leaks, default="refuse", help="when a picture, or copies of it, are in two splits")
     flag("--skip-bad", type=int, default=0, help="pictures that may be unusable; they are left out and listed")
-    flag("--clip", action="store_true", help="cut boxes that reach over the picture's edge, and count them")
-    flag("--pixel-limit", type=int, default=PIXEL_LIMIT, help="pixels of the largest picture that is opened")
+    flag("--clip-boxes", action="store_true", help="cut boxes that reach over the picture's edge, and count them")
     flag("--overlay", type=png, help="a PNG of some pictures with their boxes: look at it")
     flag("--overwrite", action="store_true", help="replace train.jsonl ... if they are there")
     made.set_defaults(query=None, frame="displayed")

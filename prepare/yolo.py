@@ -16,33 +16,75 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import errors
 from errors import InputError, cause_of, one_line, read_text
 from prepare import common
 from prepare.common import Entry
-from prepare.data_yaml import read_yaml
 
+MAX_YAML = 2**20  # bytes; class names, even of LVIS, are a fiftieth of it
 LEADS_OUT = "leads out of the folder of data.yaml; move it there, or allow it by --allow-outside"
 
 
-def class_names(path: Path, values: dict) -> dict[int, str]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """What a data.yaml says, all scalars as the texts that stand there: YAML's types would make False of a class `no`.
+    No tag makes an object; an alias is the thing itself again, not a copy, so that none of any number unfolds."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise InputError("data.yaml is read by PyYAML, which is not installed: pip install pyyaml") from error
+
+    class Texts(yaml.BaseLoader):
+        def construct_mapping(self, node, deep=False):
+            mapping = super().construct_mapping(node, deep)
+            if len(mapping) < len(node.value):  # the last would win
+                raise yaml.MarkedYAMLError(problem="a key stands there twice", problem_mark=node.start_mark)
+            return mapping
+
+    try:
+        values = yaml.load(read_text(path, most=MAX_YAML), Texts)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # of odd numbers; of depth
+        mark = getattr(error, "problem_mark", None)
+        place = f"{one_line(path)}:{mark.line + 1}" if mark else one_line(path)
+        why = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        raise InputError(f"{place}: is not valid YAML ({one_line(why)})") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{one_line(path)}: must hold `key: value` lines, not {common.short(values)}")
+    return values
+
+
+def class_names(path: Path, values: dict[str, Any]) -> dict[int, str]:
     names = values.get("names")
-    names = dict(enumerate(names)) if isinstance(names, list) else names
+    names = {str(i): name for i, name in enumerate(names)} if isinstance(names, list) else names
     if not isinstance(names, dict) or not names:
         raise InputError(f"{path}: names: must list the classes, such as ['RBC', 'WBC']")
+    found = {}
+    for key, name in names.items():
+        if not re.fullmatch("[0-9]{1,9}", key) or int(key) in found or not isinstance(name, str) or not name.strip():
+            pair = f"{common.short(key)}: {common.short(name)}"
+            raise InputError(f"{path}: names: '{pair}' is not a new class number and its name")
+        found[int(key)] = name
     if values.get("nc", str(len(names))) != str(len(names)):
         raise InputError(f"{path}: nc is {common.short(values['nc'])}, but names has {len(names)} classes")
-    return names
+    return found
 
 
-def pictures(path: Path, values: dict, split: str, outside: bool) -> list[Path]:
+def place_names(path: Path, values: dict[str, Any], key: str) -> list[str]:
+    """What data.yaml names under a key: nothing, a place, or several."""
+    named = values.get(key) or []
+    named = [named] if isinstance(named, str) else named
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise InputError(f"{path}: {key}: must be a folder, a .txt file, or a list of these, not {common.short(named)}")
+    return named
+
+
+def pictures(path: Path, values: dict[str, Any], split: str, outside: bool) -> list[Path]:
     """The pictures of a split: a folder, a .txt that lists them, or several of these; in path's folder or `outside`."""
-    base = path.parent / str(values.get("path", ""))
+    base = path.parent.joinpath(*place_names(path, values, "path")[:1])
     base = base if os.path.exists(base) else path.parent  # the path of another machine
-    named = values.get(split) or []
     found = []
-    for name in map(str, [named] if isinstance(named, str) else named):
+    for name in place_names(path, values, split):
         # Roboflow writes ../train/images for a folder that lies beside data.yaml
         choices = [base / name, path.parent / name, path.parent / re.sub(r"^(\.\./)+", "", name)]
         there = [Path(os.path.normpath(choice)) for choice in choices if os.path.exists(choice)]

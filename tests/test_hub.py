@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlparse
 
+import hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,7 +20,6 @@ from test_train import records, run  # noqa: F401  (records is a fixture)
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 import eval as evaluation
-import hub
 import lora
 import train_grpo
 import train_sft

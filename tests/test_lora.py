@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import checkpoint
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,7 +11,6 @@ from test_model import PROMPTS, fake_prompt, in_float64, peer_logits, random_com
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-import checkpoint
 import lora
 from errors import InputError
 from model import Policy, collate

@@ -10,20 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pipeline
 import pytest
 import torch
 from PIL import Image
+from pipeline import Readers
 from test_train import ROOT, arguments, flags_for, grpo, lines, records, run, without_times  # noqa: F401  a fixture
 
 import eval as evaluation
-import pipeline
 import train_grpo
 import train_sft
 from data import BadRecords, ImageConfig, load_samples, phantom_samples
 from errors import InputError
 from eval import Task
 from model import Policy
-from pipeline import Readers
 from scheduler import ScheduleConfig, make_schedule
 from vision import VisionTower
 from weights import load_policy
