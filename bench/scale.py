@@ -43,14 +43,17 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 import errors
 import model
 from bench.kernels import markdown
-from config import parse_arguments
-from data import Prompt, Sample, mrope_positions
+from config import parse
 from errors import InputError
-from eval import NANO, Task
+from images import Sample
 from model import ModelConfig, Policy, collate
-from scheduler import ScheduleConfig, make_schedule
-from train_grpo import Stream, peak_megabytes, rollout, uniforms, update
-from weights import load_policy, read_config
+from prompts import Processor, Prompt, mrope_positions
+from rollout import sample
+from runtime.metrics import peak_megabytes
+from runtime.stream import uniforms
+from tasks import TASKS
+from train_grpo import algorithm, update
+from weights import NANO, load_policy, read_config
 
 SIZES = {  # published config.json: hidden, layers, heads, kv heads, FFN, rows of the head, tied, vision FFN
     "3B": (2048, 36, 16, 2, 11008, 151936, True, 3420),
@@ -244,43 +247,28 @@ def flops_table(rows: list[dict]) -> str:
 # ------------------------------------------------------------------------------------------------------------ measured
 
 
-class Fixed(Stream):
-    """A stream of prompts that are there already, over and over."""
-
-    def __init__(self, prompts: list[Prompt], args):
-        self.prompts, self.args, self.drawn = prompts, args, 0
-
-    def draw(self, step: int, first: int, places: range) -> tuple[list[Prompt], torch.Tensor, list]:
-        slots = [place - first for place in places]
-        noise = uniforms(self.args.seed, step, slots, slots, self.args.group_size, self.args.max_tokens)
-        return [self.prompts[place % len(self.prompts)] for place in places], noise, []
-
-    def advance(self, count: int, failures: list) -> None:
-        self.drawn += count
-
-
 def trainer_step(case: Case, *flags: str) -> Callable[[], dict]:
-    """train_grpo's rollout() and update() of the nano policy, ready to run. Completions have the case's length, since
-    the token that would end them is outside of the vocabulary; advantages are +1 and -1 by turns, so that every row
-    has its gradient, which rewards of noise would not give it."""
+    """A rollout and an update of the nano policy, ready to run. Completions have the case's length, since the token
+    that would end them is outside of the vocabulary; advantages are +1 and -1 by turns, so that every row has its
+    gradient, which rewards of noise would not give it."""
     sizes = ["--batch-size", case.prompts, "--micro-batch", case.prompts, "--max-tokens", case.completion]
-    args = parse_arguments([*map(str, sizes), "--beta", ".04", *flags])
+    args = parse("train_grpo.py", [*map(str, sizes), "--beta", ".04", *flags])
     args.group_size = case.group  # not as a flag, which refuses a group of one
-    policy, reference = load_policy(NANO), load_policy(NANO).requires_grad_(False)
-    policy.eos_ids, policy.checkpointing = (policy.config.vocab_size,), args.checkpointing
+    grpo = algorithm(args)
+    policy, reference = load_policy(NANO), load_policy(NANO).requires_grad_(False) if grpo.beta else None
+    policy.eos_ids, policy.checkpointing = (policy.config.vocab_size,), bool(args.checkpointing)
     policy.visual.requires_grad_(not args.freeze_vision)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0, fused=True)
-    task, schedule = Task(policy, NANO, "answer"), make_schedule("raw", ScheduleConfig(), 1)
-    stream = Fixed(case.batch(policy.config), args)
+    processor, prompts, places = Processor(NANO, "answer", TASKS), case.batch(policy.config), range(case.prompts)
+    numbers = uniforms(args.seed, 0, places, places, case.group, case.completion)
     signs = torch.ones(case.prompts * case.group)
     signs[1::2] = -1
 
     def step() -> dict:
-        roll = rollout(policy, policy, reference if args.beta else None, task, stream, 0, schedule, args)[-1]
+        roll, prefix = sample(policy if grpo.one_pass else None, policy, processor, prompts, numbers, grpo)
         roll.advantage = signs.view(case.prompts, -1)
-        roll.prefix = roll.prefix if case.reuse else None
-        return update(policy, optimizer, roll, args)
+        return update(policy, reference, optimizer, roll, prefix if case.reuse else None, grpo)
 
     return step
 

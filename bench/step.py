@@ -34,11 +34,14 @@ from pathlib import Path
 import errors
 from bench import step_programs
 from bench.kernels import markdown
-from data import Sampler, load, phantom_samples
-from errors import InputError
-from eval import NANO, Task
+from data import phantom_samples
+from errors import InputError, read_object
+from images import load
 from model import Policy
-from weights import read_config, read_json
+from prompts import Processor
+from runtime.stream import Sampler
+from tasks import TASKS
+from weights import NANO, read_config, save_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP = 8
@@ -69,17 +72,18 @@ NO_TRL = "not run: --trl-python names no interpreter"
 
 def prepare(folder: Path, case: Case, steps: int, seed: int, threads: int) -> None:
     """Everything that all programs read: model/, images, records.jsonl, case.json."""
-    raw = read_json(NANO / "config.json")
+    raw = read_object(NANO / "config.json")
     raw["vision_config"] |= {"depth": 4, "fullatt_block_indexes": [0, 3]}
     policy = Policy(read_config(raw)).init_weights(seed)
     policy.source, policy.raw_config = NANO, raw
-    Task(policy, NANO, "answer", max_pixels=case.side**2).save(folder / "model")
+    save_policy(policy, folder / "model")
+    Processor(NANO, "answer", TASKS, max_pixels=case.side**2).save(folder / "model")
 
     samples, lines = phantom_samples(None, seed, 0, (1 + steps) * case.prompts, case.side), []
     for i, sample in enumerate(samples):
         picture, box = load(sample)
         picture.save(folder / f"{i}.png")
-        lines.append(json.dumps({"image": f"{i}.png", "query": QUERIES[sample.image.kind], "bbox": box}))
+        lines.append(json.dumps({"image": f"{i}.png", "query": QUERIES[sample.media.kind], "bbox": box}))
     (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
     order = Sampler(len(samples), case.prompts, seed).take(0, len(samples))  # TRL is given the pictures in our order
     sizes = asdict(case) | {"group": GROUP, "steps": 1 + steps, "seed": seed, "threads": threads, "order": order}

@@ -117,35 +117,36 @@ class Ours:
 
     def __init__(self, folder: Path):
         self.case = case = read_case(folder)
+        import config
         import rewards
         import train_grpo
-        from config import parse_arguments
         from data import BadRecords, load_samples
-        from eval import Task
-        from scheduler import ScheduleConfig, make_schedule
+        from prompts import Processor
+        from runtime.stream import Stream
+        from tasks import TASKS
 
         rewards.REWARDS["letters"] = lambda texts, scores, samples: [letters(text) for text in texts]
         model, records = folder / "model", str(folder / "records.jsonl")
-        flags = f"""--recipe nano --prompt answer --rewards box=1,letters=1 --batch-size {case.prompts}
+        flags = f"""--recipe nano --prompt answer --rewards task=1,letters=1 --batch-size {case.prompts}
             --micro-batch {case.prompts} --group-size {case.group} --max-tokens {case.tokens} --beta {BETA}
-            --lr {LEARNING_RATE} --seed {case.seed} --device cpu --dtype float32"""
-        self.args = args = parse_arguments(["--model", str(model), "--data", records, *flags.split()])
+            --lr {LEARNING_RATE} --seed {case.seed} --device cpu"""
+        args = config.parse("train_grpo.py", ["--model", str(model), "--data", records, *flags.split()])
+        args.dtype, args.checkpointing = "float32", False
         self.policy, self.actor, self.reference = train_grpo.make_policies(args, model, model)
         self.policy.eos_ids = (self.policy.config.vocab_size,)  # the head has no such row: no answer ends early
-        self.task = Task(self.policy, model, args.prompt)
-        self.schedule = make_schedule(args.schedule, ScheduleConfig(), args.steps)
+        self.grpo, processor = train_grpo.algorithm(args), Processor(model, args.prompt, TASKS)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-        self.stream = train_grpo.Stream(load_samples(records, args.seed, "train"), self.task, BadRecords(), args)
+        samples, sizes = load_samples(records, TASKS, args.seed, "train"), (case.prompts, case.group, case.tokens)
+        self.stream = Stream(samples, processor, BadRecords(), *sizes, args.seed)
+        self.schedules = rewards.Schedules(args.schedule, self.stream.keys, args.steps)
         self.train_grpo, self.meter, self.steps = train_grpo, Meter(), 0
 
     def one_step(self):
         """A step of train_grpo's main() -> the Rollout that was learned from."""
-        models = self.policy, self.actor, self.reference
-        _, seen, used = self.train_grpo.rollout(*models, self.task, self.stream, self.steps, self.schedule, self.args)
-        self.schedule.observe(seen.iou.tolist())
-        self.train_grpo.update(self.policy, self.optimizer, used, self.args)
+        models = self.policy, self.actor, self.reference, self.optimizer
+        _, roll, *_ = self.train_grpo.step(self.steps, *models, self.stream, self.schedules, self.grpo)
         self.steps += 1
-        return used
+        return roll
 
     def step(self) -> dict:
         self.meter.start()
@@ -155,12 +156,11 @@ class Ours:
 
     def generate(self) -> dict:
         """Vision, prefill and decode, of prompts that have been read."""
-        first = self.stream.drawn
-        prompts, luck, _ = self.stream.draw(self.steps, first, range(first, first + self.case.prompts))
+        prompts, uniforms = self.stream.draw(self.steps, self.case.prompts)
         self.meter.start()
         with torch.no_grad():
             prefix = self.actor.prefix(self.train_grpo.collate(prompts))
-            done = self.actor.generate(prefix, self.case.group, self.case.tokens, self.args.temperature, luck)
+            done = self.actor.generate(prefix, self.case.group, self.case.tokens, self.grpo.temperature, uniforms)
         return self.meter.stop() | {"lengths": done.lengths.flatten().tolist()}
 
     def split(self) -> dict:
@@ -216,7 +216,8 @@ class Clock:
 
 
 def plain_rows(prompts: list, image_token_id: int) -> dict[str, Tensor]:
-    """N data.Prompts -> what transformers' Qwen2.5-VL takes: rows left-padded to one length P, and all their images."""
+    """N prompts.Prompts -> what transformers' Qwen2.5-VL takes: rows left-padded to one length P, and all their
+    images."""
     longest = max(len(p.ids) for p in prompts)
     ids = torch.stack([F.pad(p.ids, (longest - len(p.ids), 0)) for p in prompts])  # (N, P)
     lengths = torch.tensor([len(p.ids) for p in prompts])
@@ -251,20 +252,23 @@ class Plain:
         self.case = case = read_case(folder)
         from transformers import Qwen2_5_VLForConditionalGeneration
 
-        from data import ImageConfig, Sampler, build_prompt, load_samples, load_tokenizer
+        from data import load_samples
+        from prompts import Processor
+        from runtime.stream import Sampler
+        from tasks import TASKS
 
         load = Qwen2_5_VLForConditionalGeneration.from_pretrained
         self.policy, self.reference = (load(folder / "model", dtype=torch.float32).eval() for _ in range(2))
         self.reference.requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-        self.tokenizer, image = load_tokenizer(folder / "model"), ImageConfig.from_folder(folder / "model")
-        self.samples = load_samples(str(folder / "records.jsonl"), case.seed, "train")
+        self.processor = Processor(folder / "model", "answer", TASKS)
+        self.tokenizer = self.processor.tokenizer
+        self.samples = load_samples(str(folder / "records.jsonl"), TASKS, case.seed, "train")
         self.sampler = Sampler(len(self.samples), case.prompts, case.seed)
-        self.prompt = lambda index: build_prompt(self.samples[index], self.tokenizer, image, "answer")
         self.meter, self.steps = Meter(), 0
 
     def draw(self) -> list:
-        return [self.prompt(index) for index in self.sampler.indices(self.steps)]
+        return [self.processor.prompt(self.samples[index]) for index in self.sampler.indices(self.steps)]
 
     def sample(self, rows: dict[str, Tensor]) -> Tensor:
         """Completions (B * G, T) of B rows."""
@@ -281,7 +285,7 @@ class Plain:
         ids = self.sample(plain_rows(prompts, image))
         repeated = [prompt for prompt in prompts for _ in range(group)]
         texts = self.tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True)
-        hits = [box_hit(text, prompt.box) + letters(text) for text, prompt in zip(texts, repeated, strict=True)]
+        hits = [box_hit(text, prompt.target) + letters(text) for text, prompt in zip(texts, repeated, strict=True)]
         reward = torch.tensor(hits).view(-1, group)  # (B, G)
         advantage = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)
         rows = plain_rows(repeated, image)

@@ -1,4 +1,4 @@
-"""The memory of a step from config.json alone, within 20 % of whole runs on a CPU. Left out: allocators (hence FILL)."""
+"""The memory of a step from config.json, within 20 % of whole runs on a CPU. Left out: allocators (hence FILL)."""
 
 import math
 import os

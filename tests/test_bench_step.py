@@ -5,7 +5,6 @@ import os
 import random
 import subprocess
 import sys
-from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,10 +16,12 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as peer
 
 import errors
-import rewards
+import rollout
 import train_grpo
 from bench import step, step_programs
 from errors import InputError
+from eval import Original
+from tasks import TASKS
 from weights import save_policy
 
 TINY = step.CASES["tiny"]
@@ -59,7 +60,7 @@ def published(name: str) -> str:
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
-def test_loss_and_gradients_of_the_plain_loop_are_ours_in_float64(folder, wide_peer, tmp_path):
+def test_loss_and_gradients_of_the_plain_loop_are_ours_in_float64(folder, wide_peer, tmp_path, monkeypatch):
     """Same rollout; train_grpo's update() against the bench's plain_logprobs and plain_loss, to 1e-8."""
     ours, noise = step_programs.Ours(folder), torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -71,17 +72,17 @@ def test_loss_and_gradients_of_the_plain_loop_are_ours_in_float64(folder, wide_p
     load = Qwen2_5_VLForConditionalGeneration.from_pretrained
     theirs, their_reference = (load(place, dtype=torch.float64).eval() for place in (folder / "model", tmp_path))
 
-    models = ours.policy, ours.actor, ours.reference
-    *_, roll = train_grpo.rollout(*models, ours.task, ours.stream, 0, ours.schedule, ours.args)
+    prompts, uniforms = ours.stream.draw(0, TINY.prompts)
+    roll, _ = rollout.sample(None, ours.actor, ours.stream.processor, prompts, uniforms, ours.grpo)
     # Its ids may hold an image token, for which whole rows want an image.
     ids = torch.randint(10, 300, roll.ids.shape, generator=noise)
-    advantage = torch.randn(roll.advantage.shape, dtype=torch.float64, generator=noise)
+    advantage = torch.randn(roll.lengths.shape, dtype=torch.float64, generator=noise)
     roll = replace(roll, ids=ids, advantage=advantage)
-    roll = replace(roll, logp_ref=train_grpo.reference_logprobs(ours.reference, roll, ours.args))
-    unclipped = Namespace(
-        **vars(ours.args) | {"grad_clip": 1e9}
-    )  # clipping would scale the gradients that are compared
-    metrics = train_grpo.update(ours.policy, ours.optimizer, roll, unclipped)
+    monkeypatch.setattr(train_grpo, "GRAD_CLIP", 1e9)  # clipping would scale the gradients that are compared
+    found = {}
+    keep = lambda: found.update({name: p.grad.clone() for name, p in ours.policy.named_parameters()})  # noqa: E731
+    monkeypatch.setattr(ours.optimizer, "step", keep)
+    metrics = train_grpo.update(ours.policy, ours.reference, ours.optimizer, roll, None, ours.grpo)
 
     repeated = [prompt for prompt in roll.prompts for _ in range(step.GROUP)]
     assert len({len(prompt.ids) for prompt in repeated}) > 1  # or nothing is padded
@@ -96,10 +97,10 @@ def test_loss_and_gradients_of_the_plain_loop_are_ours_in_float64(folder, wide_p
     assert (logp - logp_ref).abs().max() > 1e-2 and metrics["kl"] > 1e-4
     assert abs(metrics["loss"] - loss.item()) < 1e-8
     gradients = {published(name): p.grad for name, p in theirs.named_parameters()}
-    assert gradients.keys() == {name for name, _ in ours.policy.named_parameters()}
-    for name, p in ours.policy.named_parameters():
-        assert p.grad.abs().max() > 1e-6, name
-        assert (p.grad - gradients[name]).abs().max() < 1e-8, name
+    assert gradients.keys() == found.keys()
+    for name, gradient in found.items():
+        assert gradient.abs().max() > 1e-6, name
+        assert (gradient - gradients[name]).abs().max() < 1e-8, name
 
 
 def test_an_end_that_would_be_drawn_ends_no_answer(folder, monkeypatch):
@@ -107,7 +108,9 @@ def test_an_end_that_would_be_drawn_ends_no_answer(folder, monkeypatch):
     ours, eos = step_programs.Ours(folder), 2
     ours.policy.model.norm.weight.data.zero_()
     picked = (eos + 0.5) / ours.policy.config.vocab_size
-    monkeypatch.setattr(train_grpo, "uniforms", lambda *_: torch.full((TINY.prompts, step.GROUP, TINY.tokens), picked))
+    monkeypatch.setattr(
+        "runtime.stream.uniforms", lambda *_: torch.full((TINY.prompts, step.GROUP, TINY.tokens), picked)
+    )
     assert ours.generate()["lengths"] == [TINY.tokens] * ROWS
     ours.policy.eos_ids = (eos,)  # what the checkpoint says, and what would happen then
     assert ours.generate()["lengths"] == [1] * ROWS
@@ -126,7 +129,7 @@ def test_the_box_reward_is_that_of_ours():
         x, y = chance.randint(0, 60), chance.randint(0, 60)
         boxes = [[x + chance.randint(0, 9), y + chance.randint(0, 9), x + chance.randint(20, 40), y + 30] for _ in "ab"]
         text = f"a box: [{','.join(map(str, boxes[0]))}]"
-        iou = rewards.score([text], torch.tensor(boxes[1:]), torch.ones(1, 2)).iou.item()
+        iou = TASKS["box"].score([text], [Original(None, boxes[1])]).u.item()
         assert step_programs.box_hit(text, boxes[1]) == float(iou >= 0.5)
     assert [step_programs.box_hit(t, [0, 0, 9, 9]) for t in ("", "1 2 3", "[9,9,0,0]", "[0,0,9,9]")] == [0, 0, 0, 1]
     assert [step_programs.letters(t) for t in ("", "ab1?", "12")] == [0, 0.5, 0]
@@ -260,7 +263,7 @@ def test_the_split_is_of_a_whole_step_and_leaves_nothing_behind(folder, monkeypa
     monkeypatch.setattr(step_programs.Clock, "of", counted)
     before = torch.Tensor.backward, torch.nn.utils.clip_grad_norm_
     split = ours.split()
-    assert parts == dict(vision=2, prefix=1, decode=1, reference=2, forward=1, backward=1, optimiser=3)
+    assert parts == dict(vision=2, prefix=1, decode=1, reference=2, forward=1, backward=1, optimiser=4)
     assert tuple(split) == step_programs.PARTS and min(split.values()) > 0 and ours.steps == 1
     assert (torch.Tensor.backward, torch.nn.utils.clip_grad_norm_) == before
     assert not {"prefix", "logprobs", "generate"} & vars(ours.policy).keys()

@@ -19,15 +19,17 @@ import model
 import vision
 from bench import scale
 from bench.scale import Case, counted, published, square, step_flops, trainer_step
-from config import parse_arguments
-from data import BadRecords, phantom_samples
+from config import parse
+from data import phantom_samples
 from errors import InputError
-from eval import NANO, Task
 from experiments import plot
 from kernels import logprob
-from scheduler import ScheduleConfig, make_schedule
-from train_grpo import Stream, rollout, update
-from weights import load_policy
+from prompts import Processor
+from rollout import sample
+from runtime.stream import uniforms
+from tasks import TASKS
+from train_grpo import algorithm, update
+from weights import NANO, load_policy
 
 CONFIG = load_policy(NANO).config
 CASE = Case(prompts=2, group=3, rows=3, columns=5, text=9, completion=6)  # windows of 4 x 4 that the grid cuts
@@ -295,22 +297,27 @@ def test_the_calls_do_not_grow_with_the_group(calls, group):
 def test_decoding_stops_with_the_longest_completion(calls):
     """The nano policy's own answers, of unequal length: each micro-batch decodes up to the look after its longest one's
     end and no further, and the head is multiplied with their tokens only."""
-    args = parse_arguments(["--batch-size", "6", "--micro-batch", "2", "--group-size", "4", "--max-tokens", "40"])
-    policy, schedule = load_policy(NANO), make_schedule("raw", ScheduleConfig(), 1)
-    task = Task(policy, NANO, "answer")
-    stream = Stream(phantom_samples(None, 1, 0, 6, size=84), task, BadRecords(), args)
-    *_, roll = rollout(policy, policy, None, task, stream, 0, schedule, args)
+    sizes = ["--batch-size", "6", "--micro-batch", "2", "--group-size", "4", "--max-tokens", "40"]
+    grpo, policy, processor = (
+        algorithm(parse("train_grpo.py", sizes)),
+        load_policy(NANO),
+        Processor(NANO, "answer", TASKS),
+    )
+    prompts = [processor.prompt(some) for some in phantom_samples(None, 1, 0, 6, size=84)]
+    roll, _ = sample(policy, policy, processor, prompts, uniforms(0, 0, range(6), range(6), 4, 40), grpo)
+    roll.advantage = torch.ones(6, 4)
+    roll.advantage[0], roll.advantage[1:, ::2] = 0, -1  # a group without spread
     longest = roll.lengths.view(3, 8).amax(1).tolist()
     assert min(longest) < 40 and any(n % generate.STOP_EVERY for n in longest)  # else this would say nothing
     decoded = [min(40, math.ceil(n / generate.STOP_EVERY) * generate.STOP_EVERY) for n in longest]
     rolled = expected_calls(3, decoded, False, inner=0)
     assert calls == rolled
     with counted() as counter:
-        update(policy, torch.optim.AdamW(policy.parameters(), lr=0.0), roll, args)
+        update(policy, None, torch.optim.AdamW(policy.parameters(), lr=0.0), roll, None, grpo)
     assert calls == expected_calls(3, decoded, False)
     flops, head = counter.get_flop_counts()["Global"], (CONFIG.hidden_size, CONFIG.vocab_size)
     assert flops[torch.ops.medloc.linear_logprob] == matrix(int(roll.lengths.sum()), head)  # not of the padding
-    learning = roll.lengths[roll.spread].sum()  # the others' gradient is 0, and costs nothing
+    learning = roll.lengths[1:].sum()  # the others' gradient is 0, and costs nothing
     assert flops[torch.ops.medloc.linear_logprob_backward] == 3 * matrix(int(learning), head)
 
 

@@ -11,10 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-import checkpoint
-import lock
 import pytest
-import stop
 import torch
 from programs import ROOT, grpo, lines, records, run  # noqa: F401  a fixture
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-import checkpoint
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +13,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import lora
 from errors import InputError
 from model import Policy, collate
+from runtime import checkpoint
 from weights import load_policy, save_policy
 
 RANK, ALPHA = 3, 7.0
@@ -219,9 +219,7 @@ def test_merging_is_computed_in_float32(base, tmp_path):
             assert ((got.double() - exact).abs() <= 1.01 * one_rounding).all()
 
 
-def task(policy: Policy) -> SimpleNamespace:
-    """What checkpoint.save wants of an eval.Task, without a tokenizer."""
-    return SimpleNamespace(policy=policy, save=lambda folder, dtype=None: save_policy(policy, folder, dtype))
+PROCESSOR = SimpleNamespace(save=lambda folder: None)  # what checkpoint.save wants of one, without a tokenizer
 
 
 def same_bits(a: Policy, b: Policy) -> bool:
@@ -235,7 +233,7 @@ def test_resume_goes_on_bit_for_bit(base, tmp_path, adapters):
     policy = adapted(folder, moved=False) if adapters else load_policy(folder)
     optimizer = adamw(policy)
     train(policy, optimizer, prompts, 2)
-    saved = checkpoint.save(tmp_path, 2, task(policy), optimizer, {"counter": 4})
+    saved = checkpoint.save(tmp_path, 2, policy, PROCESSOR, optimizer, {"counter": 4})
     train(policy, optimizer, prompts, 2)
     again = adapted(folder, seed=9, moved=False) if adapters else load_policy(saved)
     optimizer = adamw(again)
@@ -253,7 +251,7 @@ def test_resume_goes_on_bit_for_bit(base, tmp_path, adapters):
 def test_a_checkpoint_before_the_first_step_holds_the_adapters(base, tmp_path):
     """Every step so far was skipped, say: no moments, but A is random and has to come back."""
     policy, again = adapted(base[0], moved=False), adapted(base[0], seed=9, moved=False)
-    saved = checkpoint.save(tmp_path, 1, task(policy), adamw(policy), {})
+    saved = checkpoint.save(tmp_path, 1, policy, PROCESSOR, adamw(policy), {})
     optimizer = adamw(again)
     checkpoint.load(saved, again, optimizer)
     assert same_bits(again, policy) and not optimizer.state
@@ -265,7 +263,7 @@ def test_what_does_not_fit_the_run_is_refused(base, tmp_path):
     for p in (plain, policy):
         optimizer = adamw(p)
         train(p, optimizer, prompts[:1], 1)
-        checkpoint.save(tmp_path, 1 if p is plain else 2, task(p), optimizer, {})
+        checkpoint.save(tmp_path, 1 if p is plain else 2, p, PROCESSOR, optimizer, {})
     without, having = tmp_path / "step-000001", tmp_path / "step-000002"
 
     def refuses(step: Path, policy: Policy, *words: str) -> None:

@@ -28,7 +28,8 @@ from prepare.boxes import as_displayed
 # isort: split
 from layouts import (  # noqa: I001
     BOX, HAM, SIZE, SMALL, augmented, bright, damaged, ham_folder, like, mask, names_of, one_coco, pairs, picture, read,
-    reader, refusal, run, shares, tn3k_folder, voc_folder, write_coco, write_fold, write_metadata, xml, xywh, yolo_folder,
+    reader, refusal, run, shares, tn3k_folder, voc_folder, write_coco, write_fold, write_metadata, xml, xywh,
+    yolo_folder,
 )  # fmt: skip
 
 ROOT = Path(__file__).parents[1]
