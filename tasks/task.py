@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from data import Record
-from errors import InputError
+from errors import InputError, short
 from prompts import Prompt
 
 TRUTH, ANSWER = (40, 220, 90), (255, 70, 60)  # colours: ground truth, answers
@@ -96,4 +96,4 @@ class Task:
 def require(ok: bool, record: Record, field: str, rule: str) -> None:
     """InputError unless ok: `field` of the record must be what the rule says."""
     if not ok:
-        raise InputError(f"field {record.names.get(field, field)!r} must be {rule}, not {record.fields[field]!r:.80}")
+        raise InputError(f"field {record.names.get(field, field)!r} must be {rule}, not {short(record.fields[field])}")
