@@ -60,6 +60,7 @@ HELD = {  # how a reason to stay begins -> what its row is called
     "margin": "margin too small",
     "target": "target reached",
 }
+RENAMED = {f"iou_{name}": f"u_{name}" for name in ("mean", "q25", "q50", "q75")} | {"reward_box": "reward_task"}
 NOTES = 8  # raises whose reasons fit side by side; a schedule that goes by the step raises tau hundreds of times
 
 
@@ -75,7 +76,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Run:
-    """One metrics.jsonl, its rows as they stand."""
+    """One metrics.jsonl, or of several datasets and tasks what one of them has of it."""
 
     name: str
     rows: list[dict]
@@ -133,9 +134,20 @@ def _row(line: str, place: object) -> dict:
         raise InputError(f"{place} is not JSON ({error.msg}): delete the line, or repeat the run") from None
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         raise InputError(f'{place} has no "step": name a metrics.jsonl that train_grpo.py wrote')
+    row = {RENAMED.get(key, key): value for key, value in row.items()}
     if all(_is_number(row.get(key)) for key in ("tokens", "seconds")) and row["seconds"] > 0:
         row["tokens_per_second"] = row["tokens"] / row["seconds"]  # as in the progress bar
     return row
+
+
+def by_key(run: Run) -> list[Run]:
+    """A run with a schedule for each dataset and task (tau/ham10000/box) as one of each."""
+
+    def part(key: str) -> Run:
+        rows = [{name.removesuffix(f"/{key}"): value for name, value in row.items()} for row in run.rows]
+        return Run(f"{run.name} {key}", rows)
+
+    return [part(key.partition("/")[2]) for key in run.rows[-1] if key.startswith("tau/")] or [run]
 
 
 def run_names(outs: list[Path]) -> list[str]:
@@ -169,11 +181,13 @@ def small_panels(runs: list[Run]) -> list[Panel]:
     keys = {key for run in runs for row in run.rows for key in row if key.startswith("reward_")}
     rewards = sorted(keys, key=lambda key: (key != "reward_mean", key))  # the whole before its parts
     hits = {"hit_rate": "hit rate", "sigma": "sigma, its spread over groups"}
-    bad = {"zero_spread": "groups of equal reward", "parse_failures": "no box", "truncated": "cut off"}
+    bad = {"zero_spread": "groups of equal reward", "parse_failures": "not read", "truncated": "cut off"}
     return [
         Panel("Over the window: hit rate and sigma", hits, (0, TOP), smooth=False),
-        Panel("Over the window: margin", {"margin": "mean IoU - tau"}, (None, None), smooth=False),
-        Panel("IoU of a step's answers, band: middle half", {"iou_mean": "mean", "iou_q50": "median"}, (0, TOP)),
+        Panel("Over the window: margin", {"margin": "mean u - tau"}, (None, None), smooth=False),
+        Panel(
+            "u of a step's answers (IoU of boxes), band: middle half", {"u_mean": "mean", "u_q50": "median"}, (0, TOP)
+        ),
         Panel("Reward per answer", {key: key.removeprefix("reward_") for key in rewards}, (None, None)),
         Panel("Shares: groups that teach nothing, bad answers", bad, (0, TOP)),
         Panel("Share of tokens whose ratio was clipped", {"clip_low": "below", "clip_high": "above"}),
@@ -345,8 +359,8 @@ def draw_panel(ax, panel: Panel, runs: list[Run], smooth: int) -> None:
 
     single, keys = len(runs) == 1, {}  # keys: name in the legend -> its line
     for i, run in enumerate(runs):
-        steps, (low, high) = run.series("iou_q25", "iou_q75")
-        if "iou_mean" in panel.lines and steps:
+        steps, (low, high) = run.series("u_q25", "u_q75")
+        if "u_mean" in panel.lines and steps:
             ax.fill_between(steps, low, high, color=COLOURS[i], alpha=0.15, lw=0, label=f"{run.name}: quartiles")
         for j, (key, name) in enumerate(panel.lines.items()):
             steps, (values,) = run.series(key)
@@ -383,7 +397,7 @@ def draw_decisions(ax, panel: Panel, run: Run, keys: dict) -> None:
             look = {"lw": 0.9, "ls": (0, (1, 2))}
             ax.plot(steps, values, color=colour, drawstyle="steps-pre", label=f"{run.name}: {key}, bound", **look)
             keys["bound"] = Line2D([], [], color=GREY, label="bound", **look)
-    if "iou_mean" in panel.lines and run.series("tau")[0]:
+    if "u_mean" in panel.lines and run.series("tau")[0]:
         steps, (taus,) = run.series("tau")
         look = {"color": GREY, "lw": 0.9}
         ax.plot(steps, taus, drawstyle="steps-pre", label=f"{run.name}: tau", **look)
@@ -427,7 +441,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.smooth < 1:
         parser.error("--smooth must be at least 1")
-    runs = [read_run(out, name) for out, name in zip(args.out, run_names(args.out), strict=True)]
+    read = [read_run(out, name) for out, name in zip(args.out, run_names(args.out), strict=True)]
+    runs = [part for run in read for part in by_key(run)]
     home = Path() if len(runs) > 1 else args.out[0] if args.out[0].is_dir() else args.out[0].parent
     file = args.save or home / "curves.png"
     save(figure(runs, args.smooth), file)

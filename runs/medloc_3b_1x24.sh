@@ -19,6 +19,6 @@ here=$(cd "$(dirname "$0")/.." && pwd)  # MODEL, TRAIN and VAL are relative to w
 python "$here/train_grpo.py" --schedule=medloc --recipe=paper \
   --model="${MODEL:-Qwen2.5-VL-3B-Instruct}" --data="${TRAIN:-train.jsonl}" --val="${VAL:-val.jsonl}" \
   --out="${OUT:-out-medloc-3b}" \
-  --lora-rank=64 --lora-alpha=64 --lr=1e-5 \
+  --lora-rank=64 --lr=1e-5 \
   --batch-size=8 --max-tokens=256 --max-pixels=401408 \
   --steps=500 --eval-every=100 --save-every=100

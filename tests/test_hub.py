@@ -10,7 +10,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlparse
 
-import hub
 import pytest
 import torch
 from programs import records, run  # noqa: F401  (records is a fixture)

@@ -14,13 +14,13 @@ from PIL import Image
 import errors
 from errors import InputError
 from experiments import plot
-from scheduler import Decision, ScheduleConfig, make_schedule
+from scheduler import Decision, MedLoc, Schedule
 
 SCRIPT = Path(plot.__file__)
 drawn = pytest.mark.skipif(find_spec("matplotlib") is None, reason='needs matplotlib: pip install -e ".[plot]"')
 
 KEYS = (  # every key that a panel draws as it stands
-    "tau hit_rate sigma margin iou_mean iou_q50 reward_mean reward_iou reward_format zero_spread parse_failures "
+    "tau hit_rate sigma margin u_mean u_q50 reward_mean reward_iou reward_format zero_spread parse_failures "
     "truncated clip_low clip_high entropy kl loss grad_norm seconds_rollout seconds_update"
 ).split()
 RAISED = "hit rate .821 >= .800", "sigma .185 <= .200", "margin .173 >= .100"
@@ -39,7 +39,7 @@ def rows() -> list[dict]:
     made = []
     for step, (tau, tau_next, reasons) in REASONS.items():
         row = {key: (step * 31 + i * 7) % 97 / 97 for i, key in enumerate(KEYS)}
-        row |= {"step": step, "tau": tau, "iou_q25": row["iou_mean"] - 0.1, "iou_q75": row["iou_mean"] + 0.2}
+        row |= {"step": step, "tau": tau, "u_q25": row["u_mean"] - 0.1, "u_q75": row["u_mean"] + 0.2}
         row["margin"] -= 0.5  # the only one that is often negative
         row |= {"tokens": 1000 + step, "seconds": 0.5 * step}
         row["decision"] = str(Decision(tau, tau_next, reasons, row["hit_rate"], row["sigma"], row["margin"]))
@@ -109,9 +109,9 @@ def test_the_numbers_drawn_are_those_of_the_file(tmp_path):
     for key in KEYS:
         assert found[f"run: {key}"] == [(row["step"], row[key]) for row in made], key
     assert found["run: tokens_per_second"] == [(row["step"], row["tokens"] / row["seconds"]) for row in made]
-    (band,) = axes(fig, "IoU").collections
+    (band,) = axes(fig, "u of").collections
     corners = {tuple(point) for point in band.get_paths()[0].vertices}
-    assert corners >= {(row["step"], row[key]) for row in made for key in ("iou_q25", "iou_q75")}
+    assert corners >= {(row["step"], row[key]) for row in made for key in ("u_q25", "u_q75")}
     assert not any("no data" in texts(ax) for ax in fig.axes)
     for ax in fig.axes:  # all of it is in sight, and one step stands at one place in all panels
         assert ax.get_xlim() == fig.axes[0].get_xlim() == (0.5, 6.5)
@@ -147,7 +147,7 @@ def test_what_held_tau_stands_at_the_steps_where_it_did(tmp_path):
 
 @drawn
 def test_the_words_of_the_real_schedule_are_understood(tmp_path):
-    schedule = make_schedule("medloc", ScheduleConfig(window=2, tau_target=0.6), 6)
+    schedule = Schedule("medloc", MedLoc(window=2, tau_target=0.6), 6)
     made = []
     for step, iou in enumerate((1.0, 0.2, 1.0, 1.0, 1.0, 1.0), 1):
         tau, decision = schedule.tau, schedule.observe([[iou] * 4])
@@ -158,6 +158,18 @@ def test_the_words_of_the_real_schedule_are_understood(tmp_path):
     assert held["hit rate"] == held["sigma"] == [2, 3]
     assert held["target"] == [6]
     assert lines(fig)["run: raises"] == [(4, 0.45), (5, 0.6)]
+
+
+def test_recorded_names_are_todays_and_each_schedule_has_its_own_curves(tmp_path):
+    old = [{"step": 1, "iou_mean": 0.5, "iou_q50": 0.4, "reward_box": 0.1}]
+    assert plot.read_run(write(tmp_path / "old", old), "old").rows == [
+        {"step": 1, "u_mean": 0.5, "u_q50": 0.4, "reward_task": 0.1}
+    ]
+    row = {"step": 1, "tau/ham/box": 0.3, "tau/isic/box": 0.45, "margin/ham/box": 0.1, "loss": 0.2}
+    runs = plot.by_key(plot.read_run(write(tmp_path / "two", [row]), "two"))
+    assert [run.name for run in runs] == ["two ham/box", "two isic/box"]
+    assert [(run.rows[0]["tau"], run.rows[0]["loss"]) for run in runs] == [(0.3, 0.2), (0.45, 0.2)]
+    assert runs[0].rows[0]["margin"] == 0.1 and "margin" not in runs[1].rows[0]
 
 
 @drawn
@@ -196,7 +208,7 @@ def test_null_nan_and_missing_points_are_left_out_and_empty_panels_say_so(tmp_pa
     del made[3]["entropy"]
     for row in made:  # --schedule raw
         row |= {"tau": None, "hit_rate": None, "sigma": None, "margin": None, "decision": f"raw, step {row['step']}"}
-        del row["kl"], row["seconds"], row["iou_q50"]
+        del row["kl"], row["seconds"], row["u_q50"]
     fig = figure(write(tmp_path / "run", made))
     found = lines(fig)
     assert [x for x, _ in found["run: loss"]] == [1, 4, 5, 6]

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import flags_for, lines, records, run  # noqa: F401  (records is a fixture)
+from programs import lines, records, run, small  # noqa: F401  (records is a fixture)
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import train_grpo
-from config import parse_arguments
+from config import parse
 from model import Policy
+from rewards import REWARDS
 from weights import load_policy, read_config, save_policy
 
 ROOT = Path(__file__).parent.parent
@@ -66,23 +67,23 @@ def tiny_qwen(tmp_path_factory) -> Path:
 def test_the_papers_recipe_runs_end_to_end(tiny_qwen, records, tmp_path, monkeypatch):  # noqa: F811
     """Think prompt, G = 8, temperature .9, KL to a reference, warm-up, format reward; the vocabulary is the real size.
     A random policy earns nothing, so a reward for length stands in to give it something to learn."""
-    monkeypatch.setitem(train_grpo.rewards.REWARDS, "length", lambda texts, *_: [float(len(t)) for t in texts])
+    monkeypatch.setitem(REWARDS, "length", lambda texts, *_: [float(len(t)) for t in texts])
     out = tmp_path / "run"
     flags = ["--model", str(tiny_qwen), "--data", str(records), "--val", str(records), "--out", str(out)]
-    flags += ["--steps", "3", "--batch-size", "2", "--max-tokens", "10", "--eval-limit", "2", "--samples-every", "1"]
-    output = run(train_grpo, *flags, "--rewards", "box=1,format=1,length=0.01")
+    flags += ["--steps", "3", "--batch-size", "2", "--max-tokens", "10", "--eval-limit", "2"]
+    output = run(train_grpo, *flags, "--rewards", "task=1,format=1,length=0.01")
     resolved = json.loads((out / "config.json").read_text())["arguments"]
     paper = dict(recipe="paper", lr=1e-6, group_size=8, temperature=0.9, beta=0.04, prompt="think")
     assert paper.items() <= resolved.items()
     rows = lines(out / "metrics.jsonl")
     assert [row["lr"] for row in rows] == pytest.approx([1e-7, 2e-7, 3e-7])
     assert all(row["grad_norm"] > 0 and 0 <= row["kl"] < 1e-6 for row in rows)  # three such steps are no distance yet
-    assert all(row["reward_box"] == row["reward_format"] == 0 < row["reward_length"] for row in rows)
+    assert all(row["reward_task"] == row["reward_format"] == 0 < row["reward_length"] for row in rows)
     assert rows[0]["entropy"] > 10  # of log(151,936) = 11.9 nats
     sample = lines(out / "samples.jsonl")[0]
     assert sample["prompt"].startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
     assert "First output the thinking process in <think> </think> tags" in sample["prompt"]
-    assert "Why is my reward zero? In the last 3 steps 0 of 48 answers reached an IoU of 0.30" in output
+    assert "Why is my reward zero? In the last 3 steps 0 of 48 answers reached IoU 0.30" in output
     start, end = load_policy(tiny_qwen), load_policy(out / "step-000003")
     moved = torch.cat([(a - b).abs().flatten() for a, b in zip(start.parameters(), end.parameters(), strict=True)])
     assert 1e-8 < moved.max() < 1e-6
@@ -98,39 +99,32 @@ def test_the_commands_in_runs_are_commands_that_the_parser_takes(script, tmp_pat
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL": "a folder", "OUT": "there"}
     asked = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=True).stdout
     words = asked.splitlines()
-    args = parse_arguments(words[words.index(str(ROOT / "train_grpo.py")) + 1 :])
-    assert (args.recipe, args.schedule, args.model, args.out) == ("paper", "medloc", "a folder", "there")
+    args = parse("train_grpo.py", words[words.index(str(ROOT / "train_grpo.py")) + 1 :])
+    assert (args.recipe, args.schedule, args.model, args.out) == ("paper", ["medloc"], "a folder", "there")
     assert (args.group_size, args.temperature, args.beta) == (8, 0.9, 0.04)
     assert args.lora_rank or args.lr == 1e-6
 
 
-SNIPPETS = re.findall(r"```python\n(# (my_\w+\.py).*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+SNIPPET = re.findall(r"```python\n(import .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
 
 
-def test_the_readme_has_both_snippets():
-    assert [name for _, name in SNIPPETS] == ["my_reward.py", "my_schedule.py"]
-    for code, _ in SNIPPETS:
-        body = [line for line in code.splitlines() if line.strip() and not line.startswith(("import", "#"))]
-        assert len(body) <= 10
-
-
-@pytest.mark.parametrize("code, name", SNIPPETS, ids=[name for _, name in SNIPPETS])
-def test_the_readmes_own_reward_and_schedule_run(code, name, records, tmp_path):  # noqa: F811
+def test_the_readmes_own_reward_runs(records, tmp_path):  # noqa: F811
     """As written, with the flags that its last comment names."""
-    (tmp_path / name).write_text(code)
-    flags = code.rstrip().rpartition(f"python {name} ")[2].split()
-    assert flags[0].startswith("--")
-    command = [sys.executable, str(tmp_path / name), *flags_for(tmp_path / "out", records), *flags, "--steps", "4"]
+    (tmp_path / "my_reward.py").write_text(SNIPPET)
+    flags = SNIPPET.rstrip().rpartition("python my_reward.py ")[2].split()
+    command = [
+        sys.executable,
+        str(tmp_path / "my_reward.py"),
+        *small(tmp_path / "out", records),
+        *flags,
+        "--steps",
+        "2",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    rows = lines(tmp_path / "out" / "metrics.jsonl")
-    if name == "my_reward.py":
-        samples = lines(tmp_path / "out" / "samples.jsonl")[0]
-        expected = [1 / (1 + len(text) / 20) for text in samples["texts"]]
-        box = [r - 0.2 * e for r, e in zip(samples["rewards"], expected, strict=True)]
-        assert all(min(abs(b), abs(b - 1)) < 1e-3 for b in box)
-        assert all(0 < row["reward_short"] < 1 for row in rows)
-    else:
-        assert rows[0]["tau"] == 0.3 and rows[0]["decision"].endswith("the median")
-        assert [row["tau"] for row in rows] == sorted(row["tau"] for row in rows)
+    samples = lines(tmp_path / "out" / "samples.jsonl")[0]
+    expected = [1 / (1 + len(text) / 20) for text in samples["texts"]]
+    task = [r - 0.2 * e for r, e in zip(samples["rewards"], expected, strict=True)]
+    assert all(min(abs(t), abs(t - 1)) < 1e-3 for t in task)
+    assert all(0 < row["reward_short"] < 1 for row in lines(tmp_path / "out" / "metrics.jsonl"))

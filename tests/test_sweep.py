@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 import config
-import scheduler
 from errors import InputError
-from experiments import sweep, variants
+from experiments import sweep, tables
+from experiments.recorded import canonical
 from experiments.sweep import Grid, Runner
 
 if sys.version_info < (3, 11):
@@ -53,10 +53,10 @@ time.sleep(0.7 if args.schedule == "sft" else 0.15)
 while (here / "wait").exists():
     time.sleep(0.02)
 base = {"medloc": 0.5, "raw": 0.4, "sft": 0.3}[args.schedule] + 0.01 * args.seed
-steps = [dict(step=i, iou_mean=base + i / 100, zero_spread=0.25 * i, no_hit=None, tau=None, drawn=16 * i, groups=16,
+steps = [dict(step=i, u_mean=base + i / 100, zero_spread=0.25 * i, no_hit=None, tau=None, drawn=16 * i, groups=16,
               seconds=1.0, decision="raw, step 1") for i in range(1, args.steps + 1)]
 (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in steps))
-(out / "config.json").write_text(json.dumps({"arguments": {"group_size": 8}, "batch_size": 16}))
+(out / "config.json").write_text(json.dumps({"arguments": {"group_size": 8, "batch_size": 16}}))
 scores = {"n": 20, "miou": base, "acc@0.5": base, "acc@0.8": base / 2, "pmap": base / 4, "parse_failures": 0}
 start = scores | {"miou": 0.2, "pmap": 0.0}
 (out / f"step-{args.steps:06d}").mkdir(exist_ok=True)
@@ -213,17 +213,25 @@ def test_a_variable_that_is_not_set_is_said_before_the_first_run(folder, monkeyp
 
 @pytest.mark.parametrize("name", [file.name for file in sorted(EXPERIMENTS.glob("*.toml"))])
 def test_the_grids_of_the_repository_ask_only_for_flags_that_exist(name, monkeypatch, tmp_path):
-    monkeypatch.setattr(scheduler, "SCHEDULES", scheduler.SCHEDULES | variants.VARIANTS)
     monkeypatch.setenv("ISIC", str(tmp_path))
     grid = Grid(EXPERIMENTS / name)
     asked = {}  # one of each row's seeds is enough
     for run in grid.runs.values():
         asked.setdefault((run.name.rpartition("/")[0], run.program), run)
     for run in asked.values():
-        if run.program != sweep.SFT:
-            monkeypatch.setattr(sys, "argv", ["train_grpo.py", *run.expanded(tmp_path)[1:]])
-            args = config.parse_arguments()  # unknown flags, and those that would change nothing, end it
-            assert (args.steps, args.schedule) == (run.flags["steps"], run.flags["schedule"])
+        if run.program == "train_grpo.py":  # variants that were deleted stay in the grids, for their recorded results
+            args = config.parse(run.program, run.expanded(tmp_path)[1:])  # what would change nothing ends it too
+            assert (args.steps, args.schedule) == (run.flags["steps"], [run.flags["schedule"]])
+
+
+def test_recorded_recipes_mean_todays_runs():
+    old = "train_grpo.py --samples-every 0 --schedule medloc --refresh full --no-check-margin --window 60 --beta 0.4"
+    new = "train_grpo.py --beta 0.4 --schedule medloc:window=60,check_margin=off,refresh=full"
+    assert canonical(old) == canonical(new) != canonical(new.replace("60", "61"))
+    assert canonical(f"train_sft.py --steps 3; {old}") == canonical(f"train_sft.py --steps 3; {new}")
+    rates = "a.py --schedule medloc --min-hit-rate 0.5 0.5 0.5"
+    assert canonical(rates) == canonical("a.py --schedule medloc:stages=0:0.5:0.2/0.6:0.5:0.35/0.75:0.5:0.4")
+    assert canonical("a.py --schedule progress-aggressive") == canonical("a.py --schedule progress:end=0.8")
 
 
 # -------------------------------------------------------------------------------------------------------------- running
@@ -411,20 +419,20 @@ def test_the_table_has_means_and_deviations_over_the_seeds(folder, monkeypatch):
 def test_intervals_are_students_over_paired_seeds():
     """(2.920 and 4.303 are t of 90 and 95 % for 2 degrees of freedom; the textbook's sleep data have 9.)"""
     extra = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]  # Student (1908): mean 1.58, interval .70 to 2.46
-    assert sweep.interval(extra) == "+1.580 [+0.700, +2.460]"
-    low = re.search(r"\[\+([\d.]+)", sweep.interval([0.0, 2.0] * 8))[1]  # t is 2.131 for 15: 1 - 2.131 x 1.033 / 4
+    assert tables.interval(extra) == "+1.580 [+0.700, +2.460]"
+    low = re.search(r"\[\+([\d.]+)", tables.interval([0.0, 2.0] * 8))[1]  # t is 2.131 for 15: 1 - 2.131 x 1.033 / 4
     assert float(low) == pytest.approx(0.450, abs=0.005)
     results = [dict(set="s", row=row, seed=seed, pmap=p) for row, seed, p in
                [("a", 0, 0.5), ("b", 0, 0.25), ("a", 1, 0.5), ("a", 2, 0.125), ("b", 2, 0.25)]]  # fmt: skip
-    assert sweep.paired(results, "a", "b", "s") == [0.25, -0.125]  # seed 1 has no pair
+    assert tables.paired(results, "a", "b", "s") == [0.25, -0.125]  # seed 1 has no pair
 
 
 def test_rows_of_a_set_must_begin_from_one_policy():
     rows = [dict(set="s", row="a", n=20, start_miou=0.2), dict(set="s", row="b", n=20, start_miou=0.3)]
     with pytest.raises(InputError, match="set 's': b began with mIoU 0.3 on 20 pictures, but a with 0.2 on 20"):
-        sweep.check_footing(rows)
+        tables.check_footing(rows)
     elsewhere = {"row": "b", "start_miou": 0.20002}  # another machine's rounding
-    sweep.check_footing([rows[0], rows[0] | elsewhere, rows[1] | {"set": "t"}])
+    tables.check_footing([rows[0], rows[0] | elsewhere, rows[1] | {"set": "t"}])
 
 
 def test_a_sweep_refuses_rows_of_different_starts_and_a_run_without_its_end(folder, monkeypatch):
@@ -501,7 +509,8 @@ def recorded(row: str, one: str, *grids: str) -> list[dict]:
 
 
 def rerun(tmp_path: Path, result: dict, *more: str) -> None:
-    command = [sys.executable, *shlex.split(result["recipe"]), "--out", str(tmp_path / "out"), *more]
+    words = Grid(EXPERIMENTS / "main.toml").runs[result["set"], result["row"], result["seed"]].words()
+    command = [sys.executable, *words, "--out", str(tmp_path / "out"), *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as the cell was recorded
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
 
@@ -510,7 +519,7 @@ def test_the_first_steps_of_a_cell_are_those_that_were_recorded(tmp_path):
     """To the last recorded digit where rounding agrees; elsewhere within the spread of the recorded seeds."""
     cells = recorded("medloc", "xray")
     rerun(tmp_path, cells[0], "--steps", "8", "--eval-every", "0", "--eval-limit", "4")
-    ious = [row["iou_mean"] for row in lines(tmp_path / "out" / "metrics.jsonl")]
+    ious = [row["u_mean"] for row in lines(tmp_path / "out" / "metrics.jsonl")]
     assert ious[0] == pytest.approx(
         cells[0]["step_iou_mean"][0], abs=0.005
     )  # before the first update: the same answers
@@ -538,16 +547,15 @@ def test_committed_tables_are_those_of_the_committed_results(name):
     assert len(own) == len(lines(folder / "results.jsonl"))
     found = sweep.reused(grid) | own
     results = [found[key] for key in grid.runs if key in found]
-    sweep.check_footing(results)
-    assert (folder / "table.md").read_text() == sweep.table(grid, results)
+    tables.check_footing(results)
+    assert (folder / "table.md").read_text() == tables.table(grid, results)
 
 
-def test_the_readme_and_results_quote_the_tables_word_for_word():
+def test_the_results_quote_the_tables_word_for_word():
     quoted = re.compile(r"\| .*(0\.\d{3} \+- 0\.\d{3}|\[[+-]\d\.\d{3}, ).*")  # as only the tables write it
     known = {line for file in EXPERIMENTS.glob("*/table.md") for line in file.read_text().splitlines()}
-    for name in ("RESULTS.md", "README.md"):
-        rows = [line for line in (ROOT / name).read_text().splitlines() if quoted.fullmatch(line)]
-        assert rows and set(rows) <= known, sorted(set(rows) - known)[:2]
+    rows = [line for line in (ROOT / "RESULTS.md").read_text().splitlines() if quoted.fullmatch(line)]
+    assert rows and set(rows) <= known, sorted(set(rows) - known)[:2]
 
 
 def section(title: str) -> dict[str, list[str]]:
