@@ -229,7 +229,8 @@ def test_damaged_pictures_are_named_and_skipped_as_the_flag_says(tmp_path):
     (tmp_path / "text.jpg").write_text("this is no picture")
     (tmp_path / "gone.png").unlink()
     objects = [(i, c, B) for i in range(5) for c in range(2)] + [(5, 0, B), (5, 0, [1, 2, 99, 9]), (5, 0, [1, 2, 0, 0])]
-    flags = ["--source", write_coco(tmp_path / "coco.json", [(name, *SIZE) for name in names], objects)]
+    images = [(name, *SIZE) for name in (*names, "unmarked.png")]
+    flags = ["--source", write_coco(tmp_path / "coco.json", images, objects)]
     assert "(--skip-bad N leaves up to N such records out)" in run(coco, *flags, expect=2)
     assert "(this is bad record number 5, --skip-bad allows 4)" in run(coco, *flags, "--skip-bad", 4, expect=2)
     assert not list(tmp_path.glob("*.jsonl"))
@@ -237,6 +238,7 @@ def test_damaged_pictures_are_named_and_skipped_as_the_flag_says(tmp_path):
     for name in names[1:]:
         why = {"gone.png": "is not there", "out.jpg": "pixels out of the"}.get(name, f"/{name} cannot be read")
         assert like(f"left out: ..{why}", said)
+    assert "left out, nothing is marked in the picture: 1 (coco.json image 6)" in said and "less than a" not in said
     assert said.count("left out: ") == 5 and names_of(tmp_path / "all.jsonl") == ["a.jpg", "a.jpg"]
 
 
@@ -244,14 +246,12 @@ def test_faults_of_masks_and_of_names_are_those_of_their_pictures(tmp_path):
     flags = pairs(tmp_path, a=[BOX], b=[BOX], e=[BOX])
     damaged(tmp_path / "masks" / "b_mask.png", 0.7)
     (tmp_path / "masks" / "e_mask.png").rename(tmp_path / "masks" / "c_mask.png")
-    for folder, end in (("images", ".png"), ("masks", "_mask.png")):  # a name of bytes that are not UTF-8, a blank
-        for name in ("d\udcff", " f"):
-            content = (tmp_path / folder / f"a{end}").read_bytes() + name.encode(errors="replace")
-            (tmp_path / folder / f"{name}{end}").write_bytes(content)
-    said = run(masks, *flags, "--skip-bad", 5)
+    for folder, end in (("images", ".png"), ("masks", "_mask.png")):  # a name of bytes that are not UTF-8
+        (tmp_path / folder / f"d\udcff{end}").write_bytes((tmp_path / folder / f"a{end}").read_bytes() + b"\0")
+    said = run(masks, *flags, "--skip-bad", 4)
     assert "b_mask.png cannot be read" in said and r"d\udcff.png' cannot be written in UTF-8; rename it" in said
     assert "e.png: has no mask; * would stand for 'e'" in said and "c_mask.png: has no picture; * would sta" in said
-    assert names_of(tmp_path / "all.jsonl") == [" f.png", "a.png"]  # a blank is in the way where a path begins with it
+    assert names_of(tmp_path / "all.jsonl") == ["a.png"]
     assert r"error: --dataset '\udcff' cannot be wri" in run(masks, *flags, "--dataset", "\udcff", expect=2)
 
 
@@ -396,6 +396,8 @@ def test_phrases_of_classes_folders_and_a_file(tmp_path):
     ]:  # fmt: skip
         table.write_text(content)
         assert why in refusal(common.phrase_of, query, tmp_path)
+    nameless = common.Entry(Path("/train/images/a.png"), "")
+    assert "no folder's name says what is to be found" in refusal(common.phrase_of("the {folder}", tmp_path), nameless)
     table.write_text('{"spur": "the spur"}')
     for name, query, why in [
         ("x" * 10**5, table, "left out, class '..xxx' has no phrase in --query: 1 (..no record came out"),
@@ -555,6 +557,10 @@ def test_voc_pairs_by_name_and_files_that_are_wrong_somewhere(tmp_path):
     xml(folder / "a.xml", "e.png", ("Nodule", *BOX)).rename(folder / "0.xml")
     assert "0.xml: no picture e.png is beside it, in JPEGImages or in images" in refusal(reader, voc, tmp_path)
     assert "holds no .xml" in refusal(reader, voc, tmp_path / "JPEGImages")
+    picture(tmp_path / "s" / " a.png")
+    for box, why in ((BOX, "path ' a.png' begins or ends with a blank"), ((1, "nan", 2, 3), "is not four finite numb")):
+        xml(tmp_path / "s" / " a.xml", "", ("it", *box))
+        assert why in run(voc, "--source", tmp_path / "s", expect=2)
 
 
 def test_yolo_boxes_and_polygons(tmp_path):
@@ -574,7 +580,7 @@ def test_yolo_boxes_and_polygons(tmp_path):
         bright(folder / "train.jsonl")
 
 
-def test_yolo_labels(tmp_path):
+def test_yolo_labels(tmp_path, monkeypatch):
     """Lines that are wrong, pictures without labels, labels without pictures; one folder for train and val."""
     label = yolo_folder(tmp_path) / "valid" / "labels" / "valid.txt"
     for line, why in [
@@ -597,6 +603,8 @@ def test_yolo_labels(tmp_path):
     folder = yolo_folder(tmp_path / "same", "train: train/images\nval: train/images")
     said = run(yolo, "--source", folder, expect=2)
     assert f"{folder}/train/images/train.png in train, {folder}/train/images/train.png in val" in said
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    assert "read by PyYAML, which is not installed: pip install pyyaml" in refusal(reader, yolo, folder)
 
 
 @pytest.mark.parametrize(
@@ -632,6 +640,9 @@ def test_yolo_reads_nothing_out_of_its_folder_unless_it_may(tmp_path, places, na
         assert like(f"{named}..leads out of the folder of data.yaml; ..by --allow-outside", said)
     if "here" in named:
         assert "a.png" in [e.image.name for e in reader(yolo, folder, allow_outside=True)]
+    if "list.txt" in places:
+        (elsewhere / "images" / "a.png").unlink()
+        assert "the picture " in run(yolo, "--source", folder, "--allow-outside", expect=2)
     if not named:
         found = [(e.image.relative_to(folder).as_posix(), e.split) for e in reader(yolo, folder)]
         assert found == [("train/images/train.png", "train"), ("valid/images/valid.png", "val")]

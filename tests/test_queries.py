@@ -80,6 +80,7 @@ def test_vlm_r1s_lines_and_boxes_over_the_edge_are_kept_as_they_are(tmp_path, fl
     one, two = map(json.loads, flags[3].read_text().splitlines())
     assert one["conversations"] == [{"from": "human", "value": "the mole"}, turns[1]]
     assert (two["problem"], two["solution"]) == ("the mole", [10, 8, 99, 28])
+    assert one["dataset"] == two["dataset"] == "train"  # which the name of the new file does not say
     assert {sample.query for sample in load_jsonl(flags[3], TASKS, clip=True)} == {"the mole"}
     flags[0].write_text(json.dumps(lines))
     said = run(queries, *flags, "--overwrite", expect=2)
