@@ -17,7 +17,7 @@ from prompts import load_tokenizer
 from tasks import TASKS
 
 SIZES = {"a.png": (60, 40), "turned.jpg": (40, 60), "sliver.png": (402, 2), "cut.png": (60, 40)}  # as displayed
-SETTINGS = settings(max_examples=150, deadline=None)
+SETTINGS = settings(max_examples=100, deadline=None)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_nasty_lines(folder, content):
     assert isinstance(read(folder, content), str) != good
 
 
-@settings(SETTINGS, max_examples=300)
+@settings(SETTINGS, max_examples=200)
 @given(odd_records, st.booleans())
 def test_odd_records(folder, record, ascii_only):
     samples = read(folder, line(record, ascii_only))

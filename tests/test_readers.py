@@ -245,6 +245,7 @@ def test_a_lost_process_is_named_with_the_picture_it_had():
             list(readers.read([0], odd, IMAGES, ahead=3))
 
 
+@pytest.mark.slow
 def test_a_lost_process_ends_the_run_is_no_bad_picture_and_costs_no_step(records, tmp_path, monkeypatch):  # noqa: F811
     started, observe = [], scheduler.Schedule.observe
     monkeypatch.setattr(Readers, "__enter__", lambda self: started.append(self) or self)
