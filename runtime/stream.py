@@ -1,7 +1,7 @@
 """The endless stream of training prompts: which sample stands at which place, read ahead, dealt out to the ranks.
 
-Place p of the stream belongs to rank p % size. Order and uniforms follow from (seed, step, place, sample), never from state
-or wall clock: a resumed run goes on as if never stopped, and any number of ranks sees the same data.
+Place p of the stream belongs to rank p % size. Order and uniforms follow from (seed, step, place, sample), never from
+state or wall clock: a resumed run goes on as if never stopped, and any number of ranks sees the same data.
 """
 
 import itertools
