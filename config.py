@@ -243,9 +243,9 @@ def wrong_questions(args: argparse.Namespace) -> Iterator[str]:
 
 
 def wrong_grpo(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
-    weights, (_, kl, _) = {}, read_loss(args.loss)
+    counting, (_, kl, _) = {}, read_loss(args.loss)
     try:
-        weights = rewards.read_weights(args.rewards)
+        counting = rewards.read_weights(args.rewards)
     except InputError as error:
         yield f"--rewards: {error}"
     general, by_task = rewards.split_schedules(args.schedule)
@@ -261,7 +261,7 @@ def wrong_grpo(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
     idle = {  # flags that would change nothing
         "clip": (args.inner_steps == 1, "--inner-steps 1: every ratio is exactly 1"),
         "freeze_vision": (args.lora_rank > 0, "--lora-rank: only the adapters are trained"),
-        "schedule": (not weights.get(rewards.MAIN), f"--rewards {args.rewards}: the schedule's reward does not count"),
+        "schedule": (not counting.get(rewards.MAIN), f"--rewards {args.rewards}: the schedule's reward does not count"),
     }
     for name, (nothing, why) in idle.items():
         if nothing and name in explicit:
