@@ -1,24 +1,45 @@
-"""Long runs of the quickstart, which no test waits for: watched for a leak; what saves cost.
+"""Long runs of the quickstart, which no test waits for: killed again and again; watched for a leak; what saves cost.
 
+    python tests/soak.py kills OUT                 400 steps killed every ~20, against 400 undisturbed
     python tests/soak.py memory OUT                1,000 steps: does resident memory grow?
     python tests/soak.py cost OUT                  200 steps, saved every 50: the share of the time that saves take
 
-Further flags go to train_grpo.py. Exit code 1 if it is not as promised: at most 2 % more memory in the last hundred
-steps than in the second hundred; at most 3 % of the time.
+Further flags go to train_grpo.py. Exit code 1 if it is not as promised: bit by bit the same run; at most 2 % more
+memory in the last hundred steps than in the second hundred; at most 3 % of the time.
 """
 
 import json
+import random
 import sys
 import time
 from pathlib import Path
 from statistics import fmean
 
-from programs import lines, train_grpo
+from test_faults import ROOT, assert_same_run, checkpoint, done, lines, start, train_grpo
 
-from runtime import checkpoint
+
+def kills(out: Path, *flags: str) -> bool:
+    """SIGKILL at a random moment within a step or two of every twentieth."""
+    out.mkdir()
+    command = [ROOT / "train_grpo.py", *"--steps 400 --save-every 5 --keep 2".split(), *flags, "--out"]
+    assert start(out / "log", *command, out / "straight").wait() == 0, "a run ended: see the log"
+    killed, luck, job = 0, random.Random(0), start(out / "log", *command, out / "killed")
+    while job.poll() is None:
+        if done(out / "killed") >= 20 * (killed + 1):
+            time.sleep(luck.uniform(0, 2 * lines(out / "killed" / "metrics.jsonl")[-1]["seconds"]))
+            job.kill()
+            killed += job.wait() == -9
+            job = start(out / "log", *command, out / "killed", "--resume")
+        time.sleep(0.02)
+    assert job.returncode == 0, "a run ended: see the log"
+    assert_same_run(out / "straight", out / "killed")
+    print(json.dumps({"steps": done(out / "killed"), "kills": killed, "same": True}))
+    return True
 
 
 def main(what: str, out: str, *flags: str) -> bool:
+    if what == "kills":
+        return kills(Path(out), *flags)
     seconds, save = [], checkpoint.save
 
     def timed(*arguments):

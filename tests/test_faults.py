@@ -19,6 +19,7 @@ from PIL import Image
 from programs import ROOT, lines, records, run, tiny_folder, tiny_trained, without_times  # noqa: F401
 from test_ranks import torchrun
 
+import config
 import errors
 import eval as evaluation
 import generate
@@ -159,9 +160,8 @@ def test_a_kill_at_any_call_of_a_save_leaves_the_old_or_the_new_checkpoint(befor
         folders = checkpoint.checkpoints(out)
         for folder in folders:
             checkpoint.verify(folder)
-        found.append(
-            *([name for name, what in expected.items() if what == content(folders[-1])] if folders else ["none"])
-        )
+        found += [name for name, what in expected.items() if folders and what == content(folders[-1])] or ["none"]
+        assert not folders or found[-1] != "none"
         shutil.rmtree(out)
     first, turn = "old" if len(expected) == 2 else "none", found.index("new")
     assert at > 50 and set(found[:turn]) == {first} and set(found[turn:]) == {"new"}, found
@@ -449,6 +449,11 @@ def test_a_restart_by_torchrun_resumes_by_itself(records, straight, tmp_path, mo
     shutil.copy(straight / "config.json", begun)
     assert f"started again by torchrun: {begun} has no checkpoint" in run(train_grpo, *flags(records, begun, FOUR))
     assert_same_run(straight, begun)
+    bare = tmp_path / "bare" / ".partial-config.json"  # killed when it was about to write its first file
+    bare.parent.mkdir()
+    bare.write_text("{")
+    args = config.parse("train_grpo.py", flags(records, bare.parent, FOUR))
+    assert not args.resume and checkpoint.check_out(args.out, args.resume) == bare.parent
     another = flags(records, out, FOUR.replace(" --beta .05", ""))  # a run that was refused, as another's is in --out
     assert "--resume goes on with --beta 0.05, not 0.0" in run(train_grpo, *another, expect=2)
     run(train_grpo, "--resume", "--out", str(out))  # a run that was resumed, and then started again
@@ -559,18 +564,14 @@ def test_nothing_in_the_house_can_run_what_it_reads():
     files = [file for folder in folders for file in ROOT.glob(f"{folder}*.py")]
     assert len(files) > 30
     for file in files:
-        tree = list(ast.walk(ast.parse(file.read_text())))
-        classes = [node for node in tree if isinstance(node, ast.ClassDef)]
-        plain = [node.name for node in classes if [*map(ast.unparse, node.bases)] == ["yaml.BaseLoader"]]
-        for node in tree:
+        for node in ast.walk(ast.parse(file.read_text())):
             where = f"{file}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
                 assert not {name.partition(".")[0] for name in names} & modules, where
             if isinstance(node, ast.Call):
                 call, named = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
-                texts = call == "yaml.load" and len(node.args) == 2 and ast.unparse(node.args[1]) in plain  # no tags
-                assert call not in calls or texts, where
+                assert call not in calls, where
                 assert call not in ("Image.open", "PIL.Image.open") or "formats" in named, where  # EPS: Ghostscript
                 assert named.get("trust_remote_code", "False") == named.get("shell", "False") == "False", where
                 assert "weights_only" not in named, where
