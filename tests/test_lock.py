@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from programs import ROOT, grpo, lines, records, run  # noqa: F401
-from test_faults import Killable, assert_same_run, wait_for
+from test_faults import assert_same_run, done, start, strike, wait_for
 
 import config
 import errors
@@ -125,9 +125,6 @@ def test_a_folder_that_is_none_or_not_a_runs_is_named(tmp_path, more):
         assert said in run(train_grpo, "--out", str(tmp_path / name), *more, expect=2)
 
 
-# ------------------------------------------------------------------------------------------- one line for a job script
-
-
 def test_one_command_line_begins_a_run_and_goes_on_with_it(records, tmp_path):
     out, line = tmp_path / "run", ["--steps", "3", "--save-every", "1", "--resume"]
     assert "holds no run yet, so this begins one" in grpo(out, records, *line)
@@ -136,15 +133,12 @@ def test_one_command_line_begins_a_run_and_goes_on_with_it(records, tmp_path):
     assert "--resume goes on with --lr 0.0001, not 0.1" in grpo(out, records, *line, "--lr", "0.1", expect=2)
 
 
-# -------------------------------------------------------------------------------------------------------------- threads
-
-
 def test_every_process_that_a_test_starts_has_its_number_of_threads():
     """And no test sets it, but for those that measure memory, of which each thread has some, and the cells recorded
     with one thread."""
     ask = "import torch; print(torch.get_num_threads())"
-    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
-    assert int(done.stdout) == torch.get_num_threads()
+    ran = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    assert int(ran.stdout) == torch.get_num_threads()
     known = {"conftest.py", "test_lock.py", "test_hub.py", "measured_peak.py", "test_plan.py", "test_sweep.py"}
     words = "set_num_threads", '"OMP_NUM_THREADS":'
     found = {f.name for f in Path(__file__).parent.glob("*.py") if any(word in f.read_text() for word in words)}
@@ -183,9 +177,6 @@ def test_a_number_of_threads_that_no_run_has_is_refused(tmp_path):
             config.same_threads(tmp_path / "config.json")
 
 
-# ------------------------------------------------------------------------------------------------------------- terminal
-
-
 class Gone(io.StringIO):
     """A pipe without a reader, or a terminal that was closed."""
 
@@ -218,8 +209,8 @@ def test_a_reader_who_leaves_does_not_end_the_run():
 def test_head_gets_its_line_and_the_program_its_end(tmp_path):
     code = "import sys, errors; errors.run(lambda: [print('line', flush=True) for _ in range(9000)] and sys.exit(7))"
     shell = f'{sys.executable} -c "{code}" 2>&1 | head -n 1; echo ${{PIPESTATUS[0]}}'
-    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "line\n7\n" and done.stderr == ""
+    ran = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout == "line\n7\n" and ran.stderr == ""
 
 
 def test_a_closed_terminal_is_a_request_to_stop_but_not_under_nohup():
@@ -245,8 +236,8 @@ def test_what_ends_an_import_ends_it_in_one_line(tmp_path):
     for error, words in (("KeyboardInterrupt", "stopped by Ctrl-C\n"), ("MemoryError", "error: not enough memory")):
         (tmp_path / "torch.py").write_text(f"raise {error}")  # found before the real one
         for script in ("train_grpo.py", "train_sft.py", "eval.py"):
-            done = subprocess.run([sys.executable, ROOT / script], env=environment, capture_output=True, text=True)
-            assert done.returncode and done.stderr.startswith(words) and done.stderr.count("\n") == 1
+            ran = subprocess.run([sys.executable, ROOT / script], env=environment, capture_output=True, text=True)
+            assert ran.returncode and ran.stderr.startswith(words) and ran.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
@@ -287,23 +278,20 @@ def sft(records, tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_sft_killed_three_times_ends_as_undisturbed(records, sft, tmp_path):
     """In processes of their own, by kill -9: before the first checkpoint, between two, within a save."""
-    out, killable = tmp_path / "run", Killable(tmp_path)
-    line = sft_flags(records, out, "--resume")
-    rows = lambda: (out / "metrics.jsonl").read_bytes().count(b"\n")  # noqa: E731
+    out, log = tmp_path / "run", tmp_path / "log"
+    line = [ROOT / "train_sft.py", *sft_flags(records, out, "--resume")]
     moments = [
-        lambda: (out / "metrics.jsonl").exists() and rows() >= 1,
-        lambda: (out / "step-000004").exists() and rows() >= 5,
+        lambda: done(out) >= 1,
+        lambda: (out / "step-000004").exists() and done(out) >= 5,
         lambda: list(out.glob(".partial-step-0000*")) and (out / "step-000008").exists(),
     ]
     for moment in moments:
-        pid = killable.start(*line, program="train_sft")
-        wait_for(moment)
-        os.kill(pid, signal.SIGKILL)
-        killable.end(-signal.SIGKILL)
+        job = start(log, *line)
+        wait_for(lambda job=job, moment=moment: moment() or job.poll() is not None)
+        job.kill()
+        assert job.wait() == -signal.SIGKILL, log.read_text()
         assert (out / lock.NAME).exists() and not (out / "step-000012").exists()
-    killable.start(*line, program="train_sft")
-    assert "--resume: going on from" in killable.end(0)
-    killable.close()
+    assert start(log, *line).wait() == 0 and "--resume: going on from" in log.read_text()
     assert_same_sft(sft, out)
 
 
@@ -318,16 +306,9 @@ STRIKES = {  # what is called for the n-th time when the signal comes -> steps t
 @pytest.mark.parametrize("moment", STRIKES)
 def test_sft_that_is_asked_to_stop_loses_nothing(records, sft, tmp_path, monkeypatch, moment):
     name, at, saved = STRIKES[moment]
-    real, calls, out = getattr(train_sft, name), [], tmp_path / "run"
-
-    def strike(*arguments, **more):
-        calls.append(True)
-        if len(calls) == at:
-            signal.raise_signal(signal.SIGTERM)
-        return real(*arguments, **more)
-
+    out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(train_sft, name, strike)
+        strike(patch, train_sft, name, at)
         words = run(train_sft, *sft_flags(records, out))
     what = f"{out}/step-{saved:06d} has all that was learned" if saved else "nothing was learned yet"
     assert f"stopped as asked: {what}; python train_sft.py --resume --out {out} goes on" in words
