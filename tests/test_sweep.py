@@ -10,12 +10,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
 from PIL import Image
+from programs import lines
 
 import config
 from errors import InputError
@@ -77,11 +80,9 @@ seed = 9
 [flags]
 program = "FAKE"
 steps = 4
-[sets.xray]
-data = "phantoms:xray"
-[sets.own]
-data = "phantoms:xray"
-model = "@coarse"
+[sets]
+xray = {data = "phantoms:xray"}
+own = {data = "phantoms:xray", model = "@coarse"}
 [rows.medloc]
 schedule = "medloc"
 [rows.raw]
@@ -89,11 +90,29 @@ schedule = "raw"
 """
 
 
+def new(folder: Path) -> Path:
+    (folder / "fake.py").write_text(FAKE)
+    (folder / "two.toml").write_text(GRID.replace("FAKE", str(folder / "fake.py")))
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "fake.py").write_text(FAKE)
-    (tmp_path / "two.toml").write_text(GRID.replace("FAKE", str(tmp_path / "fake.py")))
-    return tmp_path
+def folder(tmp_path) -> Path:
+    return new(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """All of the grid has been run, three at a time; to look at."""
+    made = new(tmp_path_factory.mktemp("finished"))
+    with pytest.MonkeyPatch.context() as patch:
+        call(patch, made / "two.toml", "--jobs", 3)
+    return made
+
+
+def change(file: Path, old: str, new: str) -> None:
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
 
 
 def call(monkeypatch, *words, expect: int = 0) -> None:
@@ -101,10 +120,7 @@ def call(monkeypatch, *words, expect: int = 0) -> None:
     monkeypatch.setattr(sys, "argv", ["sweep.py", *map(str, words)])
     before = signal.getsignal(signal.SIGTERM)
     try:
-        if expect:
-            with pytest.raises(InputError):
-                sweep.main()
-        else:
+        with pytest.raises(InputError) if expect else nullcontext():
             sweep.main()
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -116,42 +132,21 @@ def events(folder: Path) -> list[tuple]:
     return sorted(((w, s, int(seed), r == "True", float(t)) for w, s, seed, r, t in lines), key=lambda e: e[-1])
 
 
-def lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 # ---------------------------------------------------------------------------------------------------------- what is run
 
 
 def test_a_grid_is_all_rows_on_all_sets_with_all_seeds_and_the_special_goes_before_the_general(tmp_path):
-    file = tmp_path / "g.toml"
-    file.write_text(
-        """
-seeds = [3, 4]
-[flags]
-steps = 100
-lr = 1e-4
-[sets.a]
-data = "phantoms:xray"
-[sets.b]
-data = "b.jsonl"
-val = "v.jsonl"
-lr = 4e-5
-[sets.b.sft]
-steps = 7
-[rows.medloc]
-check_margin = false
-stages = [0.5, 0.6]
-[rows.raw]
-lr = 3e-5
-[rows.sft]
-program = "train_sft.py"
-steps = 50
-"""
-    )
-    runs = Grid(file).runs
-    keys = [(one, row, seed) for one in "ab" for row in ("medloc", "raw", "sft") for seed in (3, 4)]
-    assert list(runs) == keys
+    """A grid takes from its base what it has not itself, and a row may name its sets."""
+    (tmp_path / "g.toml").write_text("""
+        seeds = [3, 4]
+        flags = {steps = 100, lr = 1e-4}
+        sets.a = {data = "phantoms:xray"}
+        sets.b = {data = "b.jsonl", val = "v.jsonl", lr = 4e-5, sft = {steps = 7}}
+        rows.medloc = {check_margin = false, stages = [0.5, 0.6]}
+        rows.raw = {lr = 3e-5}
+        rows.sft = {program = "train_sft.py", steps = 50}""")
+    runs = Grid(tmp_path / "g.toml").runs
+    assert list(runs) == [(one, row, seed) for one in "ab" for row in ("medloc", "raw", "sft") for seed in (3, 4)]
     words = {key: shlex.join(run.words()) for key, run in runs.items()}
     first = "train_grpo.py --steps 100 --lr 0.0001 --data phantoms:xray --no-check-margin --stages 0.5 0.6 --seed 3"
     assert words["a", "medloc", 3] == first
@@ -159,38 +154,33 @@ steps = 50
     assert "--lr 3e-05" in words["b", "raw", 3] and "4e-05" not in words["b", "raw", 3]
     assert words["a", "sft", 3] == "train_sft.py --data phantoms:xray --steps 50 --seed 3"  # no flag of GRPO's
     assert words["b", "sft", 4] == "train_sft.py --data b.jsonl --val v.jsonl --steps 7 --seed 4"
-
-
-def test_a_grid_takes_from_its_base_what_it_has_not_itself_and_a_row_may_name_its_sets(tmp_path):
     (tmp_path / "g.toml").write_text("seeds = [3]\n[flags]\nsteps = 5\n[sets.a]\n[sets.b]\nlr = 1e-3\n[rows.raw]\n")
     (tmp_path / "h.toml").write_text('base = "g.toml"\nseeds = [4, 5]\n[rows.medloc]\n[rows.fixed]\nsets = ["b"]\n')
     runs = Grid(tmp_path / "h.toml").runs
-    assert [run.name.removesuffix("/seed-4") for run in runs.values() if run.flags["seed"] == 4] == [
-        "a/medloc",
-        "b/medloc",
-        "b/fixed",
-    ]
+    assert [run.name for run in runs.values() if run.flags["seed"] == 4] == [
+        "a/medloc/seed-4", "b/medloc/seed-4", "b/fixed/seed-4"
+    ]  # fmt: skip
     assert shlex.join(runs["b", "fixed", 5].words()) == "train_grpo.py --steps 5 --lr 0.001 --seed 5"
 
 
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("[flagz]\n", "g.toml: 'flagz' is none of base, about, seeds"),
-        ('base = "none.toml"', "none.toml: .*No such file"),
-        ("[sets.a.q]\nlr = 1\n[rows.r]\n", "g.toml: sets.a.q is for a row that there is not"),
-        ("base = 3", "3: .*No such file"),
-        ('[sets.a]\n[rows.r]\nsets = "a"\n', "g.toml: rows.r.sets must be a list, got 'a'"),
-        ('[sets.a]\n[rows.r]\nsets = ["b"]\n', "g.toml: rows.r names the set 'b', which is none"),
-        ("[sets.a]\n[rows.r]\n", "g.toml: a/r/seed-0 has no steps"),
-        ("[sets.a]\n[rows]\nr = 3\n", "g.toml: rows.r must be a table of flags, got 3"),
-        ("seeds = 3\n[sets.a]\n[rows.r]\n", "g.toml: seeds must be a list, got 3"),
-        ("[sets.a]\n", r"g.toml: \[sets\] and \[rows\] must each name at least one"),
-        ('[sets.a]\nmodel="@b"\n[rows.r]\n', r"model of a/r/seed-0 is @b, and no \[starts.b\] stands above it"),
-        ('compare=[["r", "q"]]\n[sets.a]\nsteps=1\n[rows.r]\n', "compare names 'q', which is no row"),
-        ("seeds = [1,\n", "g.toml: Invalid value"),
-    ],
-)
+WRONG = [
+    ("[flagz]\n", "g.toml: 'flagz' is none of base, about, seeds"),
+    ('base = "none.toml"', "none.toml: .*No such file"),
+    ("base = 3", "3: .*No such file"),
+    ("[sets.a.q]\nlr = 1\n[rows.r]\n", "g.toml: sets.a.q is for a row that there is not"),
+    ('[sets.a]\n[rows.r]\nsets = "a"\n', "g.toml: rows.r.sets must be a list, got 'a'"),
+    ('[sets.a]\n[rows.r]\nsets = ["b"]\n', "g.toml: rows.r names the set 'b', which is none"),
+    ("[sets.a]\n[rows.r]\n", "g.toml: a/r/seed-0 has no steps"),
+    ("[sets.a]\n[rows]\nr = 3\n", "g.toml: rows.r must be a table of flags, got 3"),
+    ("seeds = 3\n[sets.a]\n[rows.r]\n", "g.toml: seeds must be a list, got 3"),
+    ("[sets.a]\n", r"g.toml: \[sets\] and \[rows\] must each name at least one"),
+    ('[sets.a]\nmodel="@b"\n[rows.r]\n', r"model of a/r/seed-0 is @b, and no \[starts.b\] stands above it"),
+    ('compare=[["r", "q"]]\n[sets.a]\nsteps=1\n[rows.r]\n', "compare names 'q', which is no row"),
+    ("seeds = [1,\n", "g.toml: Invalid value"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), WRONG)
 def test_a_wrong_grid_is_refused_by_file_and_place(tmp_path, text, words):
     (tmp_path / "g.toml").write_text(text)
     with pytest.raises(InputError, match=words):
@@ -199,7 +189,7 @@ def test_a_wrong_grid_is_refused_by_file_and_place(tmp_path, text, words):
 
 def test_a_variable_that_is_not_set_is_said_before_the_first_run(folder, monkeypatch):
     file = folder / "two.toml"
-    file.write_text(file.read_text().replace('data = "phantoms:xray"\nmodel', 'data = "$NO_SUCH/x.jsonl"\nmodel'))
+    change(file, 'own = {data = "phantoms:xray"', 'own = {data = "$NO_SUCH/x.jsonl"')
     monkeypatch.delenv("NO_SUCH", raising=False)
     with pytest.raises(InputError, match=r"own/medloc/seed-0 wants \$NO_SUCH/x.jsonl: export NO_SUCH="):
         call(monkeypatch, file)
@@ -237,82 +227,65 @@ def test_recorded_recipes_mean_todays_runs():
 # -------------------------------------------------------------------------------------------------------------- running
 
 
-def test_every_run_is_run_once_and_starts_come_first(folder, monkeypatch):
-    call(monkeypatch, folder / "two.toml", "--jobs", 3)
-    found = events(folder)
-    begun = [e[1:3] for e in found if e[0] == "begin"]
+def test_every_run_is_run_once_and_starts_come_first(finished, monkeypatch):
+    found = events(finished)
     cells = [(row, seed) for row in ("medloc", "raw") for seed in (0, 1, 2)]
-    assert sorted(begun) == sorted([("sft", 9), *cells, *cells]) and not any(e[3] for e in found)
+    assert sorted(e[1:3] for e in found if e[0] == "begin") == sorted([("sft", 9), *cells, *cells])
+    assert not any(e[3] for e in found)
     made = next(e[-1] for e in found if e[:2] == ("end", "sft"))
     for cell in cells:  # its second run is own's
         assert [e[-1] for e in found if (e[0], *e[1:3]) == ("begin", *cell)][1] > made
-    alive, most = 0, 0
-    for word, *_ in found:
-        alive += 1 if word == "begin" else -1
-        most = max(most, alive)
-    assert most <= 3
-    assert len(lines(folder / "two" / "results.jsonl")) == 12
-    call(monkeypatch, folder / "two.toml", "--jobs", 3)
-    assert len(events(folder)) == len(found)  # nothing was run again
+    assert max(accumulate(1 if word == "begin" else -1 for word, *_ in found)) <= 3
+    assert len(lines(finished / "two" / "results.jsonl")) == 12
+    call(monkeypatch, finished / "two.toml", "--jobs", 3)
+    assert len(events(finished)) == len(found)  # nothing was run again
 
 
-def test_runs_of_one_start_wait_for_it_and_the_others_do_not(folder, monkeypatch):
-    """While the start is made, a free place is taken by a run that needs none."""
-    call(monkeypatch, folder / "two.toml", "--jobs", 2, "--only", "seed-0")
+def test_a_start_is_waited_for_by_its_own_runs_alone_and_has_its_whole_name(folder, monkeypatch):
+    """While a start is made, a free place is taken by a run that needs none. Names that differ behind a dot are two."""
+    file = folder / "two.toml"
+    call(monkeypatch, file, "--jobs", 2, "--only", "seed-0")
     found = events(folder)
     ended = next(i for i, e in enumerate(found) if e[:2] == ("end", "sft"))
     assert sum(e[0] == "begin" for e in found[:ended]) >= 2
     # Own's two runs are the last that begin: xray's stand before them.
     assert [row["set"] for row in lines(folder / "two" / "results.jsonl")] == ["xray", "xray", "own", "own"]
-
-
-def test_starts_whose_names_differ_behind_a_dot_are_two(folder, monkeypatch):
-    text = (folder / "two.toml").read_text()
-    text = text.replace("[starts.coarse]", "[starts.'scale-0.3']").replace("@coarse", "@scale-0.3")
+    text = file.read_text().replace("[starts.coarse]", "[starts.'scale-0.3']").replace("@coarse", "@scale-0.3")
     second = text[text.index("[starts") : text.index("[flags]")].replace("0.3", "0.7")
-    text = text.replace("[flags]", second + "[flags]").replace("[sets.xray]", "[sets.xray]\nmodel = '@scale-0.7'")
-    (folder / "two.toml").write_text(text)
-    call(monkeypatch, folder / "two.toml", "--jobs", 2, "--only", "medloc", "seed-0")
-    assert [e[1] for e in events(folder) if e[0] == "begin"] == ["sft", "sft", "medloc", "medloc"]
-    assert {file.name for file in (folder / "two/runs/starts").glob("*.log")} == {"scale-0.3.log", "scale-0.7.log"}
+    file.write_text(text.replace("[flags]", second + "[flags]").replace('xray"}', 'xray", model = "@scale-0.7"}'))
+    call(monkeypatch, file, "--jobs", 2, "--only", "medloc", "seed-0", "--out", folder / "dots")
+    assert [e[1] for e in events(folder)[len(found) :] if e[0] == "begin"] == ["sft", "sft", "medloc", "medloc"]
+    assert {file.name for file in (folder / "dots/runs/starts").glob("*.log")} == {"scale-0.3.log", "scale-0.7.log"}
 
 
 def test_results_alone_say_what_is_done_and_changed_flags_are_run_anew(folder, monkeypatch, capsys):
-    call(monkeypatch, folder / "two.toml", "--only", "xray", "medloc")
-    count = len(events(folder))
+    file, results = folder / "two.toml", folder / "two" / "results.jsonl"
+    call(monkeypatch, file, "--only", "xray", "medloc")
+    count, before = len(events(folder)), lines(results)
     shutil.rmtree(folder / "two" / "runs")  # as in a clone
-    call(monkeypatch, folder / "two.toml", "--only", "xray", "medloc")
-    assert len(events(folder)) == count
-    before = lines(folder / "two" / "results.jsonl")
-    call(monkeypatch, folder / "two.toml", "--jobs", 0)
-    assert lines(folder / "two" / "results.jsonl") == before and len(events(folder)) == count
-    file = folder / "two.toml"
-    file.write_text(file.read_text().replace('schedule = "medloc"', 'schedule = "medloc"\nslow = true'))
+    call(monkeypatch, file, "--only", "xray", "medloc")
+    call(monkeypatch, file, "--jobs", 0)
+    assert lines(results) == before and len(events(folder)) == count
+    change(file, 'schedule = "medloc"', 'schedule = "medloc"\nslow = true')
     call(monkeypatch, file, "--only", "xray", "medloc")
     assert len(events(folder)) == 2 * count and "3 lines are of runs that two.toml no longer" in capsys.readouterr().err
-    assert all("--slow" in row["recipe"] for row in lines(folder / "two" / "results.jsonl"))
-
-
-def test_lines_that_a_grid_no_longer_asks_for_stay(folder, monkeypatch):
-    call(monkeypatch, folder / "two.toml", "--only", "xray", "seed-0")
-    file, results = folder / "two.toml", folder / "two" / "results.jsonl"
-    before = lines(results)
+    assert all("--slow" in row["recipe"] for row in lines(results))
+    call(monkeypatch, file, "--only", "xray", "raw", "seed-0")
+    before = lines(results)  # lines of a row that the grid no longer asks for stay
     file.write_text(file.read_text().partition("[rows.raw]")[0].replace('compare = [["medloc", "raw"]]', ""))
     call(monkeypatch, file, "--jobs", 0)
     assert lines(results) == before and "| raw |" not in (folder / "two" / "table.md").read_text()
 
 
 def test_another_start_is_another_run(folder, monkeypatch):
-    words = "--only", "own", "medloc", "seed-0"
-    call(monkeypatch, folder / "two.toml", *words)
+    words = folder / "two.toml", "--only", "own", "medloc", "seed-0"
+    call(monkeypatch, *words)
     (row,) = lines(folder / "two" / "results.jsonl")
     first, second = (shlex.split(part) for part in row["recipe"].split(";"))  # as a shell would run it
-    assert (
-        first[1:] == "--schedule sft --steps 2 --seed 9".split() and second[-4:] == "--schedule medloc --seed 0".split()
-    )
-    file = folder / "two.toml"
-    file.write_text(file.read_text().replace("steps = 2\n", "steps = 3\n"))
-    call(monkeypatch, file, *words)
+    assert first[1:] == "--schedule sft --steps 2 --seed 9".split()
+    assert second[-4:] == "--schedule medloc --seed 0".split()
+    change(folder / "two.toml", "steps = 2\n", "steps = 3\n")
+    call(monkeypatch, *words)
     begun = [e[1] for e in events(folder) if e[0] == "begin"]
     assert begun == ["sft", "medloc"] * 2 and (folder / "two/runs/starts/coarse/step-000003").is_dir()
 
@@ -335,17 +308,17 @@ def test_another_grid_reuses_results_of_the_same_flags(folder, monkeypatch):
 
 def test_a_failed_run_is_named_and_the_others_go_on(folder, monkeypatch, capsys):
     file = folder / "two.toml"
-    file.write_text(file.read_text().replace('schedule = "medloc"', 'schedule = "broken"'))
+    change(file, 'schedule = "medloc"', 'schedule = "broken"')
     call(monkeypatch, file, "--only", "xray", "--jobs", 2, expect=2)
     assert "xray/medloc/seed-0 ended with code 1" in capsys.readouterr().out
     assert "it broke" in (folder / "two" / "runs" / "xray" / "medloc" / "seed-0.log").read_text()
     assert [row["row"] for row in lines(folder / "two" / "results.jsonl")] == ["raw"] * 3
-    file.write_text(file.read_text().replace('schedule = "sft"', 'schedule = "broken"'))
+    change(file, 'schedule = "sft"', 'schedule = "broken"')
     call(monkeypatch, file, "--only", "own", "raw", expect=2)  # its start fails: nothing hangs
     assert not any(row["set"] == "own" for row in lines(folder / "two" / "results.jsonl"))
 
 
-@pytest.mark.parametrize("kind", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("kind", [pytest.param("SIGINT", marks=pytest.mark.slow), "SIGTERM"])
 def test_a_stopped_sweep_leaves_no_process_and_the_next_one_resumes(folder, monkeypatch, kind):
     command = [sys.executable, EXPERIMENTS / "sweep.py", folder / "two.toml", "--jobs", "2", "--only", "xray", "seed-2"]
     (folder / "wait").touch()
@@ -383,34 +356,28 @@ def test_two_sweeps_do_not_write_into_one_run(folder):
 # -------------------------------------------------------------------------------------------------------------- results
 
 
-def test_a_line_holds_what_the_run_wrote(folder, monkeypatch):
-    call(monkeypatch, folder / "two.toml", "--only", "own", "raw", "seed-1")
-    (row,) = lines(folder / "two" / "results.jsonl")
-    assert (row["set"], row["row"], row["seed"], row["n"]) == ("own", "raw", 1, 20)
-    scores = [row[name] for name in ("miou", "acc@0.5", "acc@0.8", "pmap")]
-    assert scores == pytest.approx([0.41, 0.41, 0.205, 0.1025])
+def test_a_line_holds_what_the_run_wrote(finished):
+    row = next(r for r in lines(finished / "two/results.jsonl") if (r["set"], r["row"], r["seed"]) == ("own", "raw", 1))
+    scores = [row[name] for name in ("n", "miou", "acc@0.5", "acc@0.8", "pmap")]
+    assert scores == pytest.approx([20, 0.41, 0.41, 0.205, 0.1025])
     assert (row["start_miou"], row["start_pmap"], row["tau"]) == (0.2, 0.0, None)
     assert row["zero_spread"] == pytest.approx(0.625)  # of .25 .5 .75 1.
     assert "no_hit" not in row  # raw has no tau
     assert row["stability"] == pytest.approx(0.01 / math.sqrt(2))  # of the last two of four, ddof 1
     assert (row["images"], row["rollouts"], row["seconds"]) == (64, 4 * 16 * 8, 4.0)
     assert row["step_iou_mean"] == pytest.approx([0.42, 0.43, 0.44, 0.45])
-    assert str(folder) not in json.dumps(row).replace(str(folder / "fake.py"), "")
+    assert str(finished) not in json.dumps(row).replace(str(finished / "fake.py"), "")
 
 
-def test_the_table_has_means_and_deviations_over_the_seeds(folder, monkeypatch):
-    call(monkeypatch, folder / "two.toml", "--jobs", 3)
-    found, text = lines(folder / "two" / "results.jsonl"), (folder / "two" / "table.md").read_text()
+def test_the_table_has_means_and_deviations_over_the_seeds(finished):
+    found, text = lines(finished / "two" / "results.jsonl"), (finished / "two" / "table.md").read_text()
     part = text[text.index("## own") : text.index("## pmAP")]
-    rows = {
-        cells[1].strip(): [c.strip() for c in cells[2:-1]]
-        for cells in (r.split("|") for r in part.splitlines() if r.startswith("|"))
-    }
-    heads = rows[""]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines() if line.startswith("|")]
+    rows = {row[0]: dict(zip(cells[0], row, strict=True)) for row in cells}
     for name in ("medloc", "raw"):
         values = [row["miou"] for row in found if (row["set"], row["row"]) == ("own", name)]
-        assert rows[name][heads.index("mIoU")] == f"{fmean(values):.3f} +- {stdev(values):.3f}"
-        assert rows[name][heads.index("seeds")] == "3" and rows[name][heads.index("last tau")] == "-"
+        assert rows[name]["mIoU"] == f"{fmean(values):.3f} +- {stdev(values):.3f}"
+        assert rows[name]["seeds"] == "3" and rows[name]["last tau"] == "-"
     assert "Start: mIoU 0.200, pmAP 0.000; 20 pictures" in part
     of_set, of_all = (f"+0.025 [+0.025, +0.025]; {n} of {n}" for n in (3, 6))  # by .1/4, with every seed
     assert text.endswith(f"| medloc - raw | {of_set} | {of_set} | {of_all} |\n")
@@ -437,48 +404,38 @@ def test_rows_of_a_set_must_begin_from_one_policy():
 
 def test_a_sweep_refuses_rows_of_different_starts_and_a_run_without_its_end(folder, monkeypatch):
     words = folder / "two.toml", "--only", "xray", "seed-0"
+    change(folder / "two.toml", "steps = 4", "steps = 2")
     call(monkeypatch, *words)
-    grid, out = Grid(folder / "two.toml"), folder / "two/runs/xray/raw/seed-0"
-    report = json.loads((out / "eval.json").read_text())
+    assert {r["stability"] for r in lines(folder / "two/results.jsonl")} == {0.0}  # of two steps there is none
+    file = folder / "two/runs/xray/raw/seed-0/eval.json"
+    report = json.loads(file.read_text())
     (folder / "two" / "results.jsonl").unlink()
-    report["start"]["miou"] = 0.5
-    (out / "eval.json").write_text(json.dumps(report))
+    file.write_text(json.dumps(report | {"start": report["start"] | {"miou": 0.5}}))
     with pytest.raises(InputError, match="rows of a set must share start"):
         call(monkeypatch, *words, "--jobs", 0)
-    (out / "eval.json").write_text(json.dumps(report | {"final": None}))  # as train_grpo.py has it until the end
-    assert not Runner(folder / "two").ended(grid.runs["xray", "raw", 0])
+    file.write_text(json.dumps(report | {"final": None}))  # as until the end
+    assert not Runner(folder / "two").ended(Grid(folder / "two.toml").runs["xray", "raw", 0])
 
 
-def test_of_a_schedule_with_tau_the_share_without_a_hit_is_told(folder, monkeypatch):
-    call(monkeypatch, folder / "two.toml", "--only", "xray", "raw", "seed-0")
-    key, out = ("xray", "raw", 0), folder / "two/runs/xray/raw/seed-0"
+def test_of_a_schedule_with_tau_the_share_without_a_hit_is_told(finished, tmp_path):
+    key, out = ("xray", "raw", 0), shutil.copytree(finished / "two/runs/xray/raw/seed-0", tmp_path / "run")
     steps = zip(lines(out / "metrics.jsonl"), (1, 1, 0.5, 0), strict=True)
     stays, moved = "tau .500 stays: hit rate .1 < .8 (short by .7), sigma .3 > .2 (over by .1)", "tau .500 -> .600: ..."
     decisions = iter(["tau .500 stays: window 16/30 groups", stays, "tau .500 stays: margin .05 < .1", moved])
     rows = [row | {"tau": 0.5, "no_hit": share, "decision": next(decisions)} for row, share in steps]
     (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = sweep.result(key, Grid(folder / "two.toml").runs[key], out)
+    found = sweep.result(key, Grid(finished / "two.toml").runs[key], out)
     assert (found["no_hit"], found["step_no_hit"], found["tau"]) == (0.625, [1, 1, 0.5, 0], 0.5)
     assert found["step_held"] == ["window", "hit rate, sigma", "margin", ""]
 
 
-def test_a_run_of_two_steps_has_no_stability_and_is_told_all_the_same(folder, monkeypatch):
-    (folder / "two.toml").write_text((folder / "two.toml").read_text().replace("steps = 4", "steps = 2"))
-    call(monkeypatch, folder / "two.toml", "--only", "xray", "raw", "seed-0")
-    (row,) = lines(folder / "two" / "results.jsonl")
-    assert row["stability"] == 0.0 and len(row["step_iou_mean"]) == 2
-
-
 @drawn
-def test_figures_show_every_row_and_stay_small(folder, monkeypatch):
+def test_figures_show_every_row_and_stay_small(finished):
     from experiments import figures
 
-    call(monkeypatch, folder / "two.toml", "--jobs", 3)
-    for name in ("curves.png", "final.png"):
-        file = folder / "two" / name
-        assert 0 < file.stat().st_size < 300_000
-        assert min(Image.open(file).size) > 100
-    grid, results = Grid(folder / "two.toml"), lines(folder / "two" / "results.jsonl")
+    for file in (finished / "two" / "curves.png", finished / "two" / "final.png"):
+        assert 0 < file.stat().st_size < 300_000 and min(Image.open(file).size) > 100
+    grid, results = Grid(finished / "two.toml"), lines(finished / "two" / "results.jsonl")
     axes = figures.final(results, grid.sets, grid.rows).axes
     dots = {(ax.get_title(loc="left"), tuple(line.get_xdata())) for ax in axes for line in ax.lines[::2]}
     for one in grid.sets:
@@ -515,14 +472,13 @@ def rerun(tmp_path: Path, result: dict, *more: str) -> None:
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_the_first_steps_of_a_cell_are_those_that_were_recorded(tmp_path):
     """To the last recorded digit where rounding agrees; elsewhere within the spread of the recorded seeds."""
     cells = recorded("medloc", "xray")
     rerun(tmp_path, cells[0], "--steps", "8", "--eval-every", "0", "--eval-limit", "4")
     ious = [row["u_mean"] for row in lines(tmp_path / "out" / "metrics.jsonl")]
-    assert ious[0] == pytest.approx(
-        cells[0]["step_iou_mean"][0], abs=0.005
-    )  # before the first update: the same answers
+    assert ious[0] == pytest.approx(cells[0]["step_iou_mean"][0], abs=0.005)  # no update yet: the same answers
     spread = stdev(fmean(cell["step_iou_mean"][:8]) for cell in cells)
     assert abs(fmean(ious) - fmean(cells[0]["step_iou_mean"][:8])) < max(2 * spread, 0.01)
     assert ious[-1] > ious[0]
@@ -567,17 +523,11 @@ def section(title: str) -> dict[str, list[str]]:
 
 def test_the_results_beside_the_papers_are_the_recorded_ones():
     names = {"MedLoc-R1": "medloc", "raw IoU": "raw", "fixed .5 (VLM-R1)": "fixed", "V-Triune": "vtriune"}
-    names |= {"SFT": "sft-images"}
     found = section("Beside the paper")
-    assert found.keys() >= names.keys()
-    for name, row in names.items():
+    for name, row in (names | {"SFT": "sft-images"}).items():
         for one, cell in zip(("dermoscopy", "isic2017"), found[name][1:], strict=True):
             runs = recorded(row, one)
-            means = (100 * fmean(run[field] for run in runs) for field in ("acc@0.5", "acc@0.8"))
-            assert cell == " / ".join(f"{mean:.1f}" for mean in means)
-
-
-def test_the_ablation_beside_the_papers_is_the_recorded_one():
+            assert cell == " / ".join(f"{100 * fmean(run[f] for run in runs):.1f}" for f in ("acc@0.5", "acc@0.8"))
     found = section("The rule's parts")
     rows = "medloc", "no-reward-check", "no-margin-check", "no-stability-check", "reward-check-only"
     for row in (*rows, *(f"progress-{end}" for end in ("conservative", "moderate", "aggressive"))):
