@@ -126,7 +126,7 @@ def resumption(parser, explicit: dict, flags: dict[str, Flag]) -> tuple[dict, di
     for name in sorted(asked.keys() & saved.keys()):
         given = list(asked[name]) if isinstance(asked[name], tuple) else asked[name]
         if not flags[name].free and given not in (None, saved[name]):
-            was = f"--resume goes on with {option(name)} {saved[name]}, not {given}"
+            was = f"--resume goes on with {option(name)} {one_line(str(saved[name]))}, not {one_line(str(given))}"
             parser.error(f"{was}: drop {option(name)} or start a new run")
     return explicit, saved, state
 
@@ -170,11 +170,12 @@ def read_saved(file: Path, flags: dict[str, Flag]) -> dict:
         raise InputError(f"{file}: field 'arguments' is no object; {remedy}")
     if missing := [name for name in flags if name not in saved and name not in SWITCHES]:
         raise InputError(f"{file}: field 'arguments' has no {missing[0]}, so another version wrote it; {remedy}")
+    rows = defaults(flags, {})  # None where a run may have been begun without a value
     for name, value in saved.items():
-        if name not in flags:
+        if name not in flags or name in SWITCHES:
             raise InputError(f"{file}: field {one_line(name)!r} of 'arguments' is no flag of this version; {remedy}")
         flag = flags[name]
-        if value is None and (flag.default is None or name in RECIPES["nano"]):
+        if value is None and rows[name] is None:
             continue
         values = value if flag.count and isinstance(value, list) else [value]
         counted = isinstance(value, list) == bool(flag.count) and flag.count in (None, "+", len(values)) and values
@@ -200,6 +201,7 @@ def is_kind(value: object, kind: type) -> bool:
 
 # NUL and lone surrogates, which no file's name and no text in UTF-8 can have, and what would steer a terminal.
 UNFIT = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
+MEMORY = re.compile(r"([1-9]\d{0,3}x)?(?=[\d.]*[1-9])\d{1,9}(\.\d{1,9})?GB")  # 24GB, 4x80GB, and not nothing
 
 
 def out_of_bounds(args: argparse.Namespace, flags: dict[str, Flag]) -> Iterator[str]:
@@ -243,9 +245,9 @@ def wrong_questions(args: argparse.Namespace) -> Iterator[str]:
 
 
 def wrong_grpo(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
-    weights, (_, kl, _) = {}, read_loss(args.loss)
+    counting, (_, kl, _) = {}, read_loss(args.loss)
     try:
-        weights = rewards.read_weights(args.rewards)
+        counting = rewards.read_weights(args.rewards)
     except InputError as error:
         yield f"--rewards: {error}"
     general, by_task = rewards.split_schedules(args.schedule)
@@ -261,14 +263,14 @@ def wrong_grpo(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
     idle = {  # flags that would change nothing
         "clip": (args.inner_steps == 1, "--inner-steps 1: every ratio is exactly 1"),
         "freeze_vision": (args.lora_rank > 0, "--lora-rank: only the adapters are trained"),
-        "schedule": (not weights.get(rewards.MAIN), f"--rewards {args.rewards}: the schedule's reward does not count"),
+        "schedule": (not counting.get(rewards.MAIN), f"--rewards {args.rewards}: the schedule's reward does not count"),
     }
     for name, (nothing, why) in idle.items():
         if nothing and name in explicit:
             yield f"{option(name)} changes nothing beside {why}; drop it"
     if kl != "k3" and args.beta == 0:
         yield f"--loss {args.loss}: kl changes nothing beside --beta 0, there is no KL; drop it"
-    if args.memory is not None and not re.fullmatch(r"(\d{1,4}x)?\d{1,9}(\.\d{1,9})?GB", args.memory):
+    if args.memory is not None and not MEMORY.fullmatch(args.memory):
         yield f"--memory wants a number of GB such as 24GB, not {args.memory!r:.40}"
     elif args.memory and "x" in args.memory and not args.estimate:
         yield f"--memory {args.memory} is for --estimate; a run has as many GPUs as torchrun starts processes"

@@ -211,6 +211,7 @@ GONE |= {
     "queries": "is a preparing step now: python -m prepare.queries",
 }
 GONE |= dict.fromkeys(("clip_low", "clip_high"), "is --clip LOW HIGH now, such as --clip .2 .28")
+GONE |= {"clip": "is --clip-boxes now"}  # train_sft.py's and eval.py's; train_grpo.py's clip is another
 GONE |= {"ranks": "is in --memory now: --estimate --memory 4x80GB", "grad_clip": "is GRAD_CLIP in train_grpo.py now"}
 GONE |= dict.fromkeys(("dtype", "decode"), "follows --device now: bfloat16 and CUDA graphs on a GPU")
 GONE |= {"lora_alpha": "is ALPHA in lora.py now", "pixel_limit": "is PIXEL_LIMIT in images.py now"}

@@ -103,6 +103,8 @@ def split_schedules(texts: list[str]) -> tuple[str, dict[str, str]]:
     for text in texts:
         task, sign, spec = text.partition("=")
         if sign and ":" not in task:
+            if task in by_task:
+                raise InputError(f"--schedule: the task {task!r} is named twice")
             by_task[task] = spec
         else:
             general.append(text)

@@ -274,6 +274,10 @@ class Rounds:
             self.round += 1
             self.missing = self.batch_size - int(sum(scores.spread.sum() for scores in self.scores))
 
+    def useful(self, roll: Rollout) -> Rollout:
+        """What of it the update learns from."""
+        return roll.select(roll.spread) if self.dynamic_sampling else roll
+
     def joined(self) -> tuple[GroupScores, Rollout, Prefix | None]:
         """All ranks' scores; this rank's rollout; the prefix, where it is of all of it."""
         rolls = [roll for roll in self.rolls if roll.prompts] or self.rolls[:1]

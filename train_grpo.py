@@ -82,8 +82,7 @@ def step(
     number: int, policy: Policy, actor: Policy, reference: Policy | None, optimizer: torch.optim.Optimizer,
     stream: Stream, schedules: Schedules, grpo: GRPO,
 ) -> tuple[GroupScores, Rollout, dict, dict[tuple[str, str], Decision]]:  # fmt: skip
-    """One step of GRPO, all ranks together -> (all ranks' scores, this rank's rollout, losses, schedules'
-    decisions)."""
+    """One step of GRPO, all ranks together -> all ranks' scores, this rank's rollout, losses, schedules' decisions."""
     rounds = Rounds(grpo.batch_size, grpo.dynamic_sampling)  # one; more where pictures broke, or groups had no spread
     with ranks.unsharded(actor):
         while rounds.missing:
@@ -96,8 +95,7 @@ def step(
             rounds.add(roll, prefix, everyone, reward)
     everyone, roll, prefix = rounds.joined()
     roll.advantage = group_advantage(roll.reward, grpo.advantage)  # exactly 0 without spread
-    used = roll.select(roll.spread) if grpo.dynamic_sampling else roll
-    losses = update(policy, reference, optimizer, used, prefix, grpo)  # loss.py
+    losses = update(policy, reference, optimizer, rounds.useful(roll), prefix, grpo)  # loss.py
     refresh(actor, policy)  # the actor is the policy again
     return everyone, roll, losses, schedules.observe(everyone.by_key())  # tau for the NEXT step, one window per task
 

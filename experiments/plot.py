@@ -142,12 +142,9 @@ def _row(line: str, place: object) -> dict:
 
 def by_key(run: Run) -> list[Run]:
     """A run with a schedule for each dataset and task (tau/ham10000/box) as one of each."""
-
-    def part(key: str) -> Run:
-        rows = [{name.removesuffix(f"/{key}"): value for name, value in row.items()} for row in run.rows]
-        return Run(f"{run.name} {key}", rows)
-
-    return [part(key.partition("/")[2]) for key in run.rows[-1] if key.startswith("tau/")] or [run]
+    keys = [name.partition("/")[2] for name in run.rows[-1] if name.startswith("tau/")]
+    parts = [[{name.removesuffix(f"/{key}"): v for name, v in row.items()} for row in run.rows] for key in keys]
+    return [Run(f"{run.name} {key}", rows) for key, rows in zip(keys, parts, strict=True)] or [run]
 
 
 def run_names(outs: list[Path]) -> list[str]:

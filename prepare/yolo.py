@@ -43,7 +43,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             return mapping
 
     try:
-        values = yaml.load(read_text(path, most=MAX_YAML), Texts)
+        values = Texts(read_text(path, most=MAX_YAML)).get_single_data()
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # of odd numbers; of depth
         mark = getattr(error, "problem_mark", None)
         place = f"{one_line(path)}:{mark.line + 1}" if mark else one_line(path)

@@ -5,7 +5,7 @@
 # copy of the weights that is policy, actor and reference at once. Adapters take a larger learning rate than whole weights:
 # 1e-5 is a guess, the paper's is 1e-6.
 #
-# ESTIMATED memory, plan.py's arithmetic (GB = 2^30 bytes): 8.35 GB are always there, the peak is 15 GB, with the 8 prompts
+# ESTIMATED memory, runtime/plan.py's arithmetic (GB = 2^30 bytes): the peak is 14.7 GB, with the 8 prompts
 # of a step in one pass and activations recomputed, which is what a run chooses on a GPU that has 24 GB to spare:
 #   python train_grpo.py --estimate --device=cuda --memory=24GB --recipe=paper --model=FOLDER \
 #     --lora-rank=64 --batch-size=8 --max-tokens=256 --max-pixels=401408

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # MedLoc-R1's experiment on ONE 80 GB GPU: Qwen2.5-VL-3B, the whole decoder. Never run on a GPU by us.
 #
-# ESTIMATED memory, plan.py's arithmetic (GB = 2^30 bytes): 51 GB are always there, the peak is 70.1 GB, with the 8 prompts
+# ESTIMATED memory, runtime/plan.py's arithmetic (GB = 2^30 bytes): 51 GB are always there, the peak is 69.7 GB, with the 8 prompts
 # of a step in one pass and activations recomputed, which is what a run chooses on a GPU that has 80 GB to spare:
 #   python train_grpo.py --estimate --device=cuda --memory=80GB --recipe=paper --model=FOLDER \
 #     --freeze-vision --batch-size=8 --max-tokens=512 --max-pixels=401408

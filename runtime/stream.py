@@ -1,7 +1,7 @@
 """The endless stream of training prompts: which sample stands at which place, read ahead, dealt out to the ranks.
 
-Place p of the stream belongs to rank p % size. Order and luck follow from (seed, step, place, sample), never from state
-or wall clock: a resumed run goes on as if never stopped, and any number of ranks sees the same data.
+Place p of the stream belongs to rank p % size. Order and uniforms follow from (seed, step, place, sample), never from
+state or wall clock: a resumed run goes on as if never stopped, and any number of ranks sees the same data.
 """
 
 import itertools
@@ -114,9 +114,9 @@ class Stream:
             slots.append(place - self.first)
             indices.append(index)
             self.good.append(i)
-        luck = uniforms(self.seed, step, slots, indices, self.group_size, self.max_tokens)
+        numbers = uniforms(self.seed, step, slots, indices, self.group_size, self.max_tokens)
         self.seconds += time.perf_counter() - started
-        return prompts, luck
+        return prompts, numbers
 
     def advance(self, count: int, failures: list[tuple[int, str, str]]) -> None:
         """All ranks are through with the next `count` places, with these failures in all."""

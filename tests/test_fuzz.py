@@ -17,7 +17,7 @@ from prompts import load_tokenizer
 from tasks import TASKS
 
 SIZES = {"a.png": (60, 40), "turned.jpg": (40, 60), "sliver.png": (402, 2), "cut.png": (60, 40)}  # as displayed
-SETTINGS = settings(max_examples=150, deadline=None)
+SETTINGS = settings(max_examples=100, deadline=None)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def mutated(draw):
     return bytes(text)
 
 
-any_json = st.builds(line, values | st.lists(odd_records | values, max_size=4), st.booleans())
+odd_json = st.builds(line, values | st.lists(odd_records | values, max_size=4), st.booleans())
 odd_lines = st.one_of(
     st.builds(line, odd_records, st.booleans()),
     st.builds(line, values, st.booleans()),
@@ -146,7 +146,7 @@ def read(folder, content, bad=None):
 
 @SETTINGS
 @given(
-    st.binary(max_size=300) | st.text('[]{}",:0123 \n\\eEtrunlfas', max_size=60).map(str.encode) | mutated() | any_json
+    st.binary(max_size=300) | st.text('[]{}",:0123 \n\\eEtrunlfas', max_size=60).map(str.encode) | mutated() | odd_json
 )
 def test_whatever_bytes_a_file_holds(folder, content):
     read(folder, content)
@@ -158,7 +158,7 @@ def test_nasty_lines(folder, content):
     assert isinstance(read(folder, content), str) != good
 
 
-@settings(SETTINGS, max_examples=300)
+@settings(SETTINGS, max_examples=200)
 @given(odd_records, st.booleans())
 def test_odd_records(folder, record, ascii_only):
     samples = read(folder, line(record, ascii_only))
@@ -181,19 +181,6 @@ def test_a_line_does_not_depend_on_its_neighbours(folder, lines):
             sources.append(source)
     bad = BadRecords(10**6)
     assert read(folder, b"\n".join(lines), bad) == want and list(bad.sentences) == sources
-
-
-@SETTINGS
-@given(st.lists(st.one_of(valid, st.sampled_from(["", "{", '"x"', "{}", '{"image": "a.png"}', "7"])), max_size=12))
-def test_exactly_the_good_records_are_read(folder, rows):
-    rows, bad, place = [RECORD, *rows], BadRecords(10**6), str(folder / "f.jsonl") + ":"
-    samples = read(folder, b"\r\n".join(line(row) if isinstance(row, dict) else row.encode() for row in rows), bad)
-    assert [(s.source, s.query, list(s.target), s.media.name) for s in samples] == [
-        (f"{place}{n}", row["query"].strip(), row["bbox"], row["image"])
-        for n, row in enumerate(rows, 1)
-        if isinstance(row, dict)
-    ]
-    assert list(bad.sentences) == [f"{place}{n}" for n, row in enumerate(rows, 1) if row and not isinstance(row, dict)]
 
 
 # ---------------------------------------------------------------- prompts

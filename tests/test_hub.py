@@ -177,6 +177,40 @@ def test_a_published_checkpoint_loads_on_the_meta_device_without_memory(size, fi
     shutil.rmtree(tmp_path)  # pytest would keep it, and a copy of /tmp might fill the holes
 
 
+@pytest.mark.slow
+@on_linux
+def test_loading_and_saving_hold_the_model_and_one_shard(tmp_path, monkeypatch):
+    """The peak of the resident memory, pages of mapped files included (they count until their file is let go), of 100 M
+    parameters in bf16, 200 MB in files of 50 MB: what the policy's weights take and one shard, and 25 MB for
+    allocators. All shards at once would be 150 MB more."""
+    vision = VISION | dict(depth=2, hidden_size=64, intermediate_size=96, num_heads=2, out_hidden_size=768)
+    row = dict(zip(KEYS, (768, 2304, 10, 6, 2, 28, True, 32768), strict=True))
+    raw = COMMON | row | dict(image_token_id=5, eos_token_id=2, vision_config=vision | {"fullatt_block_indexes": [1]})
+    monkeypatch.setattr(weights, "SHARD_BYTES", 50 * 10**6)
+
+    def work(what: str) -> list:
+        if what == "write":
+            policy = Policy(read_config(raw), (2,)).init_weights(0).to(torch.bfloat16)
+            policy.raw_config = raw
+        else:
+            policy = load_policy(tmp_path) if what == "save" else None
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak of the resident memory, starts anew
+        start = status("VmRSS")
+        if policy:
+            save_policy(policy, tmp_path if what == "write" else tmp_path / "again", torch.bfloat16)
+        else:
+            policy = load_policy(tmp_path, dtype=getattr(torch, what))
+        return [status("VmHWM") - start, sum(p.nbytes for p in policy.parameters())]
+
+    in_child(lambda: work("write"))
+    sizes = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
+    assert len(sizes) >= 4 and max(sizes) < 51e6 and sum(sizes) == pytest.approx(200e6, rel=0.1)
+    for what in ("float32", "bfloat16", "save"):
+        most, held = in_child(lambda what=what: work(what))
+        there = 0 if what == "save" else held  # before a save the weights are there already
+        assert there + 30e6 < most < there + 50e6 + 25e6, (what, most, held)
+
+
 def test_the_reference_is_bfloat16_and_what_is_trained_float32():
     def dtypes(rank: str) -> list[set]:
         args = config.parse("train_grpo.py", ["--recipe", "nano", "--beta", "0.04", "--lora-rank", rank])

@@ -7,12 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-import toy_task  # noqa: F401  a second task
 from programs import ROOT, grpo, lines, records, run, small, without_times, write_records  # noqa: F401
 
 import train_grpo
 import train_sft
+from tasks import TASKS
 from weights import NANO, load_policy
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toy():
+    """A second task, as long as this file's tests run."""
+    import toy_task
+
+    TASKS["kind"] = toy_task.Kind()
+    yield
+    del TASKS["kind"]
+
 
 WAYS = {  # what else the run does -> flags
     "plain": "--schedule medloc:window=4,tau_start=.1",

@@ -569,6 +569,7 @@ def test_schedules_that_fit_no_task_are_refused():
         (["medloc", "raw"], "medloc and raw; one is for all tasks, others are TASK=SCHEDULE"),
         (["label=raw", "span=raw"], "no record has the task 'span'"),
         (["label=nope"], "there is no 'nope'"),
+        (["label=raw", "label=raw"], "the task 'label' is named twice"),
     ):
         with pytest.raises(InputError, match=words):
             Schedules(texts, KEYS, 10)

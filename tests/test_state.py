@@ -389,7 +389,7 @@ ARGUMENTS = [
     ("\x1b[2J", 1),
 ]  # fmt: skip
 ROWS_OF_FLAGS = {name: flag.default for name, flag in flags.FLAGS.items() if name not in flags.SWITCHES}
-ROWS_OF_FLAGS |= {"schedule": ["medloc"], "clip": [0.2, 0.2]}
+ROWS_OF_FLAGS |= flags.RECIPES["nano"] | {"recipe": "nano", "schedule": ["medloc"], "clip": [0.2, 0.2]}
 
 
 @pytest.mark.parametrize(("name", "value"), ARGUMENTS, ids=lambda value: f"{value!r:.40}")
