@@ -224,10 +224,8 @@ def test_resume_goes_on_bit_for_bit(base, tmp_path, adapters):
     policy = adapted(folder, moved=False) if adapters else load_policy(folder)
     optimizer = adamw(policy)
     if adapters:
-        first, again = (
-            checkpoint.save(tmp_path, 1, policy, PROCESSOR, optimizer, {}),
-            adapted(folder, seed=9, moved=False),
-        )
+        first = checkpoint.save(tmp_path, 1, policy, PROCESSOR, optimizer, {})
+        again = adapted(folder, seed=9, moved=False)
         checkpoint.load(first, again, empty := adamw(again))
         assert same_bits(again, policy) and not empty.state
     train(policy, optimizer, prompts, 2)
