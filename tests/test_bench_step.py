@@ -108,9 +108,8 @@ def test_an_end_that_would_be_drawn_ends_no_answer(folder, monkeypatch):
     ours, eos = step_programs.Ours(folder), 2
     ours.policy.model.norm.weight.data.zero_()
     picked = (eos + 0.5) / ours.policy.config.vocab_size
-    monkeypatch.setattr(
-        "runtime.stream.uniforms", lambda *_: torch.full((TINY.prompts, step.GROUP, TINY.tokens), picked)
-    )
+    luck = torch.full((TINY.prompts, step.GROUP, TINY.tokens), picked)
+    monkeypatch.setattr("runtime.stream.uniforms", lambda *_: luck)
     assert ours.generate()["lengths"] == [TINY.tokens] * ROWS
     ours.policy.eos_ids = (eos,)  # what the checkpoint says, and what would happen then
     assert ours.generate()["lengths"] == [1] * ROWS
@@ -143,25 +142,22 @@ def answer(**changes) -> dict:
     return done | {"seconds": 1.0, "cpu_seconds": 1.0, "peak_mib": 100.0} | changes
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"lengths": [TINY.tokens] * (ROWS - 1) + [3]}, "of 3 to 4; its times compare"),
-        ({"lengths": [TINY.tokens] * (ROWS - 1)}, "16 completions of 4 tokens were asked for, it made 15"),
-        ({"prompts": [[1, 5, 7], [1, 5, 6, 7]]}, "other token ids than ours"),
-        ({"prompts": [[1, 5, 5, 7], [1, 5, 7]]}, "other token ids than ours"),
-        ({"pictures": [0.5, 1.501]}, "other pixels than ours"),
-    ],
-)
-def test_other_work_is_refused(changes, sentence):
+OTHER_WORK = [
+    ({"lengths": [TINY.tokens] * (ROWS - 1) + [3]}, "of 3 to 4; its times compare"),
+    ({"lengths": [TINY.tokens] * (ROWS - 1)}, "16 completions of 4 tokens were asked for, it made 15"),
+    ({"prompts": [[1, 5, 7], [1, 5, 6, 7]]}, "other token ids than ours"),
+    ({"prompts": [[1, 5, 5, 7], [1, 5, 7]]}, "other token ids than ours"),
+    ({"pictures": [0.5, 1.501]}, "other pixels than ours"),
+]
+
+
+def test_other_work_is_refused():
     same = {"ours": answer(), "plain": answer(pictures=[0.500001, 1.5])}
     step.check_same_work(TINY, same)
-    with pytest.raises(InputError, match=sentence):
-        step.check_same_work(TINY, same | {"trl": answer(**changes)})
-
-
-def test_all_of_ours_ending_early_is_refused_too():
-    short = answer(lengths=[3] * ROWS)
+    for changes, sentence in OTHER_WORK:
+        with pytest.raises(InputError, match=sentence):
+            step.check_same_work(TINY, same | {"trl": answer(**changes)})
+    short = answer(lengths=[3] * ROWS)  # of all, ours too
     with pytest.raises(InputError, match="^ours: 16 completions"):
         step.check_same_work(TINY, {"ours": short, "plain": short})
 
@@ -208,25 +204,15 @@ def test_ratios_are_of_medians_and_memory_is_beyond_the_loaded_model():
     assert figures["split"] == dict.fromkeys(step_programs.PARTS, 0.25)
     table = step.table(figures)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[:6]]
-    assert rows[3] == [
-        "transformers by hand",
-        "7.00 (6.00 - 50.00)",
-        "3.50",
-        "49.00 (12.25)",
-        "9",
-        "120 (0.50)",
-        "torch 2.13.0",
-    ]
+    cells = ["7.00 (6.00 - 50.00)", "3.50", "49.00 (12.25)", "9", "120 (0.50)", "torch 2.13.0"]
+    assert rows[3] == ["transformers by hand", *cells]
     assert rows[4][:4] == ["TRL, gradient checkpointing off", "8.00 (8.00 - 8.00)", "4.00", "64.00 (16.00)"]
     assert "vision 0.250 s (12%)" in table and "0.40 of transformers' time, 0.50 of its CPU time" in table
     json.dumps(figures)
-
-
-def test_without_trl_its_columns_say_that_it_did_not_run():
-    figures = found(with_trl=False)
-    assert figures["ratio_plain"] == 3.5 and figures["memory_plain"] == 0.5
-    assert [figures[key] for key in TRL_KEYS] == [None] * 6
-    assert step.table(figures).count("not run: --trl-python names no interpreter") == 2
+    without = found(with_trl=False)
+    assert without["ratio_plain"] == 3.5 and without["memory_plain"] == 0.5
+    assert [without[key] for key in TRL_KEYS] == [None] * 6
+    assert step.table(without).count("not run: --trl-python names no interpreter") == 2
 
 
 def test_time_goes_to_the_innermost_part(monkeypatch):
@@ -288,11 +274,8 @@ def test_a_whole_run(tmp_path):
         assert row["versions"].keys() == {"torch", "transformers"}
     (plain,), (ours,) = (figures["programs"][name]["seconds"] for name in ("plain", "ours"))
     assert figures["ratio_plain"] == plain / ours
-    assert all(
-        0 < cpu < 1.2 * wall  # one thread
-        for row in figures["programs"].values()
-        for cpu, wall in zip(row["cpu_seconds"], row["seconds"], strict=True)
-    )
+    for row in figures["programs"].values():  # one thread
+        assert all(0 < cpu < 1.2 * wall for cpu, wall in zip(row["cpu_seconds"], row["seconds"], strict=True))
     assert figures["ratio_trl"] is None and figures["threads"] == 1 and figures["date"] and figures["cpu"]
     assert figures["prompt_tokens"][0] < figures["prompt_tokens"][1]
     assert "round 1 of 1: ours" in printed and "not run: --trl-python" in printed
@@ -318,17 +301,17 @@ def test_a_program_that_dies_is_one_sentence(tmp_path):
         step.Program("plain", tmp_path, 1, sys.executable).hear()
 
 
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [
-        (["--case", "D"], "invalid choice"),
-        (["--case", "A", "--steps", "0"], "--steps and --threads must be at least 1"),
-        (["--case", "A", "--trl-python", "/nowhere/python"], "makes one in three lines"),
-        (["--case", "A", "--json", "/nowhere/step.json"], "/nowhere/step.json: No such file or directory"),
-    ],
-)
+BAD_FLAGS = [
+    ("--case D", "invalid choice"),
+    ("--case A --steps 0", "--steps and --threads must be at least 1"),
+    ("--case A --trl-python /nowhere/python", "makes one in three lines"),
+    ("--case A --json /nowhere/step.json", "/nowhere/step.json: No such file or directory"),
+]
+
+
+@pytest.mark.parametrize("flags, sentence", BAD_FLAGS)
 def test_flags_that_cannot_be(flags, sentence, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["step", *flags])
+    monkeypatch.setattr(sys, "argv", ["step", *flags.split()])
     with pytest.raises(SystemExit) as ended:
         errors.run(step.main)
     assert ended.value.code == 2 and sentence in capsys.readouterr().err

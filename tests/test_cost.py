@@ -79,20 +79,15 @@ class Formula:
         patches, h = 4 * rows * columns, v.hidden_size
         linear = matrix(patches, (h, 3 * h), (h, h), *[(h, v.intermediate_size)] * 3)
         side = v.window_size // v.patch_size // 2
-        sizes = [
-            4 * min(side, rows - i) * min(side, columns - j)
-            for i in range(0, rows, side)
-            for j in range(0, columns, side)
-        ]
+        tall, wide = ([min(side, n - i) for i in range(0, n, side)] for n in (rows, columns))
+        sizes = [4 * a * b for a in tall for b in wide]
         full = len(v.fullatt_block_indexes)
         attention = 4 * h * (full * patches**2 + (v.depth - full) * sum(size**2 for size in sizes))
         merger = matrix(rows * columns, (4 * h, 4 * h), (4 * h, v.out_hidden_size))
         down = v.depth * matrix(patches, (v.intermediate_size, h))
         return v.depth * linear + attention, matrix(patches, (3 * 2 * 14 * 14, h)), merger, down
 
-    def step(
-        self, beta: bool = True, inner: int = 1, checkpointing: bool = False, reuse: bool = True, frozen: bool = False
-    ) -> int:
+    def step(self, beta=True, inner: int = 1, checkpointing=False, reuse=True, frozen=False) -> int:
         """All prompts: rollout, log-probs of the old policy if there are inner steps, reference, update. reuse: the
         update goes on from the rollout's prefix. frozen: the vision tower is, and looks once for all."""
         suffix = self.suffix + self.head
@@ -119,42 +114,35 @@ def real_flops(case: Case, *flags: str) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize(
-    "case",
-    [CASE, replace(CASE, group=2, completion=1), Case(3, 2, 4, 4, 5, 9), Case(1, 5, 1, 2, 4, 70)],
-)
+OTHERS = [replace(CASE, group=2, completion=1), Case(3, 2, 4, 4, 5, 9), Case(1, 5, 1, 2, 4, 70)]
+
+
+@pytest.mark.parametrize("case", [CASE, *OTHERS])
 def test_the_flops_of_a_step_are_those_of_the_formula(case):
     assert real_flops(case) == Formula(CONFIG, case).step()
 
 
-@pytest.mark.parametrize("beta", [0, 0.04])
-@pytest.mark.parametrize("inner", [1, 2])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("frozen", [False, True])
-def test_the_flops_with_and_without_each_option(beta, inner, checkpointing, frozen):
+OPTIONS = [(0, 1, 0, 0), (0.04, 1, 0, 1), (0.04, 2, 0, 0), (0, 2, 1, 1), (0.04, 1, 1, 0), (0.04, 2, 1, 1)]
+NAMES = "beta, inner, checkpointing, frozen"
+
+
+def options(beta, inner, checkpointing, frozen) -> list[str]:
     flags = ["--beta", str(beta), "--inner-steps", str(inner)]
-    flags += ["--checkpointing"] * checkpointing + ["--freeze-vision"] * frozen
+    return flags + ["--checkpointing"] * checkpointing + ["--freeze-vision"] * frozen
+
+
+@pytest.mark.parametrize(NAMES, OPTIONS)
+def test_the_flops_with_and_without_each_option(beta, inner, checkpointing, frozen):
     expected = Formula(CONFIG, CASE).step(beta > 0, inner, checkpointing, inner == 1, frozen)
-    assert real_flops(CASE, *flags) == expected
+    assert real_flops(CASE, *options(beta, inner, checkpointing, frozen)) == expected
 
 
-def test_cost_is_linear_in_prompts():
-    """Micro-batches cost what an update cannot reuse of the rollout, and else nothing: their number does not matter."""
-    one, three = replace(CASE, prompts=1), replace(CASE, prompts=3)
-    whole = real_flops(one)
-    assert real_flops(replace(CASE, prompts=2)) == 2 * whole and real_flops(three) == 3 * whole
-    split = real_flops(three, "--micro-batch", "1")
-    assert split == real_flops(three, "--micro-batch", "2") == Formula(CONFIG, three).step(reuse=False)
-    assert split == 3 * (whole + Formula(CONFIG, one).vision + Formula(CONFIG, one).prefix)
-
-
-def test_cost_grows_with_the_group_by_suffixes_only():
-    """Eight more completions: their decoding and their rows of three passes, one of them with a gradient."""
-    one = Formula(CONFIG, replace(CASE, group=1))
-    decode = one.decode - one.logits(1)  # the prompt's own logits are the group's
-    suffixes = decode + 4 * one.suffix + 5 * one.head
-    eight, sixteen = (real_flops(replace(CASE, group=g)) for g in (8, 16))
-    assert sixteen - eight == 8 * CASE.prompts * suffixes
+def test_micro_batches_cost_what_an_update_cannot_reuse_of_the_rollout():
+    """And else nothing: their number does not matter."""
+    three = replace(CASE, prompts=3)
+    split, one = Formula(CONFIG, three).step(reuse=False), Formula(CONFIG, CASE)
+    assert real_flops(three, "--micro-batch", "1") == real_flops(three, "--micro-batch", "2") == split
+    assert split == real_flops(three) + 3 * (one.vision + one.prefix)
 
 
 def test_doubling_the_group_at_case_b_costs_a_third_more_at_most():
@@ -251,58 +239,35 @@ def calls(monkeypatch) -> Counter:
     return seen
 
 
-def expected_calls(
-    micro_batches: int,
-    decoded: list[int],
-    beta: bool,
-    inner: int = 1,
-    checkpointing: bool = False,
-    frozen: bool = False,
-) -> Counter:
+def expected_calls(micro_batches: int, decoded: list, beta, inner=1, checkpointing=0, frozen=0) -> Counter:
     """decoded: tokens that each micro-batch's rollout samples; the first needs no decode step."""
     layers, depth = CONFIG.num_hidden_layers, CONFIG.vision.depth
     reuse = micro_batches == 1 and inner == 1  # the update's prefix is the rollout's
     prefixes = micro_batches * (1 + beta + inner - reuse)
     again = micro_batches * inner * checkpointing  # blocks of trained passes run twice
     return Counter(
-        {
-            "tower": micro_batches if frozen else prefixes,
-            "vision block": depth * (micro_batches if frozen else prefixes + again),
-            "prefix": layers * (prefixes + again),
-            "suffix": layers * (micro_batches * (beta + (inner > 1) + inner) + again),
-            "decode": layers * sum(n - 1 for n in decoded),
-        }
-    )
+        tower=micro_batches if frozen else prefixes,
+        prefix=layers * (prefixes + again),
+        suffix=layers * (micro_batches * (beta + (inner > 1) + inner) + again),
+        decode=layers * sum(n - 1 for n in decoded),
+    ) + Counter({"vision block": depth * (micro_batches if frozen else prefixes + again)})
 
 
-@pytest.mark.parametrize("beta", [0, 0.04])
-@pytest.mark.parametrize("inner", [1, 2])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
+@pytest.mark.parametrize(NAMES, OPTIONS)
 def test_the_calls_of_a_step(calls, beta, inner, checkpointing, frozen, micro_batch):
-    case = replace(CASE, prompts=3, rows=2, columns=2)
-    flags = ["--beta", str(beta), "--inner-steps", str(inner), "--micro-batch", str(micro_batch)]
-    trainer_step(case, *flags, *["--checkpointing"] * checkpointing, *["--freeze-vision"] * frozen)()
-    n = math.ceil(3 / micro_batch)
+    """They do not grow with the group."""
+    case, n = replace(CASE, prompts=3, rows=2, columns=2, group=2 + 2 * micro_batch), math.ceil(3 / micro_batch)
+    trainer_step(case, *options(beta, inner, checkpointing, frozen), "--micro-batch", str(micro_batch))()
     assert calls == expected_calls(n, [case.completion] * n, beta > 0, inner, checkpointing, frozen)
-
-
-@pytest.mark.parametrize("group", [2, 9])
-def test_the_calls_do_not_grow_with_the_group(calls, group):
-    trainer_step(replace(CASE, group=group))()
-    assert calls == expected_calls(1, [CASE.completion], True)
 
 
 def test_decoding_stops_with_the_longest_completion(calls):
     """The nano policy's own answers, of unequal length: each micro-batch decodes up to the look after its longest one's
     end and no further, and the head is multiplied with their tokens only."""
     sizes = ["--batch-size", "6", "--micro-batch", "2", "--group-size", "4", "--max-tokens", "40"]
-    grpo, policy, processor = (
-        algorithm(parse("train_grpo.py", sizes)),
-        load_policy(NANO),
-        Processor(NANO, "answer", TASKS),
-    )
+    grpo, policy = algorithm(parse("train_grpo.py", sizes)), load_policy(NANO)
+    processor = Processor(NANO, "answer", TASKS)
     prompts = [processor.prompt(some) for some in phantom_samples(None, 1, 0, 6, size=84)]
     roll, _ = sample(policy, policy, processor, prompts, uniforms(0, 0, range(6), range(6), 4, 40), grpo)
     roll.advantage = torch.ones(6, 4)
@@ -359,25 +324,19 @@ def test_full_rows_are_the_prompts_once_for_each_completion():
 def test_a_point_is_measured_in_a_process_of_its_own():
     seconds, mib = scale.in_a_fresh_process(CASE)
     assert 0.005 < seconds < 60 and 18 < mib < 500  # two moments and a gradient of 2.3 M parameters are 26 MiB
-
-
-def test_a_process_that_dies_is_named():
     with pytest.raises(InputError, match=r"the process of Case\(prompts=1.*ended without an answer"):
         scale.in_a_fresh_process(replace(CASE, prompts=1, group=0))
 
 
 def test_tables_sentences_and_curves(tmp_path):
-    curves = {
-        factor: {"one pass": power(points, 1.2, 0.5), "full rows": power(points[:3], 2, 1)}
-        for factor, (points, _) in scale.FACTORS.items()
-    }
+    both = lambda points: {"one pass": power(points, 1.2, 0.5), "full rows": power(points[:3], 2, 1)}  # noqa: E731
+    curves = {factor: both(points) for factor, (points, _) in scale.FACTORS.items()}
     table = scale.curve_table("prompts", curves["prompts"]).splitlines()
     assert len(table) == 2 + 4
     assert [cell.strip() for cell in table[-1].strip("|").split("|")] == ["8", "1.21", "-", "8", "-"]
     said = scale.sentence("group size", curves["group size"])
-    assert said.startswith(
-        "group size: time x^1.20, memory x^0.50 (x = 2 to 64); in full rows time x^2.00, memory x^1.00"
-    )
+    words = "group size: time x^1.20, memory x^0.50 (x = 2 to 64); in full rows time x^2.00, memory x^1.00"
+    assert said.startswith(words)
     plot.save(scale.figure(curves), tmp_path / "scale.png")
     assert Image.open(tmp_path / "scale.png").size == (1400, 640)
     assert (tmp_path / "scale.png").stat().st_size < 100_000
