@@ -157,6 +157,13 @@ def test_the_paper_trace_ends_where_the_margin_stops_it():
     assert path == [0.3, 0.45] + [0.6] * 6
 
 
+CHOICES = dict.fromkeys(OFF, [True, True, False]) | {"unit": ["group", "step"], "stale": ["current", "old"]}
+CHOICES |= {"tau_start": [0.1, 0.3, 1 / 3, 0.5], "tau_target": [0.5, 0.67, 0.719, 0.8, 0.95]}
+CHOICES |= {"refresh": ["half", "full", "quarter", "none"], "delta": ["piecewise", "linear", "cosine"]}
+CHOICES |= {"delta0": [0.1, 0.2], "beta1": [0.45, 0.55], "beta2": [0.7, 0.75], "min_margin": [0, 0.1]}
+CHOICES |= {"stages": [DEFAULTS.stages, ((0.0, 0.5, 0.5), (0.4, 0.6, 0.35), (0.5, 0.7, 0.2))]}
+
+
 def oracle(s: MedLoc, steps) -> list[tuple]:
     """MedLoc's rule once more, with numpy and a list -> (tau, hit rate, sigma, margin, tau for the next step)s."""
     tau, entries, told = s.tau_start, [], []
@@ -186,21 +193,7 @@ def oracle(s: MedLoc, steps) -> list[tuple]:
 def test_random_traces_follow_the_rule_under_all_settings():
     draw, raises = random.Random(0), 0
     for _ in range(600):
-        start, unit, stale = (
-            draw.choice([0.1, 0.3, 1 / 3]),
-            draw.choice(["group", "step"]),
-            draw.choice(["current", "old"]),
-        )
-        stages = draw.choice([DEFAULTS.stages, ((0.0, 0.5, 0.5), (0.4, 0.6, 0.35), (0.5, 0.7, 0.2))])
-        checks = {name: draw.random() < 0.7 for name in OFF}
-        s = config(
-            tau_start=start, tau_target=draw.choice([0.67, 0.719, 0.8, 0.95]), window=draw.randint(1, 8), **checks
-        )
-        s = replace(s, refresh=draw.choice(["half", "full", "quarter", "none"]), unit=unit, stale=stale, stages=stages)
-        s = replace(s, delta=draw.choice(["piecewise", "linear", "cosine"]), delta0=draw.choice([0.1, 0.2]))
-        s = replace(
-            s, beta1=draw.choice([0.45, 0.55]), beta2=draw.choice([0.7, 0.75]), min_margin=draw.choice([0, 0.1])
-        )
+        s = config(window=draw.randint(1, 8), **{name: draw.choice(values) for name, values in CHOICES.items()})
         strong = draw.choice([0.3, 0.7, 0.9])  # how often an answer is good: else hardly any trace would raise
         steps = [
             [[draw.choice([0.05 * draw.randint(16, 20), 0.9 + draw.random() / 10]) if draw.random() < strong else
@@ -313,19 +306,7 @@ IOUS = st.one_of(st.floats(0, 1), st.sampled_from([0.3, 0.45, 0.6, 0.7, 0.75, 0.
 GROUP = st.lists(IOUS, min_size=2, max_size=4)
 STRONG = st.lists(st.floats(0.9, 1), min_size=2, max_size=4)  # else hardly any trace would ever raise
 STEPS = st.lists(st.lists(st.one_of(STRONG, GROUP, STRONG), min_size=1, max_size=9), min_size=1, max_size=25)
-CONFIGS = st.builds(
-    MedLoc,
-    tau_start=st.sampled_from([0.1, 0.3, 0.333333, 0.5]),
-    tau_target=st.sampled_from([0.5, 0.67, 0.8, 0.95]),
-    window=st.integers(1, 7),
-    unit=st.sampled_from(["group", "step"]),
-    stale=st.sampled_from(["current", "old"]),
-    refresh=st.sampled_from(["half", "full", "quarter", "none"]),
-    delta=st.sampled_from(["piecewise", "linear", "cosine"]),
-    check_reward=st.booleans(),
-    check_stability=st.booleans(),
-    check_margin=st.booleans(),
-)
+CONFIGS = st.builds(MedLoc, window=st.integers(1, 7), **{k: st.sampled_from(v) for k, v in CHOICES.items()})
 
 
 @settings(max_examples=150, deadline=None)
