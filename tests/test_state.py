@@ -98,7 +98,7 @@ def take(folder: Path, policy: Policy) -> None:
 
 
 def listing(**entries):
-    """The manifest lists these too, or in their places; None: no longer."""
+    """The manifest lists these too, or in their places; "gone": no longer."""
 
     def made(folder: Path) -> None:
         files = json.loads((folder / "manifest.json").read_text())["files"] | entries

@@ -12,7 +12,7 @@ import pytest
 import torch
 from full_rows import full_logprobs
 from PIL import Image
-from programs import grpo, lines, records, run, without_times  # noqa: F401  (records is a fixture)
+from programs import grpo, lines, records, run, tiny_folder, without_times  # noqa: F401  (records is a fixture)
 from safetensors.torch import load_file, save_file
 
 import config
@@ -29,7 +29,7 @@ from runtime.stream import Sampler, Stream, uniforms
 from scheduler import MedLoc, Schedule
 from tasks import TASKS
 from tasks.box import parse_box
-from weights import NANO, load_policy, read_config
+from weights import NANO, load_policy
 
 WHOLE = ("--save-every", "3", "--schedule", "medloc:window=4,tau_start=.1")
 METRICS = (
@@ -80,33 +80,26 @@ def test_a_used_folder_is_not_overwritten(whole, records):  # noqa: F811
     assert len(lines(whole / "metrics.jsonl")) == 6
 
 
-def in_bfloat16(patch: pytest.MonkeyPatch) -> list:
-    """Runs compute in bfloat16, as on a GPU -> [the policies of each]."""
-    made, make = [], train_grpo.make_policies
+def test_bfloat16_rolls_out_a_copy_of_float32_weights_that_a_rate_of_1e_6_still_moves(records, tmp_path, monkeypatch):  # noqa: F811
+    """Runs compute in bfloat16 here, as on a GPU."""
+    made, rolled, generate, make = [], [], Policy.generate, train_grpo.make_policies
 
     def policies(args, *folders):
         args.dtype = "bfloat16"
-        made.append(make(args, *folders))
-        return made[-1]
-
-    patch.setattr(train_grpo, "make_policies", policies)
-    return made
-
-
-def test_bfloat16_rolls_out_a_copy_of_float32_weights_that_a_rate_of_1e_6_still_moves(records, tmp_path, monkeypatch):  # noqa: F811
-    made, rolled, generate = in_bfloat16(monkeypatch), [], Policy.generate
+        made[:] = make(args, *folders)
+        return tuple(made)
 
     def spy(self, *arguments):
-        policy, actor, _ = made[0]
+        policy, actor, _ = made
         assert self is actor and actor is not policy
         rolled.append(torch.cat([p.flatten() for p in actor.parameters()]))
         assert torch.equal(rolled[-1], torch.cat([p.bfloat16().flatten() for p in policy.parameters()]))
         return generate(self, *arguments)
 
+    monkeypatch.setattr(train_grpo, "make_policies", policies)
     monkeypatch.setattr(Policy, "generate", spy)
     grpo(tmp_path / "a", records, "--steps", "2", "--lr", "1e-2", "--warmup", "0", "--schedule", "raw")
     assert not torch.equal(rolled[0], rolled[-1])
-    made.clear()
     grpo(tmp_path / "b", records, "--steps", "2", "--lr", "1e-6", "--schedule", "raw")
     start, end = load_policy(NANO), load_policy(tmp_path / "b" / "step-000002")
     moved = [(a - b).abs().max().item() for a, b in zip(start.parameters(), end.parameters(), strict=True)]
@@ -116,12 +109,8 @@ def test_bfloat16_rolls_out_a_copy_of_float32_weights_that_a_rate_of_1e_6_still_
 def test_the_flags_reach_what_they_are_for(records, tmp_path, monkeypatch):  # noqa: F811
     """Clipping, recomputation, the adapters' rank and the temperature of the old log-probs, as the parts get them."""
     seen = {}
-    clip, add, logprobs, loss = (
-        torch.nn.utils.clip_grad_norm_,
-        train_grpo.lora.add,
-        Policy.logprobs,
-        train_grpo.grpo_loss,
-    )
+    clip, add, logprobs = torch.nn.utils.clip_grad_norm_, train_grpo.lora.add, Policy.logprobs
+    loss = train_grpo.grpo_loss
 
     def spy(self, prefix, ids, lengths, temperature=1.0, entropy=False):
         seen.setdefault("temperatures", set()).add(temperature)
@@ -202,7 +191,6 @@ def experience(policy: Policy, processor: Processor, samples: list, grpo: train_
 OPTIONS = [
     dict(kind="grpo"),
     dict(kind="dapo", overlong="mask"),
-    dict(kind="dr-grpo", advantage="none"),
     dict(kind="grpo", overlong="mask"),
     dict(kind="dr-grpo", advantage="none", overlong="mask", beta=0.1, kl="k3+"),
 ]
@@ -239,13 +227,9 @@ def test_a_step_is_the_formula_over_the_whole_batch_however_it_is_cut(wide, proc
     expected = [p.grad.clone() for p in wide.parameters()]
     largest = max(g.abs().max() for g in expected)
     for micro_batch in (1, 2, 4):
-        optimizer = torch.optim.SGD(wide.parameters(), lr=0.0)
-        grads = []
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                optimizer, "step", lambda grads=grads: grads.extend(p.grad.clone() for p in wide.parameters())
-            )
-            train_grpo.update(wide, None, optimizer, roll, None, replace(grpo, micro_batch=micro_batch))
+        optimizer, grads = torch.optim.SGD(wide.parameters(), lr=0.0), []
+        optimizer.step = lambda grads=grads: grads.extend(p.grad.clone() for p in wide.parameters())
+        train_grpo.update(wide, None, optimizer, roll, None, replace(grpo, micro_batch=micro_batch))
         # Advantages are held in float32: against them the plain formula is right to seven digits.
         assert max((a - b).abs().max() for a, b in zip(grads, expected, strict=True)) < 1e-6 * largest
     assert largest > 1e-3
@@ -299,16 +283,13 @@ def test_uniforms_depend_on_seed_step_and_sample_only():
     assert all(not torch.equal(a[:1], other) for other in others) and a.min() >= 0 and a.max() < 1
 
 
-def test_master_weights_move_at_a_learning_rate_of_1e_6_and_bfloat16_ones_do_not(records, processor):  # noqa: F811
+def test_master_weights_move_at_a_learning_rate_of_1e_6_and_bfloat16_ones_do_not(records, tmp_path):  # noqa: F811
     """Fifty optimiser steps of the paper's size in bfloat16 arithmetic: next to all fp32 master weights have moved; of
     weights that are bfloat16 themselves next to none, as each step of 1e-6 is rounded away."""
     moved = {}
-    raw = json.loads((NANO / "config.json").read_text()) | {"hidden_size": 64, "intermediate_size": 64}
-    raw |= {"num_hidden_layers": 2, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
-    raw["vision_config"] |= {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "out_hidden_size": 64}
-    small = Processor(NANO, "answer", TASKS, max_pixels=56 * 56)
+    tiny, small = tiny_folder(tmp_path), Processor(NANO, "answer", TASKS, max_pixels=56 * 56)
     for dtype in (torch.float32, torch.bfloat16):
-        policy = Policy(read_config(raw), (2,)).init_weights(0).to(dtype)
+        policy = load_policy(tiny).to(dtype)
         policy.compute_dtype = torch.bfloat16
         grpo = settings(group_size=2, max_tokens=6, inner_steps=2)
         roll, _ = experience(policy, small, load_samples(str(records), TASKS, 0, "train")[:1], grpo)
@@ -366,19 +347,11 @@ def scripted(monkeypatch, hits: list[list[float]]) -> list[list[int]]:
     asked = []
 
     def draw(self, step, count):
-        self.places, self.good, self.failures, self.fault = (
-            range(self.drawn, self.drawn + count),
-            [*range(count)],
-            [],
-            None,
-        )
+        self.places, self.good = range(self.drawn, self.drawn + count), [*range(count)]
+        self.failures, self.fault = [], None
         asked.append(list(self.places))
-        sample = self.samples[0]
-        prompts = [
-            SimpleNamespace(place=place, sample=sample, target=(0, 0, 1, 1), scale=(1, 1), size=(1, 1))
-            for place in self.places
-        ]
-        return prompts, torch.zeros(count, 2, 1)
+        prompt = dict(sample=self.samples[0], target=(0, 0, 1, 1), scale=(1, 1), size=(1, 1))
+        return [SimpleNamespace(place=place, **prompt) for place in self.places], torch.zeros(count, 2, 1)
 
     def sample(policy, actor, processor, prompts, numbers, grpo):
         b = len(prompts)
@@ -428,9 +401,7 @@ GIVING_UP = [(1, [SPREAD, *[FLAT] * 4], 7, [0, 5]), (2, [FLAT], 12, []), (0, [FL
 
 
 @pytest.mark.parametrize(("rounds", "hits", "seen", "kept"), GIVING_UP)
-def test_dynamic_sampling_gives_up_after_k_rounds_and_drops_what_is_flat(
-    rounds, hits, seen, kept, processor, monkeypatch
-):
+def test_dynamic_sampling_drops_what_is_flat_after_k_rounds(rounds, hits, seen, kept, processor, monkeypatch):
     """Off, flat groups stay in the batch and in its normalisation."""
     scripted(monkeypatch, hits)
     _, roll, used, _ = scripted_step(processor, rounds, monkeypatch)
