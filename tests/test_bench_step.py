@@ -169,9 +169,8 @@ def test_what_trl_was_given_is_read_from_its_rows():
     mask = torch.tensor([[0, 1, 1, 1, 1], [0, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
     grid, pixels = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 2], [1, 1, 2]]), torch.tensor([1, 1, 2, 4, 2, 4.0])
     seen = {"input_ids": ids, "attention_mask": mask, "image_grid_thw": grid, "pixel_values": pixels[:, None]}
-    assert step_programs.trl_work(seen, case) == {
-        "prompts": [[1, 5], [1, 5, 6]], "pictures": [1.0, 10.0], "lengths": [2, 2, 1, 2],
-    }  # fmt: skip
+    expected = dict(prompts=[[1, 5], [1, 5, 6]], pictures=[1.0, 10.0], lengths=[2, 2, 1, 2])
+    assert step_programs.trl_work(seen, case) == expected
 
 
 # ------------------------------------------------------------------------------------------------------------ figures
@@ -265,6 +264,7 @@ def run_bench(tmp_path, *flags: str) -> tuple[dict, str]:
     return json.loads(file.read_text()), done.stdout
 
 
+@pytest.mark.slow
 def test_a_whole_run(tmp_path):
     figures, printed = run_bench(tmp_path)
     for name in ("ours", "plain"):

@@ -18,7 +18,6 @@ from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForCondit
 
 import layers
 import model
-import weights
 from errors import InputError
 from generate import sample
 from model import Policy, collate
@@ -70,9 +69,8 @@ def fake_prompt(peer, rows: int, columns: int, before: int, after: int, seed: in
     """`before` text tokens, an image of rows x columns patches, `after` text tokens; positions are the peer's own."""
     g = torch.Generator().manual_seed(seed)
     image = torch.full((rows * columns // 4,), IMAGE)
-    ids = torch.cat(
-        (torch.randint(6, 100, (before,), generator=g), image, torch.randint(6, 100, (after,), generator=g))
-    )
+    start, end = (torch.randint(6, 100, (n,), generator=g) for n in (before, after))
+    ids = torch.cat((start, image, end))
     grid = torch.tensor([[1, rows, columns]])
     kinds = (ids == IMAGE).int()[None]
     positions, delta = peer.model.get_rope_index(ids[None], kinds, image_grid_thw=grid)
@@ -151,33 +149,12 @@ def test_greedy_tokens_equal_transformers(pair, prompts):
 
 @torch.no_grad()
 def test_saved_folder_loads_in_transformers(pair, prompts, tmp_path):
-    policy, peer, folder = pair
-    (folder / "tokenizer_config.json").write_text('{"carried": "on"}')
+    policy, peer, _ = pair
     save_policy(policy, tmp_path)
     again = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert torch.equal(peer_logits(again, prompts[0]), peer_logits(peer, prompts[0]))
-    assert (tmp_path / "tokenizer_config.json").read_text() == '{"carried": "on"}'
-    assert (tmp_path / "generation_config.json").read_text() == (folder / "generation_config.json").read_text()
     ours = load_policy(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), policy.parameters(), strict=True))
-
-
-@torch.no_grad()
-def test_sharded_and_flat_checkpoints_load(pair, prompts, tmp_path, monkeypatch):
-    """Published checkpoints: several files with an index, and a flat config.json with rope_scaling mrope."""
-    policy, _, folder = pair
-    monkeypatch.setattr(weights, "SHARD_BYTES", 100_000)
-    save_policy(policy, tmp_path)
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3 and (tmp_path / "model.safetensors.index.json").exists()
-    raw = json.loads((folder / "config.json").read_text())
-    text = raw.pop("text_config")
-    rope = text.pop("rope_parameters")
-    flat = text | raw | {"rope_theta": rope["rope_theta"]}
-    flat["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
-    (tmp_path / "config.json").write_text(json.dumps(flat))
-    again = load_policy(tmp_path)
-    batch = collate(prompts[:2])
-    assert torch.equal(again.prefix(batch).hidden, policy.prefix(batch).hidden)
 
 
 # ------------------------------------------------------------------------------------------- gradients and checkpoints
@@ -438,14 +415,12 @@ def refuses(folder: Path, words: str) -> None:
 
 
 def test_bad_weights_are_refused_in_one_sentence(folder):
+    """Others are in test_failures.py."""
     file, name = folder / "model.safetensors", "model.norm.weight"
     weights = load_file(file)
-    norm, rest = weights[name], {key: tensor for key, tensor in weights.items() if key != name}
+    norm = weights[name]
     bad = [
-        (weights | {"extra.weight": torch.zeros(1)}, "tensor extra.weight is not one of"),
         (weights | {"\x1b]0;title\x07\nerror: " + "x" * 10**6: torch.ones(1)}, "is not one of Qwen2.5-VL's"),
-        (weights | {name: torch.zeros(3)}, r"model.norm.weight has shape \(3,\)"),
-        (rest, "1 tensors are missing, the first is model.norm.weight"),
         (weights | {"model.language_model.norm.weight": norm + 1}, "norm.weight is there a second time"),
     ]
     kinds = (torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn)
@@ -453,10 +428,7 @@ def test_bad_weights_are_refused_in_one_sentence(folder):
     for tensors, words in bad + [(weights | {name: norm.to(kind)}, odd) for kind in kinds]:
         save_file(tensors, file)
         refuses(folder, words)
-    file.write_bytes(b"not a checkpoint")
-    refuses(folder, "not a readable safetensors file")
     file.unlink()
-    refuses(folder, "model.safetensors does not exist")
     save_file(weights, folder / "a.safetensors")
     save_file({name: norm}, folder / "b.safetensors")
     where = dict.fromkeys(weights, "a.safetensors") | {name: "b.safetensors"}
@@ -572,7 +544,6 @@ def test_the_decode_path_draws_what_it_draws_on_a_cpu(pair, prompts, temperature
 def test_a_repeated_pass_on_a_gpu_gives_the_same_bits(pair, prompts):
     there = on_cuda(pair[0], torch.bfloat16)
     ids, lengths = random_completions(len(prompts), 4, 7)
-    first, *others = (
-        there.logprobs(there.prefix(collate(prompts, "cuda")), ids.cuda(), lengths.cuda()) for _ in range(5)
-    )
+    ids, lengths, batch = ids.cuda(), lengths.cuda(), collate(prompts, "cuda")
+    first, *others = (there.logprobs(there.prefix(batch), ids, lengths) for _ in range(5))
     assert all(torch.equal(first, other) for other in others)
