@@ -233,6 +233,7 @@ def undisturbed(records, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow  # a kill at any call of a save is a quick one
 def test_kills_at_random_moments_change_nothing(records, undisturbed, tmp_path):
     """Before the first step, and in a step or about a save: it ends bit by bit as if it had never been killed."""
     luck, out = random.Random(0), tmp_path / "run"
