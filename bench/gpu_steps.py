@@ -223,6 +223,9 @@ def plain(sizes: Sizes) -> None:
     reference.requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
     prompts, image, group = case.batch(sizes.config), sizes.config.image_token_id, case.group
+    for prompt in prompts:  # some versions of transformers count pictures by this token
+        prompt.ids = prompt.ids.clone()
+        prompt.ids[int((prompt.ids == image).nonzero()[0]) - 1] = sizes.raw["vision_start_token_id"]
     signs = torch.tensor([1.0, -1.0], device=DEVICE).repeat(group)[:group]
 
     def rows_of(some: list) -> dict:

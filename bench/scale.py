@@ -180,7 +180,7 @@ def published_config(size: str) -> dict:
         model_type="qwen2_5_vl", hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv_heads, intermediate_size=ffn, vocab_size=rows, tie_word_embeddings=tied,
         rms_norm_eps=1e-6, rope_theta=1e6, rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
-        image_token_id=151655,
+        image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653,
         vision_config=dict(
             depth=32, hidden_size=1280, intermediate_size=vision_ffn, num_heads=16, out_hidden_size=hidden,
             fullatt_block_indexes=[7, 15, 23, 31], window_size=112, patch_size=14,
