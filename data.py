@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import phantom_tasks
 from errors import InputError, cause_of, named, one_line, short
 from images import PhantomImage, Sample, displayed_size
 from phantoms import KINDS, QUERIES
@@ -113,7 +114,7 @@ def load_samples(
     for part in spec.split(","):
         name, colon, kind = part.strip().partition(":")
         if name == "phantoms":
-            samples += phantom_samples(kind if colon else None, *series)
+            samples += phantom_samples(kind if colon else None, *series, tasks=tasks)
         else:
             samples += load_jsonl(part.strip(), tasks, bad, outside=outside, clip=clip)
     if knowledge is None or (split == "test" and knowledge.shown.used == "train"):
@@ -127,17 +128,28 @@ def held_out_phantoms(spec: str) -> str:
     return ",".join(part for part in parts if part.partition(":")[0] == "phantoms")
 
 
-def phantom_samples(kind: str | None, seed: int, start: int, count: int, size: int = 140) -> list[Sample]:
+def phantom_samples(
+    kind: str | None, seed: int, start: int, count: int, size: int = 140, tasks: Mapping[str, Any] | None = None
+) -> list[Sample]:
     """Phantoms start .. start + count - 1 of the series (kind, seed), not yet drawn; kind None takes turns by index.
-    They are one dataset, with one threshold, however many kinds: these differ no more than hospitals do."""
-    if kind is not None and kind not in KINDS:
-        raise InputError(f"unknown phantom kind {kind!r}: use phantoms, or phantoms:<kind> of {', '.join(KINDS)}")
-    samples = []
+    They are one dataset, with one threshold, however many kinds: these differ no more than hospitals do. tasks: for the
+    kinds of phantom_tasks, whose targets are known before they are drawn."""
+    if kind is not None and kind not in KINDS + phantom_tasks.KINDS:
+        known = ", ".join(KINDS + phantom_tasks.KINDS)
+        raise InputError(f"unknown phantom kind {kind!r}: use phantoms, or phantoms:<kind> of {known}")
+    samples, dataset = [], f"phantoms-{kind}" if kind else "phantoms"
     for index in range(start, start + count):
         k = kind or KINDS[index % len(KINDS)]
-        source = f"phantoms:{k} seed {seed} index {index}"
-        dataset = f"phantoms-{kind}" if kind else "phantoms"
-        samples.append(Sample(PhantomImage(k, seed, index, size), QUERIES[k], None, dataset, source=source))
+        image, source = PhantomImage(k, seed, index, size), f"phantoms:{k} seed {seed} index {index}"
+        if k in KINDS:
+            samples.append(Sample(image, QUERIES[k], None, dataset, source=source))
+        else:
+            fields = phantom_tasks.record(k, seed, index)
+            whole, task = Record(fields, {}, (size, size), False), tasks[fields["task"]]
+            target = task.read(whole)
+            extra = {name: value for name, value in fields.items() if name not in (*COMMON, *whole.read)}
+            query = task.phrase(fields["query"], target)
+            samples.append(Sample(image, query, target, dataset, fields["task"], source, extra=extra))
     return samples
 
 

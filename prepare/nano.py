@@ -16,6 +16,7 @@ import errors  # first: from here on Ctrl-C is one sentence, in the seconds too 
 # isort: split
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -68,27 +69,31 @@ QWEN_PIECES = (
 )
 
 
-def nano_tokenizer() -> Tokenizer:
-    """Byte-level byte-pair encoding: all 256 bytes, the special tokens, and the words of the phantoms' prompts."""
+WORDS = ("user\n", "assistant\n", *QUERIES.values())
+
+
+def nano_tokenizer(texts: Sequence[str] = WORDS, most: int = 400) -> Tokenizer:
+    """Byte-level byte-pair encoding: all 256 bytes, the special tokens, and the words of the phantoms' prompts; `most`
+    tokens, which must be more than these texts need."""
     pieces = pre_tokenizers.Split(Regex(QWEN_PIECES), "isolated")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    words = ["user\n", "assistant\n", *QUERIES.values()] * 2
+    words = [*texts] * 2
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+        vocab_size=most, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(words, trainer)
     return tokenizer
 
 
-def write_nano(folder: Path, seed: int) -> None:
+def write_nano(folder: Path, seed: int, tokenizer: Tokenizer | None = None) -> None:
     """A checkpoint folder with random weights: everything but the training."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = nano_tokenizer()
+    tokenizer = tokenizer or nano_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
     ids = {token: tokenizer.token_to_id(token) for token in SPECIALS}
     eos, pad = ids["<|im_end|>"], ids["<|endoftext|>"]
