@@ -61,12 +61,12 @@ def test_the_map_is_the_formula_in_float64():
 
 
 def test_answers_that_cannot_be_read_earn_exactly_0_and_zero_one_rewards_stay():
-    values, valid = torch.tensor([[0.6, 0.6], [0.12, 1.0]]), torch.tensor([[True, False], [True, True]])
+    values, valid = torch.tensor([[0.6, 0.6], [0.12, 0.4]]), torch.tensor([[True, False], [True, True]])
     found = norms().apply("task", values, valid, [EASY, HARD])
     assert found[0].tolist() == [pytest.approx(0.5), 0.0] and found[1, 0] == pytest.approx(0.5)
     assert 0.99 < found[1, 1] < 1
     assert found.dtype == torch.float32
-    raw = norms().apply("format", values.round(), valid, [EASY, HARD])
+    raw = norms().apply("format", torch.tensor([[1.0, 1.0], [0.0, 1.0]]), valid, [EASY, HARD])
     assert raw.tolist() == [[1.0, 0.0], [0.0, 1.0]]
     said = norms().check([EASY, HARD], ["task", "format"])
     assert said == ["not normalised, since it was 0 or 1 throughout: easy/box: format, hard/box: format"]
