@@ -30,13 +30,10 @@ from errors import InputError, named, one_line, read_json
 from eval import overlay, sheet
 from images import Box, Sample, size_and_orientation
 from prepare.boxes import as_displayed, drawn_as_stored, mask_box
+from prepare.layout import folder_of, words
 from tasks import TASKS
 
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-SPLITS = {word: split for split in ("train", "val", "test") for word in (split, f"{split}ing")}
-SPLITS |= {"valid": "val", "validation": "val"}
 HELD_OUT = ("test", "val", "train", "all")  # a picture in two splits belongs to the first of these
-PLAIN = {"images", "image", "jpegimages", "data"}  # folders whose names say nothing about the pictures in them
 PARTS = {"largest": "the largest is taken", "union": "the box is around all of them", "drop": "left out"}  # --component
 SHEET = 24  # pictures of --overlay
 RAW = argparse.RawDescriptionHelpFormatter  # --help begins with a script's docstring
@@ -136,11 +133,6 @@ def locate(entry: Entry, size: tuple[int, int], orientation: int, args, report: 
 # ----------------------------------------------------------------------------------------------------------- phrases
 
 
-def words(name: str) -> str:
-    """A class or folder name as running text: Heel_Spur -> heel spur, WBC stays."""
-    return " ".join(w if w.isupper() else w.lower() for w in name.replace("_", " ").split())
-
-
 def phrase_of(query: str | None, source: Path) -> Callable[[Entry], str | None]:
     """--query as a function: a text with {class} and {folder}, or a JSON file {class: phrase}, None for other classes.
 
@@ -164,29 +156,7 @@ def phrase_of(query: str | None, source: Path) -> Callable[[Entry], str | None]:
     return phrase
 
 
-def folder_of(image: Path, source: Path) -> str:
-    """The name of the nearest folder of a picture that is not just `images` or a split's."""
-    for folder in (f for f in image.parents if f.name):
-        if folder.name.lower() not in PLAIN and (folder == source or split_of(folder.name) == "all"):
-            return folder.name
-    raise InputError(f"{one_line(image)}: no folder's name says what is to be found, for {{folder}} of --query")
-
-
 # ------------------------------------------------------------------------------------------------------------ splits
-
-
-def split_of(*names: str) -> str:
-    """train, val or test, as the first of the names says that has one such word; "all" if none has."""
-    for name in names:
-        found = {SPLITS[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLITS}
-        if len(found) == 1:
-            return found.pop()
-    return "all"
-
-
-def folders_below(path: Path, source: Path) -> list[str]:
-    """Names of the folders between source and path, the nearest first: where layouts write their splits."""
-    return [folder.name for folder in path.parents if source in folder.parents]
 
 
 def groups_of(entries: list[Entry]) -> dict[Path, str]:
@@ -397,11 +367,6 @@ def write(targets: dict[Path, list[dict]], clip: bool = False) -> list[Sample]:
 
 
 # -------------------------------------------------------------------------------------------------------- command line
-
-
-def files_below(folder: Path, *endings: str) -> list[Path]:
-    """Files of the folder and its folders, in order, but no hidden ones: archives made on a Mac hold a ._a.jpg too."""
-    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in endings and f.name[0] != "." and f.is_file())
 
 
 def share(text: str) -> float:

@@ -12,7 +12,7 @@ import csv
 
 import errors
 from errors import InputError, cause_of, one_line, read_text
-from prepare import common
+from prepare import common, layout
 from prepare.common import Entry
 
 DIAGNOSES = {  # column dx, for {class} in --query
@@ -65,8 +65,8 @@ def by_name(files: list, report) -> dict:
 
 def read(args, report) -> list[Entry]:
     rows = metadata(args.source, report)
-    pictures = by_name(common.files_below(args.source, ".jpg"), report)
-    masks = by_name([f for f in common.files_below(args.source, ".png") if f.stem.endswith(MASK)], report)
+    pictures = by_name(layout.files_below(args.source, ".jpg"), report)
+    masks = by_name([f for f in layout.files_below(args.source, ".png") if f.stem.endswith(MASK)], report)
     entries = []
     for where, row in rows:
         name, lesion, dx = (row[column] or "" for column in ("image_id", "lesion_id", "dx"))

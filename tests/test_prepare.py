@@ -22,7 +22,7 @@ from PIL import Image
 import errors
 from data import load_jsonl
 from images import size_and_orientation
-from prepare import coco, common, ham10000, masks, nano, queries, tn3k, vlm_r1, voc, yolo
+from prepare import coco, common, ham10000, layout, masks, nano, queries, tn3k, vlm_r1, voc, yolo
 from prepare.boxes import as_displayed
 
 # isort: split
@@ -376,8 +376,8 @@ def test_new_splits_are_repeatable_and_of_the_asked_size(tmp_path):
         "all": "testimony trainval-image train_val IMG",
     }.items():  # fmt: skip
         for name in words.split():
-            assert common.split_of(name) == split
-            assert common.split_of("IMG", name, "test") == (split if split != "all" else "test")  # the nearest
+            assert layout.split_of(name) == split
+            assert layout.split_of("IMG", name, "test") == (split if split != "all" else "test")  # the nearest
 
 
 def test_phrases_of_classes_folders_and_a_file(tmp_path):
@@ -388,7 +388,7 @@ def test_phrases_of_classes_folders_and_a_file(tmp_path):
     }.items():  # fmt: skip
         table.write_text('{"Heel_Spur": "the spur"}')
         assert common.phrase_of(query, tmp_path)(common.Entry(image, "", "Heel_Spur")) == phrase
-    assert [common.words(w) for w in ("WBC", "Heel_Spur", "left  Lung")] == ["WBC", "heel spur", "left lung"]
+    assert [layout.words(w) for w in ("WBC", "Heel_Spur", "left  Lung")] == ["WBC", "heel spur", "left lung"]
     fields = "{class} and {folder} are the fields"
     for content, query, why in [
         ('["a"]', str(table), "must hold one object"), ('{"a": 1}', str(table), "must hold one object"),
