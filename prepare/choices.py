@@ -1,8 +1,8 @@
 """Pictures that have a class as a whole -> records of the tasks label and grade, in labels-train.jsonl ...
 
 A reader names one Entry per picture, whose label is the class as the source writes it. settle() turns that into a word
-of --names, and sees that it is one of --options or --grades. record_of() makes the record. The files have names of their
-own, so that they can lie beside the train.jsonl of boxes in the same pictures.
+of --names, and sees that it is one of --options or --grades. record_of() makes the record. The files have names of
+their own, so that they can lie beside the train.jsonl of boxes in the same pictures.
 """
 
 import argparse

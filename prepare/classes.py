@@ -3,9 +3,9 @@
     python -m prepare.classes --source bccd --names names.json --query "which cell is in the picture?"
 
 --source is a file of records, ours or VLM-R1's, or a folder with train.jsonl, val.jsonl, test.jsonl or all.jsonl. A
-record's query is its class; names.json gives words to them, {"the leukocyte": "white cell", "the platelet": "platelet"},
-and null to what does not count. Without it "the " is taken off. A picture in which several classes occur has no answer:
-left out and counted. Splits stay, labels-train.jsonl is of the pictures of train.jsonl.
+record's query is its class; names.json gives words to them, {"the leukocyte": "white cell", ...}, and null to what does
+not count. Without it "the " is taken off. A picture in which several classes occur has no answer: left out and counted.
+Splits stay, labels-train.jsonl is of the pictures of train.jsonl.
 """
 
 from functools import partial

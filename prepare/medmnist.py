@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     except BaseException:  # what a run that ends early has written is of no use
         for path in made:
             path.unlink(missing_ok=True)
-        for folder in {folder for path in made for folder in (path.parent, path.parent.parent)}:
+        for folder in sorted({folder for path in made for folder in path.parents[:2]}, reverse=True):
             with suppress(OSError):  # others have files in it
                 folder.rmdir()
         raise
