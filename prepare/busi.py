@@ -26,7 +26,9 @@ def read(args, report) -> list[Entry]:
     for kind in CLASSES:
         files = layout.files_below(args.source / kind, ".png")
         if not files:
-            raise InputError(f"--source {args.source}: {kind}/ holds no .png; it must be the folder of {CLASSES}")
+            raise InputError(
+                f"--source {args.source}: {kind}/ holds no .png; it must be the folder of {', '.join(CLASSES)}"
+            )
         masks = {}
         for file in files:
             if found := MASK.fullmatch(file.stem):

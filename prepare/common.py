@@ -363,7 +363,7 @@ def count_of(records: list[dict]) -> str:
     if not records:
         return "no record"
     labels = Counter(record["label"] for record in records if "label" in record)
-    each = ", ".join(f"{n} {one_line(label)}" for label, n in sorted(labels.items()))
+    each = ", ".join(f"{one_line(label)}: {n}" for label, n in sorted(labels.items()))
     return f"{len(records)} records of {len({r['image'] for r in records})} pictures" + (f" ({each})" if each else "")
 
 

@@ -11,6 +11,7 @@ from errors import InputError, cause_of, one_line, read_text
 from prepare.common import Report, short
 
 DELIMITERS = ",;\t|"
+FORM = {"skipinitialspace": True, "strict": True}  # strict: a quote that nobody closes is a fault, not a long field
 
 
 def rows(path: Path, needed: list[str], report: Report, delimiter: str = "") -> list[tuple[str, dict[str, str]]]:
@@ -20,7 +21,7 @@ def rows(path: Path, needed: list[str], report: Report, delimiter: str = "") -> 
     """
     text = read_text(path)
     columns, delimiter = header(path, text, needed, delimiter)
-    reader, found = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), []
+    reader, found = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, **FORM), []
     next(reader)
     while True:
         start = reader.line_num + 1
@@ -45,7 +46,9 @@ def header(path: Path, text: str, needed: list[str], delimiter: str) -> tuple[li
     best, fewest, problem = ([], ","), len(needed) + 1, ""
     for mark in delimiter or DELIMITERS:
         try:
-            columns = [name.strip() for name in next(csv.reader(io.StringIO(text, newline=""), delimiter=mark), [])]
+            columns = [
+                name.strip() for name in next(csv.reader(io.StringIO(text, newline=""), delimiter=mark, **FORM), [])
+            ]
         except csv.Error as error:
             problem = problem or f"{path}:1: cannot be read ({cause_of(error)}); restore it"
             continue

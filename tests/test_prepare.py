@@ -22,7 +22,23 @@ from PIL import Image
 import errors
 from data import load_jsonl
 from images import size_and_orientation
-from prepare import coco, common, ham10000, layout, masks, nano, queries, tn3k, vlm_r1, voc, yolo
+from prepare import (
+    busi,
+    classes,
+    coco,
+    common,
+    ham10000,
+    labels,
+    layout,
+    masks,
+    medmnist,
+    nano,
+    queries,
+    tn3k,
+    vlm_r1,
+    voc,
+    yolo,
+)  # fmt: skip
 from prepare.boxes import as_displayed
 
 # isort: split
@@ -452,7 +468,8 @@ def test_the_overlay_shows_the_boxes(tmp_path):
 
 
 def test_the_commands_of_the_data_page_and_of_the_scripts_have_flags_that_exist(monkeypatch):
-    scripts = {script.__name__: script for script in (coco, ham10000, masks, nano, queries, tn3k, vlm_r1, voc, yolo)}
+    scripts = busi, classes, coco, ham10000, labels, masks, medmnist, nano, queries, tn3k, vlm_r1, voc, yolo
+    scripts = {script.__name__: script for script in scripts}
     parsed, parse = [], errors.Parser.parse_args
     monkeypatch.setattr(errors.Parser, "parse_args", lambda *a: parsed.append(parse(*a)) or sys.exit(7))
     texts = [(ROOT / "prepare" / "README.md").read_text()] + [script.__doc__ for script in scripts.values()]
