@@ -148,7 +148,7 @@ def read(args, report, made: list[Path]) -> list[Entry]:
     keys = [f"{part}_{what}" for part in PARTS for what in ("images", "labels")]
     try:
         file = zipfile.ZipFile(args.source)
-    except (OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # as above
         raise InputError(f"{args.source}: is no .npz file ({cause_of(error)}); {REMEDY}") from error
     with file:
         there = [member.removesuffix(".npy") for member in file.namelist()]
