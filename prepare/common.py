@@ -335,7 +335,8 @@ def _convert(args, read: Callable, records: Callable, kinds: tuple[str, ...]) ->
     samples = write({args.out / f"{split}.jsonl": records for split, records in splits.items() if records})
     if args.overlay:
         some = [samples[i * len(samples) // SHEET] for i in range(SHEET)] if len(samples) > SHEET else samples
-        sheet([overlay(sample, [], f"{sample.media.name}: {sample.query}") for sample in some], 6).save(args.overlay)
+        tiles = [overlay(sample, [], f"{sample.media.name}: {sample.query.splitlines()[0]}") for sample in some]
+        sheet(tiles, 6).save(args.overlay)
     for split, records in splits.items():
         tqdm.write(plain(f"{args.out / split}.jsonl: {count_of(records)}"))
     if any(record["image"].startswith("../") for records in splits.values() for record in records):
