@@ -3,6 +3,7 @@
     python -m bench.kernels                     every kernel for A100, H100 and MI300X, compiled here; no GPU needed
     python -m bench.kernels --markdown          the same, one row per kernel, as the README has it
     python -m bench.kernels --targets sm90 --json kernels.json
+    python -m bench.kernels --timings               the measured table alone, on a GPU
 
 Sizes: a step of 8 completions of 256 tokens with Qwen2.5-VL's vocabulary, and 16 prompts x 8 answers for the rewards.
 Every floor is arithmetic: bytes that must move over a bandwidth that is named. Only the last table is measured, and it
@@ -14,8 +15,10 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -180,26 +183,66 @@ def workloads(device: str, tokens: int, vocabulary: int, hidden: int, compile: C
     return found
 
 
-def measured() -> list[dict]:
-    """Median time, rate and peak memory beside the inputs, of every way of every workload, on the first GPU."""
-    from triton.testing import do_bench
+def timed(device: str, run: Callable[[], object]) -> float:
+    """Median milliseconds of run() on a GPU; on a CPU those of one call, which say nothing about a GPU."""
+    if device == "cuda":
+        from triton.testing import do_bench
 
-    rows = []
-    for load in workloads("cuda", TOKENS, VOCABULARY, HIDDEN, partial(torch.compile, dynamic=False)):
+        return do_bench(run, return_mode="median")
+    started = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - started)
+
+
+def copy_rate(device: str, size: int) -> float:
+    """Bytes per second that a copy of `size` bytes reads and writes: what this machine's memory really gives."""
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / timed(device, lambda: target.copy_(source)) * 1e3
+
+
+def measured(device: str, sizes: tuple[int, int, int], compile: Callable) -> Iterator[dict]:
+    """Time, rate and peak memory beside the inputs, of every way of every workload, as they come. sizes: tokens,
+    vocabulary, hidden."""
+    for load in workloads(device, *sizes, compile):
         for way, run in load.ways.items():
             row = dict(operation=load.operation, way=way)
             try:
+                peak = 0
                 run()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                run()
-                peak = torch.cuda.max_memory_allocated() - before
-                milliseconds = do_bench(run, return_mode="median")
-            except torch.cuda.OutOfMemoryError:
-                rows.append(row | dict(out_of_memory=True))
+                if device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated()
+                    run()
+                    peak = torch.cuda.max_memory_allocated() - before
+                milliseconds = timed(device, run)
+            except torch.OutOfMemoryError:
+                yield row | dict(failed="out of memory")
+                continue
+            except (
+                Exception
+            ) as error:  # one way's fault, such as no compiler for torch.compile: the others can be timed
+                yield row | dict(failed=f"{type(error).__name__}: {error}".partition("\n")[0][:100])
                 continue
             rate = load.work / milliseconds * (1e-6 if load.unit == "GB/s" else 1e-9)
-            rows.append(row | dict(ms=milliseconds, rate=rate, unit=load.unit, peak_gb=peak / 1e9))
+            yield row | dict(ms=milliseconds, rate=rate, unit=load.unit, peak_gb=peak / 1e9)
+
+
+def timings(device: str, tiny: bool) -> list[dict]:
+    """measured(), each row printed when it is there, beside what a copy reaches."""
+    from kernels import interpreted
+
+    compile = partial(torch.compile, dynamic=False, backend="eager" if device == "cpu" else "inductor")
+    sizes, size = ((8, 64, 16), 2**20) if tiny else ((TOKENS, VOCABULARY, HIDDEN), 2**31)
+    copied, rows = copy_rate(device, size), []
+    print(f"a copy of {size / 2**30:.3g} GiB: {copied / 1e9:.1f} GB/s, read and written")
+    print("rate: bytes or operations that have to be, over the time; of a copy: a floor's share of the time\n")
+    print(measured_table([], copied), flush=True)
+    interpret = device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    with interpreted() if interpret else nullcontext():
+        for row in measured(device, sizes, compile):
+            rows.append(row)
+            print(measured_table([row], copied).splitlines()[-1], flush=True)
     return rows
 
 
@@ -272,14 +315,16 @@ def bytes_table() -> str:
     return markdown(["log-probs, forward + backward", "bytes/logit", "moved", *floors], rows)
 
 
-def measured_table(rows: list[dict]) -> str:
+def measured_table(rows: list[dict], copied: float) -> str:
+    """copied: bytes per second of a copy."""
     table = []
     for row in rows:
-        cells = ["out of memory"] * 3
+        cells = [row.get("failed"), "", "", ""]
         if "ms" in row:
-            cells = [f"{row['ms']:.3f}", f"{row['rate']:.1f} {row['unit']}", f"{row['peak_gb']:.2f}"]
+            share = f"{1e9 * row['rate'] / copied:.2f}" if row["unit"] == "GB/s" else "-"
+            cells = [f"{row['ms']:.3f}", f"{row['rate']:.1f} {row['unit']}", share, f"{row['peak_gb']:.2f}"]
         table.append([row["operation"], row["way"], *cells])
-    return markdown(["operation", "way", "ms", "rate", "peak GB"], table)
+    return markdown(["operation", "way", "ms", "rate", "of a copy", "peak GB"], table)
 
 
 def report(rows: list[dict], targets: list[str], one_row_each: bool) -> str:
@@ -308,7 +353,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--targets", default=every, help="which GPUs to compile for (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="save every figure")
     parser.add_argument("--markdown", action="store_true", help="one row per kernel instead of one per target as well")
+    parser.add_argument("--timings", action="store_true", help="only the times, nothing compiled for other GPUs")
+    parser.add_argument("--tiny", action="store_true", help="with --timings: sizes that say nothing, on any machine")
     options = parser.parse_args(arguments)
+    if options.timings:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu" and not options.tiny:
+            parser.error("--timings: there is no GPU that torch can use here")
+        if failed := [row for row in timings(device, options.tiny) if "failed" in row]:
+            sys.exit(f"error: {len(failed)} of these could not be timed")
+        return
     targets = options.targets.split(",")
     if unknown := set(targets) - set(aot.TARGETS):
         parser.error(f"unknown target {', '.join(sorted(unknown))}; there are {', '.join(aot.TARGETS)}")
@@ -323,10 +377,10 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"torch {torch.__version__}, triton {triton.__version__}\n", flush=True)
     rows = compiled(targets)
     print(report(rows, targets, options.markdown), flush=True)
-    times = measured() if gpu else []
+    times = []
     if gpu:
-        print(f"\nMeasured on {gpu}; rate: bytes or operations that have to be, over the time.\n")
-        print(measured_table(times))
+        print(f"\nMeasured on {gpu}: ", end="")
+        times = timings("cuda", tiny=False)
     if options.json:
         saved = dict(gpu=gpu, torch=torch.__version__, triton=triton.__version__, compiled=rows, measured=times)
         with open(options.json, "w") as file:

@@ -27,6 +27,7 @@ import json
 import math
 import multiprocessing
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -52,7 +53,7 @@ from rollout import sample
 from runtime.metrics import peak_megabytes
 from runtime.stream import uniforms
 from tasks import TASKS
-from train_grpo import algorithm, update
+from train_grpo import algorithm, refresh, update
 from weights import NANO, load_policy, read_config
 
 SIZES = {  # published config.json: hidden, layers, heads, kv heads, FFN, rows of the head, tied, vision FFN
@@ -60,6 +61,7 @@ SIZES = {  # published config.json: hidden, layers, heads, kv heads, FFN, rows o
     "7B": (3584, 28, 28, 4, 18944, 152064, False, 3420),
     "32B": (5120, 64, 40, 8, 27648, 152064, False, 3456),
 }
+TEXT_TOKEN = 10  # any id that is a byte of text, not one of an image or a video
 WAYS = ("one pass", "full rows")  # that are measured; "shared" is counted only
 PARTS = ("vision", "prefill", "decode", "reference", "forward", "backward")
 COLUMNS = dict(seconds=2, mib=0)  # of what is measured: digits in the tables
@@ -90,7 +92,7 @@ class Case:
     def batch(self, config: ModelConfig, device: str = "cpu") -> list[Prompt]:
         """Its prompts: text, one picture of noise, which on the meta device has no values, and more text."""
         vision, merge = config.vision, config.vision.spatial_merge_size
-        ids = torch.full((self.tokens,), config.image_token_id + 1)  # any other id will do
+        ids = torch.full((self.tokens,), TEXT_TOKEN)
         start = self.text // 2
         ids[start : start + self.rows * self.columns] = config.image_token_id
         grid = (1, self.rows * merge, self.columns * merge)
@@ -171,20 +173,23 @@ class Unknowns(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def published(size: str) -> ModelConfig:
+def published_config(size: str) -> dict:
+    """config.json as it is published, of SIZES."""
     hidden, layers, heads, kv_heads, ffn, rows, tied, vision_ffn = SIZES[size]
-    return read_config(
-        dict(
-            model_type="qwen2_5_vl", hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=kv_heads, intermediate_size=ffn, vocab_size=rows, tie_word_embeddings=tied,
-            rms_norm_eps=1e-6, rope_theta=1e6, rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
-            image_token_id=151655,
-            vision_config=dict(
-                depth=32, hidden_size=1280, intermediate_size=vision_ffn, num_heads=16, out_hidden_size=hidden,
-                fullatt_block_indexes=[7, 15, 23, 31], window_size=112, patch_size=14,
-            ),
-        )
+    return dict(
+        model_type="qwen2_5_vl", hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, intermediate_size=ffn, vocab_size=rows, tie_word_embeddings=tied,
+        rms_norm_eps=1e-6, rope_theta=1e6, rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
+        image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653,
+        vision_config=dict(
+            depth=32, hidden_size=1280, intermediate_size=vision_ffn, num_heads=16, out_hidden_size=hidden,
+            fullatt_block_indexes=[7, 15, 23, 31], window_size=112, patch_size=14,
+        ),
     )  # fmt: skip
+
+
+def published(size: str) -> ModelConfig:
+    return read_config(published_config(size))
 
 
 def step_flops(config: ModelConfig, case: Case) -> dict[str, int]:
@@ -248,17 +253,29 @@ def flops_table(rows: list[dict]) -> str:
 
 
 def trainer_step(case: Case, *flags: str) -> Callable[[], dict]:
-    """A rollout and an update of the nano policy, ready to run. Completions have the case's length, since the token
-    that would end them is outside of the vocabulary; advantages are +1 and -1 by turns, so that every row has its
-    gradient, which rewards of noise would not give it."""
-    sizes = ["--batch-size", case.prompts, "--micro-batch", case.prompts, "--max-tokens", case.completion]
-    args = parse("train_grpo.py", [*map(str, sizes), "--beta", ".04", *flags])
-    args.group_size = case.group  # not as a flag, which refuses a group of one
-    grpo = algorithm(args)
-    policy, reference = load_policy(NANO), load_policy(NANO).requires_grad_(False) if grpo.beta else None
+    """A rollout and an update of the nano policy, ready to run (step_of)."""
+    args = flags_of(case, "--micro-batch", str(case.prompts), *flags)
+    policy, reference = load_policy(NANO), load_policy(NANO).requires_grad_(False) if args.beta else None
     policy.eos_ids, policy.checkpointing = (policy.config.vocab_size,), bool(args.checkpointing)
     policy.visual.requires_grad_(not args.freeze_vision)
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    return step_of(case, args, policy, policy, reference)[0]
+
+
+def flags_of(case: Case, *flags: str) -> Namespace:
+    """train_grpo.py's, for steps of a case."""
+    sizes = ["--batch-size", str(case.prompts), "--max-tokens", str(case.completion)]
+    args = parse("train_grpo.py", [*sizes, "--beta", ".04", *flags])
+    args.group_size = case.group  # not as a flag, which refuses a group of one
+    return args
+
+
+def step_of(
+    case: Case, args: Namespace, policy: Policy, actor: Policy, reference: Policy | None
+) -> tuple[Callable[[], dict], torch.optim.Optimizer]:
+    """A step of the trainer's own parts, ready to run; its optimizer. Completions have the case's length where the
+    policy's EOS is outside of the vocabulary; advantages are +1 and -1 by turns, so that every row has its gradient,
+    which rewards of noise would not give it."""
+    grpo, trained = algorithm(args), [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0, fused=True)
     processor, prompts, places = Processor(NANO, "answer", TASKS), case.batch(policy.config), range(case.prompts)
     numbers = uniforms(args.seed, 0, places, places, case.group, case.completion)
@@ -266,11 +283,13 @@ def trainer_step(case: Case, *flags: str) -> Callable[[], dict]:
     signs[1::2] = -1
 
     def step() -> dict:
-        roll, prefix = sample(policy if grpo.one_pass else None, policy, processor, prompts, numbers, grpo)
+        roll, prefix = sample(policy if grpo.one_pass else None, actor, processor, prompts, numbers, grpo)
         roll.advantage = signs.view(case.prompts, -1)
-        return update(policy, reference, optimizer, roll, prefix if case.reuse else None, grpo)
+        metrics = update(policy, reference, optimizer, roll, prefix if case.reuse else None, grpo)
+        refresh(actor, policy)
+        return metrics
 
-    return step
+    return step, optimizer
 
 
 def measure(case: Case) -> tuple[float, float]:

@@ -164,38 +164,49 @@ class Ours:
         return self.meter.stop() | {"lengths": done.lengths.flatten().tolist()}
 
     def split(self) -> dict:
-        """Processor time of each of PARTS, in one step more: its wrappers disturb none of the others."""
-        clock, policy, reference = Clock(), self.policy, self.reference
-        with ExitStack() as wrapped:
-            for owner, name, part in (
-                (policy.visual, "forward", "vision"),
-                (reference.visual, "forward", "vision"),
-                (policy, "prefix", "prefix"),
-                (policy, "generate", "decode"),
-                (reference, "prefix", "reference"),
-                (reference, "logprobs", "reference"),
-                (policy, "logprobs", "forward"),
-                (Tensor, "backward", "backward"),
-                (self.optimizer, "zero_grad", "optimiser"),
-                (torch.nn.utils, "clip_grad_norm_", "optimiser"),
-                (self.optimizer, "step", "optimiser"),
-            ):
-                wrapped.enter_context(mock.patch.object(owner, name, clock.of(part, getattr(owner, name))))
-            clock.start()
-            self.one_step()
-            clock.charge()
-        return {part: clock.seconds[part] for part in PARTS}
+        """Processor time of each of PARTS, in one step more."""
+        return split_of(self.one_step, self.policy, self.actor, self.reference, self.optimizer, time.process_time)
+
+
+def split_of(step: Callable, policy, actor, reference, optimizer, now: Callable[[], float]) -> dict:
+    """Time by the clock `now` of each of PARTS, in one step: the wrappers are gone afterwards."""
+    clock = Clock(now)
+    parts = [
+        (policy.visual, "forward", "vision"),
+        (policy, "prefix", "prefix"),
+        (actor, "generate", "decode"),
+        (policy, "logprobs", "forward"),
+        (Tensor, "backward", "backward"),
+        (optimizer, "zero_grad", "optimiser"),
+        (torch.nn.utils, "clip_grad_norm_", "optimiser"),
+        (optimizer, "step", "optimiser"),
+    ]
+    if reference is not None:
+        parts += [(reference.visual, "forward", "vision")]
+        parts += [(reference, name, "reference") for name in ("prefix", "logprobs")]
+    if actor is not policy:
+        parts += [(actor.visual, "forward", "vision"), (actor, "prefix", "prefix")]
+    with ExitStack() as wrapped:
+        for owner, name, part in parts:
+            wrapped.enter_context(mock.patch.object(owner, name, clock.of(part, getattr(owner, name))))
+        clock.start()
+        step()
+        clock.charge()
+    return {part: clock.seconds[part] for part in PARTS}
 
 
 class Clock:
-    """Processor time by part. Where one part calls another, as prefix does vision, the inner one has it."""
+    """Time by part. Where one part calls another, as prefix does vision, the inner one has it."""
+
+    def __init__(self, now: Callable[[], float]):
+        self.now = now
 
     def start(self) -> None:
-        self.seconds, self.open, self.last = Counter(), ["other"], time.process_time()
+        self.seconds, self.open, self.last = Counter(), ["other"], self.now()
 
     def charge(self) -> None:
         """The time since the last charge goes to the part that is innermost now."""
-        now = time.process_time()
+        now = self.now()
         self.seconds[self.open[-1]] += now - self.last
         self.last = now
 

@@ -71,7 +71,8 @@ def test_a_row_per_kernel_shows_the_worst_target_in_brackets():
 
 def test_measured_rows_are_printed_also_those_without_memory_and_amounts_keep_their_digits():
     row = dict(operation="o", way="ours", ms=0.7, rate=2666.4, unit="GB/s", peak_gb=0.62)
-    table = bench.measured_table([row, dict(operation="o", way="eager", out_of_memory=True)]).splitlines()
-    assert "2666.4 GB/s" in table[2] and "0.62" in table[2] and table[3].count("out of memory") == 3
+    lost = dict(operation="o", way="eager", failed="out of memory")
+    table = bench.measured_table([row, lost], copied=2.9e12).splitlines()
+    assert "2666.4 GB/s | 0.92 " in table[2] and "0.62" in table[2] and "out of memory" in table[3]
     assert (bench.amount(1.867e9), bench.amount(4608)) == ("1.87 GB", "4.6 kB")
     assert (bench.duration(0.622), bench.duration(1.536e-6)) == ("0.62 ms", "1.5 ns")

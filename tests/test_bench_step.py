@@ -214,14 +214,13 @@ def test_ratios_are_of_medians_and_memory_is_beyond_the_loaded_model():
     assert step.table(without).count("not run: --trl-python names no interpreter") == 2
 
 
-def test_time_goes_to_the_innermost_part(monkeypatch):
+def test_time_goes_to_the_innermost_part():
     now = [0.0]
-    monkeypatch.setattr(step_programs.time, "process_time", lambda: now[0])
 
     def spend(seconds):
         now[0] += seconds
 
-    clock = step_programs.Clock()
+    clock = step_programs.Clock(lambda: now[0])
     vision = clock.of("vision", spend)
     prefix = clock.of("prefix", lambda: (spend(2), vision(4), spend(8)))
     fails = clock.of("decode", lambda: (spend(16), 1 / 0))

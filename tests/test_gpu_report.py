@@ -1,24 +1,36 @@
-"""bench/gpu_report.py: silent without a GPU, goes on after a failure, keeps names of people and machines to itself."""
+"""bench/gpu_report.py and gpu_steps.py: no step takes the others' time or results, no private name gets in; and every
+line that a CPU can run does run, at tiny sizes."""
 
 import getpass
+import re
 import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import errors
-from bench import gpu_report
+from bench import gpu_report, gpu_steps, kernels, scale
+from runtime import plan
 
 PRINT_ENVIRONMENT = "import os; print('interpret:', os.environ.get('TRITON_INTERPRET'))"
 PRINT_PLACES = "import pathlib, sys; print(pathlib.Path.cwd() / 'x.py', pathlib.Path.home() / 'y', sys.prefix + '/z')"
+OUTLASTS = """
+import subprocess, sys, time
+print('begun')
+child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])  # holds the pipe open as well
+print('child', child.pid)
+time.sleep(60)
+"""
 
 
-def report(capsys) -> tuple[int, str, str]:
+def report(capsys, *arguments: str) -> tuple[int, str, str]:
     """(exit code, standard output, standard error) of a whole run."""
     with pytest.raises(SystemExit) as end:
-        errors.run(gpu_report.main)
+        errors.run(lambda: gpu_report.main(list(arguments)))
     return end.value.code, *capsys.readouterr()
 
 
@@ -29,25 +41,45 @@ def a_gpu(monkeypatch):
 
 
 def steps(monkeypatch, **scripts):
-    commands = {name: [sys.executable, "-c", script] for name, script in scripts.items()}
-    monkeypatch.setattr(gpu_report, "STEPS", commands)
+    commands = {name: (10, [sys.executable, "-c", script]) for name, script in scripts.items()}
+    monkeypatch.setattr(gpu_report, "steps", lambda tiny, folder: commands)
 
 
 def test_without_a_gpu_it_says_so_and_exits_2(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, output, complaint = report(capsys)
-    assert (code, output) == (2, "")
-    assert complaint == "error: there is no GPU that torch can use here, and this report is about nothing else\n"
+    assert (code, output) == (2, "") and complaint.startswith("error: there is no GPU that torch can use here")
+    for wrong in ("0", "-5", "nan", "inf"):
+        assert report(capsys, "--budget", wrong)[0] == 2
 
 
 def test_a_step_that_fails_does_not_stop_the_others(a_gpu, monkeypatch, capsys):
     bad, worse = "import sys; sys.exit('it broke')", "import os; os._exit(7)"
-    steps(monkeypatch, bad=bad, worse=worse, good=PRINT_ENVIRONMENT)
+    steps(monkeypatch, bad=bad, worse=worse, good=PRINT_ENVIRONMENT, bars="print('0 %\\r50 %\\r100 %')")
     code, output, _ = report(capsys)
     assert code == 1
-    words = ("Some GPU", "==== bad", "it broke", "==== worse", "==== good", "interpret: 0")  # standard error too
+    words = ("Some GPU", "==== bad", "it broke", "==== worse", "==== good", "interpret: 0", "\n100 %")  # stderr too
     assert [output.index(word) for word in words] == sorted(output.index(word) for word in words)
-    assert output.endswith("==== 2 of 3 steps failed: bad (exit code 1), worse (exit code 7)\n")
+    assert "50 %" not in output
+    assert output.endswith("==== 2 of 4 steps failed: bad (exit code 1), worse (exit code 7)\n")
+
+
+def test_a_step_that_outlasts_its_share_is_stopped_with_all_it_started(a_gpu, monkeypatch, capsys):
+    steps(monkeypatch, quick="print('quick')", long=OUTLASTS, good="print('good')")
+    started = time.monotonic()
+    code, output, _ = report(capsys, "--budget", "9")
+    assert code == 1 and time.monotonic() - started < 12
+    assert output.endswith("==== 1 of 3 steps failed: long (stopped after 4 s)\n") and "\ngood\n" in output
+    # A third each at first; then half of what is left, which the quick step has left nearly whole; then all of it.
+    assert re.findall(r"==== (\w+) \((\d+) s at most", output) == [("quick", "3"), ("long", "4"), ("good", "4")]
+    child = Path("/proc") / re.search(r"child (\d+)", output)[1] / "cmdline"
+    assert not child.exists() or not child.read_bytes()  # gone, or dead and not yet waited for
+
+
+def test_steps_for_which_no_time_is_left_are_named(a_gpu, monkeypatch, capsys):
+    steps(monkeypatch, first="print('first')", second="print('second')")
+    code, output, _ = report(capsys, "--budget", "2.5")
+    assert code == 1 and "first (not run, no time was left)" in output
 
 
 def test_no_name_and_no_folder_gets_into_the_report(a_gpu, monkeypatch, capsys):
@@ -66,7 +98,78 @@ def test_no_name_and_no_folder_gets_into_the_report(a_gpu, monkeypatch, capsys):
 def test_what_the_report_runs_and_says_and_that_the_issue_template_asks_for_it():
     words = gpu_report.versions()
     assert torch.__version__ in words and "triton" in words and "driver" in words and "Python 3" in words
-    commands = [" ".join(command[1:]) for command in gpu_report.STEPS.values()]
-    assert commands[0].startswith("-m pytest -m gpu") and "-m bench.kernels" in commands
+    assert re.search(r"commit [0-9a-f]{7,}", words)
+    todo = gpu_report.steps(False, Path("x"))
+    assert sum(share for share, _ in todo.values()) == gpu_report.BUDGET <= 8 * 60
+    assert list(todo)[:2] == ["tests that need a GPU", "kernels"]
+    assert not any("--tiny" in command for _, command in todo.values())
     template = (gpu_report.ROOT / ".github" / "ISSUE_TEMPLATE" / "gpu_report.md").read_text()
     assert "python -m bench.gpu_report > report.txt" in template and template.startswith("---\nname: ")
+
+
+@pytest.mark.parametrize("what", list(gpu_steps.WHAT))
+def test_every_step_runs_at_a_tiny_size(what, capsys):
+    gpu_steps.main([what, "--tiny"])
+    output = capsys.readouterr().out
+    found = {
+        "decode": r"\| 2 x 2 +\| \S+ +\| eager",
+        "step": r"a step: \S+ s, \d+ new tokens/s(.|\n)*its split: vision .*%\), prefix .*decode .*backward",
+        "plain": r"a step: \S+ s, \d+ new tokens/s",
+        "mismatch": r"random weights \| trainer bf16 \| fp32 +\| \d.\d\de-",
+    }
+    assert re.search(found[what], output), output
+
+
+def test_the_kernels_are_timed_at_a_tiny_size_and_a_way_that_fails_is_a_row(monkeypatch, capsys):
+    def broken(function, **options):
+        def run(*inputs):
+            raise RuntimeError("no compiler\nat all")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(SystemExit, match="error: 6 of these could not be timed"):
+        kernels.main(["--timings", "--tiny"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 25 and sum("RuntimeError: no compiler |" in row for row in rows) == 6
+
+
+def test_the_floor_of_a_decode_step_counts_each_weight_and_each_prompt_once():
+    config, case = scale.published("3B"), scale.square(8, 8, 1174, 128)
+    # The 3B decoder without its tower: 3,085,938,688 weights, of them norms and biases some 0.3 million.
+    assert gpu_steps.floor_bytes(config, case) == pytest.approx(2 * 3.0859e9 + 8 * 36864 * (1174 + 8 * 64), rel=1e-3)
+
+
+def test_the_whole_step_is_planned_with_as_few_concessions_as_fit(monkeypatch):
+    monkeypatch.setattr(gpu_steps, "DEVICE", "cuda")
+    sizes = gpu_steps.sizes_of(False)
+    assert list(gpu_steps.ways(sizes, 139 * plan.GB))[0].startswith("all weights trained")
+    assert list(gpu_steps.ways(sizes, 78 * plan.GB))[0] == "vision tower frozen, beta .04"
+    (last,) = gpu_steps.ways(sizes, 10 * plan.GB).values()  # it will fail, and say so
+    assert not last.reference and not last.fits(10 * plan.GB)
+
+
+def test_a_plan_that_was_wrong_is_said_and_the_next_way_is_tried(monkeypatch, capsys):
+    tried = []
+
+    def measure(sizes, run):
+        tried.append(run)
+        if run.reference:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(gpu_steps, "measure_step", measure)
+    gpu_steps.whole_step(gpu_steps.sizes_of(True))
+    assert [(run.reference, run.freeze_vision) for run in tried] == [(True, False), (True, True), (False, True)]
+    assert capsys.readouterr().out.count("OUT OF MEMORY: the plan had said") == 2
+    monkeypatch.setattr(gpu_steps, "measure_step", lambda sizes, run: measure(sizes, tried[0]))
+    with pytest.raises(SystemExit):
+        gpu_steps.whole_step(gpu_steps.sizes_of(True))
+
+
+@pytest.mark.slow  # 40 seconds
+def test_the_whole_report_at_tiny_sizes_ends_within_two_minutes():
+    command = [sys.executable, "-m", "bench.gpu_report", "--tiny", "--budget", "120"]
+    done = subprocess.run(command, cwd=gpu_report.ROOT, capture_output=True, text=True, timeout=130)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first = "tiny sizes: timings mean nothing" if torch.cuda.is_available() else "no GPU: timings mean nothing"
+    assert done.stdout.startswith(first) and done.stdout.endswith("==== 0 of 7 steps failed\n")
