@@ -5,6 +5,7 @@ beside the others, ends the program: in a grid, two runs that differ in a dead f
 """
 
 import argparse
+import hashlib
 import math
 import os
 import platform
@@ -24,10 +25,12 @@ import ranks
 import rewards
 import scheduler
 import settings
+import tasks
 import weights
 from data import check_text, held_out_phantoms
 from errors import InputError, named, one_line, read_object
 from flags import GONE, PROGRAMS, RECIPES, SWITCHES, Flag
+from knowledge import Knowledge
 from prompts import check_style, prompt_style
 from ranks import check_device
 from settings import Settings, setting
@@ -63,7 +66,8 @@ def parse(program: str, argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"{word.partition('=')[0]} {GONE[name].format(name)}")
     explicit = vars(parser.parse_args(argv))
     if explicit.pop("help_schedules", False):
-        print(settings.explained({name: kind.Settings for name, kind in scheduler.SCHEDULES.items()}))
+        print("--schedule\n" + settings.explained({name: kind.Settings for name, kind in scheduler.SCHEDULES.items()}))
+        print("\n--tasks\n" + settings.explained({name: task.Settings for name, task in tasks.TASKS.items()}))
         parser.exit()
     if program == "train_sft.py" and "out" not in explicit:
         parser.error("--out is needed: the folder for the trained checkpoint")
@@ -226,6 +230,13 @@ def wrong(args: argparse.Namespace, flags: dict[str, Flag], explicit: dict) -> I
         if name in flags and not getattr(args, name) > 0:
             yield f"{option(name)} must be above 0"
     try:
+        tasks.read_settings(getattr(args, "tasks", None) or ())
+        shown = Knowledge(args.knowledge).shown if args.knowledge else None
+        if shown and "predictions" in flags and shown.used == "train":
+            yield "--knowledge: used=train is for training, here nothing is trained; drop it"
+        if "coarse" in flags and not args.coarse:
+            for name in sorted(name for name in explicit if name.startswith("coarse_")):
+                yield f"{option(name)} changes nothing without --coarse; drop it, or give both"
         if "predictions" in flags:
             yield from wrong_questions(args)
         if "schedule" in flags:
@@ -283,6 +294,21 @@ def wrong_grpo(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
         yield "--shard is for weights that are trained, --lora-rank freezes them: drop one of the two"
 
 
+def digests(args: argparse.Namespace) -> dict[str, str]:
+    """Flag -> sha256 of the file that decides what is learned beside the data."""
+    files = {name: (getattr(args, name, None) or "").partition(":")[0] for name in ("knowledge",)}
+    return {n: hashlib.sha256(Path(f).read_bytes()).hexdigest() for n, f in files.items() if f and os.path.isfile(f)}
+
+
+def check_digests(file: Path, args: argparse.Namespace) -> None:
+    """InputError if such a file is not any more as it was when the run of this config.json began."""
+    before = read_object(file).get("sha256", {})
+    for name, now in digests(args).items():
+        if not isinstance(before, dict) or before.get(name) != now:
+            was = "is not the file that the run began with; restore it, or start a new run"
+            raise InputError(f"{option(name)} {one_line(getattr(args, name))} {was}")
+
+
 def describe(args: argparse.Namespace) -> dict:
     """config.json: what was asked for, and with what it ran."""
     git = subprocess.run(
@@ -296,4 +322,5 @@ def describe(args: argparse.Namespace) -> dict:
         "git": git.stdout.strip() or None,
         "threads": torch.get_num_threads(),
         "ranks": ranks.size,
+        "sha256": digests(args),
     }

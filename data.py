@@ -95,13 +95,15 @@ def load_samples(
     bad: BadRecords | None = None,
     outside: bool = False,
     clip: bool = False,
+    knowledge: Any = None,
 ) -> list[Sample]:
     """Read --data: "phantoms", "phantoms:<kind>" or a JSONL/JSON file; several of them separated by commas.
 
     tasks: tasks.TASKS, which read the targets. seed picks the training phantoms. split is "train" or "test" and matters
     to phantoms only (a file is its own split): the test phantoms are the same for every seed and disjoint from all
     training ones. bad takes the records that cannot be used; without it the first one is an InputError. outside:
-    --allow-outside, see picture_path. clip: --clip-boxes, see load_jsonl.
+    --allow-outside, see picture_path. clip: --clip-boxes, see load_jsonl. knowledge: a knowledge.Knowledge, put around
+    the queries unless it is for training only and the split is "test".
     """
     bad = bad or BadRecords()
     if split not in ("train", "test"):
@@ -114,7 +116,9 @@ def load_samples(
             samples += phantom_samples(kind if colon else None, *series)
         else:
             samples += load_jsonl(part.strip(), tasks, bad, outside=outside, clip=clip)
-    return samples
+    if knowledge is None or (split == "test" and knowledge.shown.used == "train"):
+        return samples
+    return knowledge.attach(samples)
 
 
 def held_out_phantoms(spec: str) -> str:
@@ -214,15 +218,19 @@ def _sample(
     if not isinstance(record, dict):
         raise InputError(f"a record must be a JSON object with image, query and a target, not {short(record)}")
     names = {name: name for name in record} | {"query": "query"}
+    task = check_text(record.get("task", "box"), "task")
+    if task not in tasks:
+        raise InputError(f"field 'task' is {short(task)}; there are {', '.join(tasks)}")
+    field = tasks[task].field
     if "conversations" in record:  # VLM-R1's
         turns = record["conversations"]
         if not isinstance(turns, list) or [isinstance(t, dict) and "value" in t for t in turns] != [True, True]:
             raise InputError("field 'conversations' must be a question and an answer, each an object with a 'value'")
-        record = record | {"query": turns[0]["value"], "bbox": turns[1]["value"]}
-        names |= {"query": "conversations[0].value", "bbox": "conversations[1].value"}
+        record = record | {"query": turns[0]["value"]} | ({field: turns[1]["value"]} if field else {})
+        names |= {"query": "conversations[0].value", field: "conversations[1].value"}
     elif "problem" in record:  # VLM-R1's older one
-        record = record | {"query": record["problem"], "bbox": _required(record, "solution")}
-        names |= {"query": "problem", "bbox": "solution"}
+        record = record | {"query": record["problem"]} | ({field: _required(record, "solution")} if field else {})
+        names |= {"query": "problem", field: "solution"}
     query = check_text(_required(record, "query"), names["query"])
     if names["query"] != "query":  # without VLM-R1's marker, and of its usual question the phrase alone
         query = query.replace("<image>", "").strip()
@@ -230,18 +238,19 @@ def _sample(
         query = check_text(
             query.removeprefix(before).removesuffix(after) if query.startswith(before) else query, names["query"]
         )
-        if isinstance(record["bbox"], str):
-            with named(f"field {names['bbox']!r} {short(record['bbox'])}"):
-                record["bbox"] = _parse(re.sub(r"</?answer>", "", record["bbox"]), "write [x1, y1, x2, y2]")
+        if field and isinstance(record[field], str):
+            record[field] = re.sub(r"</?answer>", "", record[field])
+            if field == "bbox":
+                with named(f"field {names[field]!r} {short(record[field])}"):
+                    record[field] = _parse(record[field], "write [x1, y1, x2, y2]")
 
     image, size = _image(record, folder, outside)
-    dataset, task = check_text(record.get("dataset") or name, "dataset"), check_text(record.get("task", "box"), "task")
-    if task not in tasks:
-        raise InputError(f"field 'task' is {short(task)}; there are {', '.join(tasks)}")
+    dataset = check_text(record.get("dataset") or name, "dataset")
     whole = Record(record, names, size, clip)
     target = tasks[task].read(whole)
+    query = check_text(tasks[task].phrase(query, target), names["query"])
     extra = {name: value for name, value in record.items() if name not in (*COMMON, *whole.read)}
-    return Sample(image, query, target, dataset, task, source, size, names["query"], extra), whole.cut
+    return Sample(image, query, target, dataset, task, source, size, names["query"], extra=extra), whole.cut
 
 
 def picture_path(folder: Path, name: str, field: str, outside: bool) -> Path:

@@ -14,6 +14,7 @@ import errors  # first: from here on Ctrl-C is one sentence, in the seconds too 
 # isort: split
 import json
 import os
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,9 +28,10 @@ import ranks
 from data import BadRecords, load_samples
 from errors import InputError, one_line, parse_json, read_text, short
 from images import Sample, load
+from knowledge import Knowledge
 from model import Policy, collate
 from prompts import Processor, Prompt, default_prompt
-from tasks import TASKS, by_task, summary
+from tasks import TASKS, by_task, configure, summary
 from weights import load_policy, model_folder
 
 
@@ -165,6 +167,43 @@ def sheet(tiles: list[Image.Image], columns: int) -> Image.Image:
     return canvas
 
 
+def confusions(result: dict) -> dict[str, dict]:
+    """DATASET-TASK, fit for a file's name -> confusion, of the tasks that have one."""
+    found = {}
+    for dataset, over in result["datasets"].items():
+        for task, part in (over.get("tasks") or {over["task"]: over}).items():
+            if "confusion" in part:
+                found[re.sub(r"[^\w.-]+", "_", f"{dataset}-{task}")] = part["confusion"]
+    return found
+
+
+def confusion_picture(confusion: dict, cell: int = 54) -> Image.Image:
+    """A row for each true class, a column for each answer and one for those that cannot be read: how often, and as a
+    share of the row, the darker the more."""
+    labels, counts = confusion["labels"], confusion["rows"]
+    names = [label if len(label) <= 18 else f"{label[:16]}.." for label in labels]
+    left, top = 12 + 7 * max(map(len, names)), 12 + 7 * max(len("cannot be read"), *map(len, names))
+    canvas = Image.new("RGB", (left + cell * len(counts[0]) + 8, top + cell * len(counts) + 8), "white")
+    draw = ImageDraw.Draw(canvas)
+    for j, name in enumerate([*names, "cannot be read"]):  # upright words, turned: columns are narrower than they
+        words = Image.new("RGB", (top, 12), "white")
+        ImageDraw.Draw(words).text((2, 0), name, fill="black")
+        canvas.paste(words.rotate(90, expand=True), (left + cell * j + cell // 2 - 6, -4))
+    for i, (name, row) in enumerate(zip(names, counts, strict=True)):
+        y = top + cell * i
+        draw.text((4, y + cell // 2 - 6), name, fill="black")
+        for j, count in enumerate(row):
+            share, x = count / max(sum(row), 1), left + cell * j
+            colour = (0, 114, 178) if i == j else (213, 94, 0)
+            fill = tuple(round(255 + share * (c - 255)) for c in colour)
+            draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=fill)
+            ink = "white" if share > 0.6 else "black"
+            draw.text((x + 6, y + 12), str(count), fill=ink)
+            draw.text((x + 6, y + 27), f"{share:.0%}", fill=ink)
+    draw.text((4, 4), "truth", fill="black")
+    return canvas
+
+
 def contact_sheet(samples: list[Sample], rows: list[dict], each: int = 4) -> Image.Image:
     """The best, the median and the worst answers, a row of each."""
     order = sorted(range(len(rows)), key=lambda i: -rows[i]["u"])
@@ -226,8 +265,8 @@ def ask(args, out: Path) -> None:
 
 
 def read(args, spec: str, split: str) -> list[Sample]:
-    bad = BadRecords()
-    samples = load_samples(spec, TASKS, 0, split, bad, args.allow_outside, args.clip_boxes)
+    bad, knowledge = BadRecords(), Knowledge(args.knowledge) if args.knowledge else None
+    samples = load_samples(spec, TASKS, 0, split, bad, args.allow_outside, args.clip_boxes, knowledge)
     for line in bad.lines():
         print(line)
     return samples
@@ -240,6 +279,7 @@ def main() -> None:
     if args.image:
         return ask(args, out)
     samples = read(args, args.data, "test")[: args.limit]
+    configure(args.tasks, {sample.task for sample in samples})
     if args.predictions:
         originals = [Original(sample, load(sample)[1]) for sample in samples]
         rows = score_rows(originals, read_predictions(args.predictions, samples))
@@ -259,6 +299,8 @@ def main() -> None:
     with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     contact_sheet(samples, rows).save(out / "sheet.png")
+    for name, part in confusions(result).items():
+        confusion_picture(part).save(out / f"confusion-{name}.png")
 
 
 if __name__ == "__main__":

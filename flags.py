@@ -44,6 +44,12 @@ CLIP_BOXES = switch("cut boxes that reach over the picture's edge, and count the
 SKIP_BAD = whole(0, "records that may be unusable; they are left out and listed", 0, free=True)
 MAX_PIXELS = whole(None, "largest picture that the policy sees, 784 pixels a token; none: its folder's", most=10**12)
 SEED = whole(0, "of data order, phantoms and sampling", 0, 2**63 - 1)
+KNOWLEDGE = Flag(None, "FILE.json or records[:at=before,used=train,lines=shuffled]: a line on each option")
+TASK_SETTINGS = Flag(None, "settings of tasks: grade:ordinal=linear ...; --help-schedules has them", count="+")
+RECORDS = dict(
+    max_pixels=MAX_PIXELS, allow_outside=OUTSIDE, clip_boxes=CLIP_BOXES, skip_bad=SKIP_BAD, seed=SEED,
+    knowledge=KNOWLEDGE,
+)  # fmt: skip
 SAVE_EVERY = whole(100, "steps between checkpoints; the last step is always saved", free=True)
 # All stay, since nothing is deleted unasked; a 3B with its moments is 45 GB a checkpoint, so think of it there.
 KEEP = whole(None, "checkpoints that stay, the newest; the others go once a new one is whole; none: all", free=True)
@@ -57,11 +63,7 @@ TRAINER = {  # title of a group in --help -> its flags
         val=Flag(None, "records to evaluate on; none: held-out phantoms for phantoms"),
         out=Flag("out", "folder for everything the run writes; must be empty or new", free=True),
         prompt=Flag(None, f"wording of the question: {ANSWERED}"),
-        max_pixels=MAX_PIXELS,
-        allow_outside=OUTSIDE,
-        clip_boxes=CLIP_BOXES,
-        skip_bad=SKIP_BAD,
-        seed=SEED,
+        **RECORDS,
     ),
     "GRPO (formulas: loss.py)": dict(
         recipe=Flag(None, "defaults: nano with --model nano, else paper", choices=("nano", "paper")),
@@ -88,6 +90,7 @@ TRAINER = {  # title of a group in --help -> its flags
     "reward": dict(
         rewards=Flag(None, "weights; 0 logs a reward without counting it"),
         schedule=Flag(("medloc",), "how u becomes the reward 'task': NAME[:key=value,...] [TASK=NAME...]", count="+"),
+        tasks=TASK_SETTINGS,
     ),
     "watching": dict(
         eval_every=whole(0, "steps between greedy evaluations; 0: at the start and the end", 0, free=True),
@@ -112,7 +115,7 @@ TRAINER = {  # title of a group in --help -> its flags
     "this start": dict(
         resume=switch("go on from the newest checkpoint in --out, or begin if there is no run in it"),
         estimate=switch("print what memory the run would take, and stop"),
-        help_schedules=switch("print the schedules with their settings and the reasons for them, and stop"),
+        help_schedules=switch("print schedules and tasks with their settings and the reasons for them, and stop"),
     ),
 }
 RECIPES = {  # of train_grpo.py
@@ -146,11 +149,7 @@ SFT = {
         val=Flag(None, "evaluated before and after; none: held-out phantoms for phantoms, else nothing"),
         out=Flag(None, "folder for checkpoints, metrics.jsonl and eval.json; must be empty or new", free=True),
         prompt=Flag(None, ANSWERED),
-        max_pixels=MAX_PIXELS,
-        allow_outside=OUTSIDE,
-        clip_boxes=CLIP_BOXES,
-        skip_bad=SKIP_BAD,
-        seed=SEED,
+        **RECORDS,
     ),
     "training": dict(
         steps=whole(200, "optimiser steps"),  # not free: the cosine ends there
@@ -181,6 +180,8 @@ EVAL = {
         max_tokens=whole(None, "of an answer; none: 24 for the prompt 'answer', else 512", most=10**6),
         allow_outside=OUTSIDE,
         clip_boxes=CLIP_BOXES,
+        knowledge=KNOWLEDGE,
+        tasks=TASK_SETTINGS,
         limit=whole(None, "evaluate the first N samples"),
         batch_size=whole(50, "answers at a time", most=10**5),
         device=DEVICE,

@@ -57,6 +57,7 @@ class Sample:
     source: str = ""  # "train.jsonl:17", for messages
     size: tuple[int, int] | None = None  # (width, height) in the original frame, from the file's header; phantoms: None
     query_field: str = "query"  # where the record holds its query, for messages
+    knowledge: str = ""  # the block that knowledge.py has put around the query
     extra: dict = dataclasses.field(
         default_factory=dict, hash=False
     )  # the record's other fields, for a reward of your own
@@ -89,7 +90,8 @@ def load(sample: Sample) -> tuple[Image.Image, Any]:
     if isinstance(sample.media, PhantomImage):
         p = sample.media
         drawn = phantom(p.kind, p.seed, p.index, p.size)
-        return Image.fromarray(drawn.image), tuple(map(float, drawn.box))
+        box = tuple(map(float, drawn.box))
+        return Image.fromarray(drawn.image), box if sample.target is None else sample.target
     with named(sample.source):
         image = open_image(sample.media)
         if sample.size not in (None, image.size):

@@ -10,6 +10,7 @@ is worth, which its task says (tasks/).
 
 import re
 from collections.abc import Callable
+from functools import partial
 from math import isfinite
 
 import torch
@@ -20,6 +21,7 @@ from errors import InputError
 from scheduler import SCHEDULES, Decision, Schedule
 from settings import Settings, read
 from tasks import TASKS, Scores
+from text import sentence_bleu, thought, tokens
 
 MAIN = "task"  # in --rewards: the schedule's reward for u
 
@@ -36,13 +38,32 @@ def format_reward(text: str, valid: bool) -> float:
     return float(valid and not (before + between + after).strip())
 
 
+def recite(texts: list[str], scores: Scores, samples: list, n: int = 4, of: str = "knowledge") -> Tensor:
+    """BLEU-n of each answer's thought against the sample's knowledge, or its query: VRFT-Aug's recitation reward (arXiv
+    2602.10619), whose sign is the weight's. 0 where there is no thought or nothing to recite."""
+    known: dict[str, list[str]] = {}
+    values = []
+    for text, sample in zip(texts, samples, strict=True):
+        reference = getattr(sample, of)
+        if reference not in known:
+            known[reference] = tokens(reference.removeprefix("Knowledge:"))
+        values.append(sentence_bleu(tokens(thought(text)), known[reference], n))
+    return torch.tensor(values)
+
+
 # Rewards beside the schedule's: name -> f(texts, scores, samples) -> (N,) tensor, any range. N answers, their
 # tasks.Scores and the data.Sample that each answers; a sample's `task`, `dataset` and `extra` can choose what is
-# rewarded.
+# rewarded. Under a negative weight it is a penalty, and an answer that cannot be read does not evade it: there it
+# counts at least 1, the most that one from 0 to 1 can be.
 REWARDS: dict[str, Callable[[list[str], Scores, list], Tensor]] = {
     "format": lambda texts, scores, samples: torch.tensor(
         [format_reward(text, valid) for text, valid in zip(texts, scores.valid.tolist(), strict=True)]
     ),
+    "recite": recite,
+    **{f"recite-{n}": partial(recite, n=n) for n in (1, 2, 3)},
+    "recite-prompt": partial(recite, of="query"),
+    # Words of the thought; thought=0 logs what recitation does to it.
+    "thought": lambda texts, scores, samples: torch.tensor([float(len(tokens(thought(text)))) for text in texts]),
 }
 
 # What makes the rewards of several datasets comparable, before the group: name -> f(reward (N, G), keys) -> (N, G),
@@ -85,7 +106,7 @@ def other_rewards(weights: dict[str, float], texts: list[str], scores: Scores, s
                 f"reward {name!r} must give {len(texts)} finite numbers, one an answer; "
                 f"it gave {tuple(part.shape)}, {int((~part.isfinite()).sum())} of them not finite"
             )
-        parts[name] = part
+        parts[name] = part.where(scores.valid, part.clamp(min=1.0)) if weights[name] < 0 else part
     return parts
 
 

@@ -30,6 +30,7 @@ import lora
 import ranks
 from data import BadRecords, held_out_phantoms, load_samples
 from errors import read_object
+from knowledge import Knowledge
 from loss import BatchTotals, completion_mask, grpo_loss, mask_overlong
 from model import Policy, Prefix, collate
 from prompts import Processor, default_prompt
@@ -40,7 +41,7 @@ from runtime.readers import Readers
 from runtime.run import Run, begin
 from runtime.stream import Stream
 from scheduler import Decision
-from tasks import TASKS
+from tasks import TASKS, configure
 from weights import NANO, load_policy, model_folder, pinned
 
 GRAD_CLIP = 1.0  # largest gradient norm
@@ -265,10 +266,12 @@ def train(args, ending: ExitStack) -> None:
     args.model, args.prompt = pinned(args.model, base), args.prompt or default_prompt(base)
     args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
 
-    bad, given = BadRecords(args.skip_bad), (args.allow_outside, args.clip_boxes)
+    bad = BadRecords(args.skip_bad)
+    given = args.allow_outside, args.clip_boxes, Knowledge(args.knowledge) if args.knowledge else None
     samples = load_samples(args.data, TASKS, args.seed, "train", bad, *given)
     held_out = args.val or held_out_phantoms(args.data)
     val = load_samples(held_out, TASKS, args.seed, "test", bad, *given) if held_out else []
+    configure(args.tasks, {sample.task for sample in samples + val})
     planned, words = plan.settle(args, base, samples + val)
     ranks.print0(words)
     if args.estimate:

@@ -33,6 +33,7 @@ from data import BadRecords, held_out_phantoms, load_samples
 from errors import InputError
 from eval import evaluate
 from images import Box, Sample
+from knowledge import Knowledge
 from model import Policy, collate
 from prompts import Processor, Prompt, default_prompt
 from runtime import checkpoint
@@ -151,7 +152,8 @@ def train(args, ending: ExitStack) -> None:
     policy = load_policy(start or folder, args.device)
     policy.source = folder  # whose tokenizer goes with every checkpoint; the one that is gone on from may be pruned
     policy.compute_dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    bad, given = BadRecords(args.skip_bad), (args.allow_outside, args.clip_boxes)
+    bad = BadRecords(args.skip_bad)
+    given = args.allow_outside, args.clip_boxes, Knowledge(args.knowledge) if args.knowledge else None
     samples = load_samples(args.data, TASKS, args.seed, "train", bad, *given)
     held_out = args.val or held_out_phantoms(args.data)
     val = load_samples(held_out, TASKS, args.seed, "test", bad, *given) if held_out else []

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import errors
 import ranks
 import tasks
-from config import describe, restarted, same_threads
+from config import check_digests, describe, restarted, same_threads
 from data import BadRecords
 from errors import InputError
 from eval import evaluate, overlay, sheet
@@ -66,6 +66,7 @@ def begin(args, program: str, ending: ExitStack) -> tuple[Path, Path | None]:
     checkpoint.check_out(args.out, args.resume)  # as it is now that nobody else writes to it
     if not args.resume:
         return out, None
+    check_digests(out / "config.json", args)
     if words := same_threads(out / "config.json"):
         ranks.print0(words)
     ranks.on_rank0(lambda: checkpoint.tidy(out))

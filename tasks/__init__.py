@@ -4,12 +4,35 @@ from collections.abc import Sequence
 
 import torch
 
-from errors import one_line
+import settings
+from errors import InputError, one_line
 from prompts import Prompt
 from tasks.box import BoxTask
+from tasks.grade import GradeTask
+from tasks.label import LabelTask
 from tasks.task import Scores, Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (BoxTask(),)}  # enter yours here
+TASKS: dict[str, Task] = {task.name: task for task in (BoxTask(), LabelTask(), GradeTask())}  # enter yours here
+
+
+def read_settings(texts: Sequence[str]) -> dict[str, settings.Settings]:
+    """--tasks grade:ordinal=linear ... -> name -> its settings. InputError names what there is."""
+    found = {}
+    for text in texts:
+        name, chosen = settings.read(text, "--tasks", {name: task.Settings for name, task in TASKS.items()})
+        if name in found:
+            raise InputError(f"--tasks: {name} is named twice")
+        found[name] = chosen
+    return found
+
+
+def configure(texts: Sequence[str] | None, used: set[str]) -> None:
+    """Set every task as --tasks says, all others as they are by default. InputError for one that no record has."""
+    chosen = read_settings(texts or ())
+    if idle := chosen.keys() - used:
+        raise InputError(f"--tasks {min(idle)}: no record has the task {min(idle)!r}; drop it")
+    for name, task in TASKS.items():
+        task.settings = chosen.get(name, task.Settings())
 
 
 def reasons() -> list[str]:

@@ -156,6 +156,7 @@ class BoxTask(Task):
     reasons = REASONS
     parts = ("giou",)  # in [-1, 1]
     unit = "IoU"
+    field = "bbox"
     questions = {
         "answer": "{query}",  # box only: what the nano policy is trained on
         "think": REC_QUESTION + " First output the thinking process in <think> </think> tags and then output the final "

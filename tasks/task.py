@@ -6,6 +6,7 @@ evaluation and plots speak of u alone, so MedLoc-R1's curriculum works on every 
 An answer that cannot be read earns exactly 0 everywhere, and has a named reason.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
@@ -17,6 +18,7 @@ from torch import Tensor
 from data import Record
 from errors import InputError, short
 from prompts import Prompt
+from settings import Settings
 
 TRUTH, ANSWER = (40, 220, 90), (255, 70, 60)  # colours: ground truth, answers
 
@@ -40,11 +42,19 @@ class Task:
     parts: tuple[str, ...] = ()  # names in Scores.parts
     questions: dict[str, str] = {}  # style -> question with {query} in it
     unit = "u"  # what u is called on pictures
+    field: str | None = None  # of the record: what VLM-R1's kind of record has as its answer; None: read() needs others
+    Settings: type[Settings] = Settings  # what --tasks NAME:key=value may set
+    settings: Settings = Settings()  # as set (tasks.configure)
 
     def read(self, record: Record) -> Any:
         """The target of a record: record["field"] is a field that must be there. InputError names a field that is
         wrong; file and line are put in front of it."""
         raise NotImplementedError
+
+    def phrase(self, query: str, target: Any) -> str:
+        """What stands for {query}: the record's query, and what is to be chosen from. Never a function of the answer
+        in the target."""
+        return query
 
     def question(self, style: str) -> str:
         """The wording, with {query} in it: of a name in prompts.STYLES, else `style` itself."""
@@ -91,6 +101,15 @@ class Task:
     def hint(self, prompts: list[Prompt], answers: list[list[Any]], u: float) -> str:
         """For a run whose rewards stay 0: what else the answers (B x G) might mean. u: their mean."""
         return ""
+
+
+def answer_text(text: str) -> str:
+    """The part of an answer that counts: the last <answer>, else what is no thought. A thought that was cut off is one
+    to the end."""
+    _, tag, answer = text.rpartition("<answer>")
+    if tag:
+        return answer.partition("</answer>")[0]
+    return re.sub(r"<think>.*?(</think>|\Z)", " ", text, flags=re.DOTALL)
 
 
 def require(ok: bool, record: Record, field: str, rule: str) -> None:

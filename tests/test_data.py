@@ -123,10 +123,10 @@ def test_vlm_r1_records(folder, answer):
     assert new[0].extra == {"id": 1} and old[0].extra == {}
 
 
-class Grade(Task):
+class Level(Task):
     """A task of one's own: a whole number, and a text."""
 
-    name = "grade"
+    name = "level"
 
     def read(self, record):
         require(type(record["grade"]) is int, record, "grade", "a whole number")
@@ -134,22 +134,22 @@ class Grade(Task):
 
 
 def test_a_task_of_ones_own_reads_its_target_and_leaves_the_rest(folder):
-    tasks = TASKS | {"grade": Grade()}
-    mine = {"image": "a.png", "query": "how bad?", "task": "grade", "grade": 3, "note": " severe ", "by": "a"}
+    tasks = TASKS | {"level": Level()}
+    mine = {"image": "a.png", "query": "how bad?", "task": "level", "grade": 3, "note": " severe ", "by": "a"}
     sample, box = read(write(folder, mine, RECORD | {"grade": 3}), tasks=tasks)
-    assert sample.target == (3, "severe") and sample.extra == {"by": "a"} and sample.key == ("train", "grade")
+    assert sample.target == (3, "severe") and sample.extra == {"by": "a"} and sample.key == ("train", "level")
     assert box.target == (1.0, 2.5, 30.0, 40.0) and box.extra == {"grade": 3}
     nested = json.loads("[" * 900 + "]" * 900)
     for changes, words in [
         ({"grade": "3\n"}, r"field 'grade' must be a whole number, not '3\\n' "),
         ({"grade": nested}, r"field 'grade' must be a whole number, not \[\[\[\[*\.\.\."),
         ({"note": None}, "field 'note' must be a non-empty string, not None "),
-        ({"task": "sing"}, "field 'task' is 'sing'; there are box, grade "),
+        ({"task": "sing"}, "field 'task' is 'sing'; there are box, label, grade, level "),
     ]:
         path = write(folder, RECORD, mine | changes)
         assert len(read(path, BadRecords(1), tasks=tasks)) == 1
         refused(f"^{path}:2: {words}", read, path, tasks=tasks)
-    path = write(folder, {"image": "a.png", "query": "it", "task": "grade"})
+    path = write(folder, {"image": "a.png", "query": "it", "task": "level"})
     refused("train.jsonl:1: field 'grade' is missing, add it", read, path, tasks=tasks)
 
 
@@ -199,7 +199,7 @@ BAD = [  # words of the sentence, and lines or fields of a record that it is abo
     ("field 'solution' is missing", {"problem": "it"}),
     ("field 'problem' .* holds half a surrogate pair", OLDER | {"problem": "\ud800"}),
     ("field 'solution' .* inverted", OLDER | {"solution": [4, 3, 2, 1]}),
-    (r"field 'solution' '<answer>\[\[.*': not valid JSON", OLDER | {"solution": "<answer>" + "[" * 5000}),
+    (r"field 'solution' '\[\[.*': not valid JSON", OLDER | {"solution": "<answer>" + "[" * 5000}),
 ]
 
 

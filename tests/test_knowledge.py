@@ -1,0 +1,210 @@
+"""knowledge.py, text.py and the recitation reward: what the prompt tells, and what reciting it earns."""
+
+import json
+import random
+
+import pytest
+import torch
+from PIL import Image
+from programs import grpo, lines, run, small, without_times  # noqa: F401
+
+import train_grpo
+from data import load_samples
+from errors import InputError
+from images import Sample
+from knowledge import Knowledge
+from rewards import REWARDS, other_rewards
+from tasks import TASKS
+from tasks.label import Choice
+from tasks.task import Scores
+from text import sentence_bleu, thought, tokens
+
+LINES = {"nevus": "round and brown", "melanoma": "ragged, many colours", "scar": "pale"}
+RECORD = {"image": "a.png", "task": "label", "query": "what?", "options": list(LINES), "label": "nevus"}
+BLOCK = "Knowledge:\nnevus: round and brown\nmelanoma: ragged, many colours\nscar: pale"
+ASKED = "what?\nOptions: nevus, melanoma, scar."
+
+
+@pytest.fixture
+def folder(tmp_path):
+    Image.new("RGB", (30, 40)).save(tmp_path / "a.png")
+    return tmp_path
+
+
+def samples(folder, said: str, *records: dict, split="train", table=None) -> list[Sample]:
+    (folder / "k.json").write_text(json.dumps({"*": LINES} if table is None else table))
+    (folder / "ham.jsonl").write_text("\n".join(map(json.dumps, records or [RECORD])))
+    knowledge = Knowledge(said.replace("FILE", str(folder / "k.json")))
+    return load_samples(str(folder / "ham.jsonl"), TASKS, 0, split, knowledge=knowledge)
+
+
+def test_the_block_tells_of_all_options_wherever_it_stands(folder):
+    (sample,) = samples(folder, "FILE")
+    assert (sample.query, sample.knowledge) == (f"{ASKED}\n{BLOCK}", BLOCK)
+    (sample,) = samples(folder, "FILE:at=before")
+    assert sample.query == f"{BLOCK}\n{ASKED}"
+    (sample,) = samples(folder, "FILE:lines=shuffled")
+    assert sample.knowledge == "Knowledge:\nnevus: ragged, many colours\nmelanoma: pale\nscar: round and brown"
+    (sample,) = samples(folder, "FILE", table={"*": {"x": "y"}, "ham": LINES})  # a dataset's own goes first
+    assert sample.knowledge == BLOCK
+    (train,), (test,) = (samples(folder, "FILE:used=train", split=split) for split in ("train", "test"))
+    assert train.knowledge == BLOCK and (test.query, test.knowledge) == (ASKED, "")
+
+
+def test_the_prompt_does_not_depend_on_the_answer(folder):
+    """Whichever option is true, in a file's lines and in a record's own, question and block are the same."""
+    own = [RECORD | {"label": label, "knowledge": LINES} for label in LINES]
+    for said in ("FILE", "FILE:lines=shuffled,at=before", "records"):
+        found = samples(folder, said, *own)
+        assert len({(sample.query, sample.knowledge) for sample in found}) == 1
+        assert {sample.target.label for sample in found} == set(LINES)
+
+
+def test_each_record_may_bring_its_own_lines_and_boxes_have_none(folder):
+    box = {"image": "a.png", "query": "it", "bbox": [1, 2, 3, 4]}
+    first, second, third = samples(
+        folder, "records", RECORD | {"knowledge": LINES}, RECORD | {"knowledge": LINES | {"scar": "new"}}, box
+    )
+    assert first.knowledge == BLOCK and second.knowledge.endswith("scar: new") and third.knowledge == ""
+    assert third.query == "it"
+
+
+@pytest.mark.parametrize(
+    "said, table, words",
+    [
+        (
+            "FILE",
+            {"*": {"nevus": "a"}},
+            r"ham.jsonl:1: --knowledge .*k.json: \*: has no line for .*melanoma",
+        ),
+        ("FILE", {"bccd": LINES}, """has nothing for dataset 'ham', and no "\\*" for all others"""),
+        ("FILE", {"*": LINES | {"wart": "x"}}, r"k.json: \*: 'wart' is no option of any record"),
+        ("FILE", {"*": LINES | {"scar": " "}}, r"k.json: '\*': .*'scar' must be a non-empty string"),
+        ("FILE", {"*": LINES | {"scar": "a\nb"}}, r"k.json: '\*': 'scar' must be one line"),
+        ("FILE", {"*": list(LINES)}, r"k.json: '\*': must be an object {option: sentence}"),
+        ("FILE", {}, "k.json: is empty"),
+        ("FILE", [1], "k.json"),
+        ("FILE:at=behind", None, "--knowledge FILE: at must be one of after, before"),
+        ("notes.txt", None, "--knowledge notes.txt: name a .json file, or say records"),
+        ("gone.json", None, "gone.json"),
+        ("records", None, "ham.jsonl:1: has no field 'knowledge', as --knowledge records wants"),
+    ],
+)
+def test_knowledge_that_does_not_fit_is_one_sentence(said, table, words, folder):
+    with pytest.raises(InputError, match=words) as caught:
+        samples(folder, said, table=table)
+    assert "\n" not in str(caught.value)
+
+
+def test_knowledge_that_reaches_no_record_is_refused(folder):
+    with pytest.raises(InputError, match="reaches no record: none has options; drop it"):
+        samples(folder, "FILE", {"image": "a.png", "query": "it", "bbox": [1, 2, 3, 4]})
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def test_bleu_by_hand():
+    """Two of three words, one of two pairs, none of one triple: smoothed from the second order on."""
+    assert sentence_bleu(["a", "b", "d"], ["a", "b", "c"], 1) == pytest.approx(2 / 3)
+    assert sentence_bleu(["a", "b", "d"], ["a", "b", "c"], 2) == pytest.approx((2 / 3 * 2 / 3) ** 0.5)
+    whole = sentence_bleu(["a", "b", "d"], ["a", "b", "c"], 4)
+    assert whole == pytest.approx((2 / 3 * 2 / 3 * 1 / 2 * 1) ** 0.25)
+    assert sentence_bleu(["a"], ["a", "b"], 1) == pytest.approx(torch.tensor(-1.0).exp().item())  # brevity
+    assert sentence_bleu([], ["a"]) == sentence_bleu(["a"], []) == sentence_bleu(["a"], ["b"]) == 0.0
+    assert sentence_bleu(list("abcde"), list("abcde")) == 1.0
+
+
+def test_bleu_is_sacrebleus():
+    sacrebleu = pytest.importorskip("sacrebleu")
+    rng = random.Random(0)
+    for _ in range(1000):
+        one, other = ([rng.choice("abcdefgh") for _ in range(rng.randint(1, 15))] for _ in range(2))
+        n = rng.randint(1, 4)
+        theirs = sacrebleu.BLEU(
+            smooth_method="add-k", smooth_value=1, effective_order=True, tokenize="none", max_ngram_order=n
+        )
+        expected = theirs.sentence_score(" ".join(one), [" ".join(other)]).score / 100
+        assert sentence_bleu(one, other, n) == pytest.approx(expected, abs=1e-6)
+
+
+def test_words_and_thoughts():
+    assert tokens("Ill-defined, the patient's 3 LESIONS (!)") == "ill-defined the patient's 3 lesions".split()
+    assert thought("<think> round </think> <answer>x</answer>") == "round"
+    assert (thought("<think> cut off"), thought("none"), thought("<think></think>")) == ("cut off", "", "")
+
+
+# ---------------------------------------------------------------------------------------------------------- recitation
+
+SAID = [  # answer, can be read
+    ("<think> round and brown </think><answer>nevus</answer>", True),
+    ("<think> pale </think><answer>nevus</answer>", True),
+    ("<answer>nevus</answer>", True),
+    ("<think></think><answer>scar</answer>", True),
+    ("<think> round and brown </think><answer></answer>", False),
+    ("<think> round and brown", False),
+    ("nevus, scar", False),
+    ("", False),
+]
+
+
+def rewards(weights: dict) -> dict:
+    sample = Sample(None, ASKED, Choice("nevus", tuple(LINES)), "ham", "label", knowledge=BLOCK)
+    texts = [text for text, _ in SAID]
+    scores = TASKS["label"].score(texts, [sample] * len(texts))
+    assert scores.valid.tolist() == [valid for _, valid in SAID]
+    return other_rewards(weights, texts, scores, [sample] * len(texts))
+
+
+def test_recitation_is_bleu_of_the_thought_against_the_block():
+    found = rewards({"recite": 0.5, "recite-1": 0.5, "recite-prompt": 0.5, "thought": 0.0})
+    reference = tokens(BLOCK)[1:]
+    assert "knowledge" not in reference
+    expected = [sentence_bleu(tokens(thought(text)), reference) for text, _ in SAID]
+    assert found["recite"].tolist() == pytest.approx(expected)
+    assert found["recite"][0] > found["recite"][1] > 0 and found["recite"][2:4].tolist() == [0, 0]
+    assert found["recite-1"][0] == pytest.approx(sentence_bleu(["round", "and", "brown"], reference, 1))
+    assert found["recite-prompt"][0] == 0.0 and found["thought"].tolist() == [3, 1, 0, 0, 3, 3, 0, 0]
+    nothing = Sample(None, ASKED, None, "ham", "label")
+    assert REWARDS["recite"]([SAID[0][0]], None, [nothing]).tolist() == [0.0]
+
+
+def test_under_a_negative_weight_no_broken_answer_earns_more_than_any_answer():
+    found = rewards({"task": 1.0, "format": 1.0, "recite": -0.5})
+    u = torch.tensor([1.0, 1.0, 1.0, 0.0, 0, 0, 0, 0])
+    total = u + found["format"] - 0.5 * found["recite"]
+    valid = torch.tensor([valid for _, valid in SAID])
+    assert total[~valid].max() <= total[valid].min() and (total[~valid] == -0.5).all()
+    other = Scores(torch.zeros(2), torch.tensor([True, False]), ["", "no option"], [None, None])
+    REWARDS["count"] = lambda texts, scores, samples: [7.0, 3.0]  # of any range: what it says, if that is more
+    try:
+        assert other_rewards({"count": -1.0}, ["", ""], other, [None] * 2)["count"].tolist() == [7.0, 3.0]
+    finally:
+        del REWARDS["count"]
+
+
+# ----------------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_labels_grades_and_boxes_in_one_run_resume_bit_by_bit(folder):
+    """With knowledge, recitation and a setting of a task; medloc on grades; a file that has changed is refused."""
+    box = {"image": "a.png", "query": "it", "bbox": [1, 2, 20, 30]}
+    grade = {"image": "a.png", "query": "how?", "task": "grade", "grades": 3, "label": 1}
+    (folder / "k.json").write_text(json.dumps({"*": LINES | {"0": "a", "1": "b", "2": "c"}}))
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, [RECORD, box, grade] * 2)))
+    flags = ["--knowledge", str(folder / "k.json"), "--rewards", "task=1,recite=-.1,thought=0", "--max-tokens", "8"]
+    flags += ["--tasks", "grade:base=2", "--schedule", "medloc:window=2,tau_start=.1", "label=raw", "--lr", "1e-3"]
+    for out, steps in (("a", "4"), ("b", "2")):
+        grpo(folder / out, folder / "train.jsonl", *flags, "--steps", steps)
+    run(train_grpo, "--resume", "--out", str(folder / "b"), "--steps", "4")
+    straight = lines(folder / "a" / "metrics.jsonl")
+    assert without_times(lines(folder / "b" / "metrics.jsonl")) == without_times(straight)
+    assert {f"tau/train/{task}" for task in ("box", "label", "grade")} <= straight[0].keys()
+    assert "reward_recite" in straight[0] and "reward_thought" in straight[0]
+    saved = json.loads((folder / "a" / "config.json").read_text())
+    assert saved["arguments"]["tasks"] == ["grade:base=2"] and set(saved["sha256"]) == {"knowledge"}
+    (folder / "k.json").write_text(json.dumps({"*": LINES | {"0": "A", "1": "b", "2": "c"}}))
+    words = run(train_grpo, "--resume", "--out", str(folder / "b"), "--steps", "5", expect=2)
+    assert "k.json is not the file that the run began with; restore it, or start a new run" in words
+    words = run(train_grpo, *small(folder / "c", folder / "train.jsonl"), "--tasks", "span", expect=2)
+    assert "--tasks: there is no 'span'" in words
