@@ -7,7 +7,6 @@ their own, so that they can lie beside the train.jsonl of boxes in the same pict
 
 import argparse
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from data import check_text
 from errors import InputError, named, one_line, read_json, read_object
 from prepare import common
 from prepare.common import Entry, Report, short
+from tasks.label import plain
 
 KIND = "labels-"  # what the names of the files begin with
 ASK = {"label": "what does the picture show?", "grade": "which grade does the picture show?"}
@@ -53,21 +53,20 @@ def listed(text: str, flag: str) -> list[str]:
 def check_class(value: Any, what: str) -> str:
     """A class as a record can hold it, and as one line of a question can list it."""
     text = check_text(value, what)
-    if not text.isprintable() or len(text) > 200:
-        raise InputError(f"{what} {short(text)} must be one line of at most 200 characters")
+    if not text.isprintable() or not plain(text) or len(text) > 200:
+        raise InputError(f"{what} {short(text)} must be a word, or some on one line, of at most 200 characters")
     return text
 
 
 def check_different(words: list[str], where: str) -> None:
-    """Answers are read without regard to case, so classes must differ in more."""
+    """Answers are read without regard to case and punctuation, so classes must differ in more."""
     if len(words) < 2:
         raise InputError(
             f"{where}: {'one class alone' if words else 'no class'} ({short(words)}), but a choice needs two"
         )
     seen = {}
     for word in words:
-        key = unicodedata.normalize("NFKC", word).casefold().strip()
-        if key in seen:
+        if (key := plain(word)) in seen:
             raise InputError(
                 f"{where}: classes {seen[key]!r:.90} and {word!r:.90} are one when read; join them by --names"
             )
@@ -132,8 +131,9 @@ def answers_of(entries: list[Entry], args, order: Sequence[str]) -> list[str]:
     if args.grades:
         number = re.fullmatch(r" *(\d{1,3}) *", args.grades)
         words = list(map(str, range(int(number[1])))) if number else listed(args.grades, "--grades")
-        if numbers := [word for word in words if not number and word[0].isdecimal()]:
-            raise InputError(f"--grades: the name {numbers[0]!r:.90} begins with a digit, as numbers of grades do")
+        if numbers := [word for word in words if not number and re.fullmatch(r"[\d.]+", word)]:
+            told = "is a number, as every grade has one, from 0 on; give words, such as 'stage 1'"
+            raise InputError(f"--grades: the name {numbers[0]!r:.90} {told}")
         check_different(words, f"--grades {one_line(args.grades)}")
     elif args.options:
         check_different(words := listed(args.options, "--options"), f"--options {one_line(args.options)}")

@@ -59,7 +59,8 @@ def test_a_table_in_each_of_its_forms(tmp_path, lines, how):
     said = run(labels, *flags, "--label", "dx")
     assert answers(tmp_path) == {"a": "mel", "b": "nv", "c": "mel"} and "not used" not in said
     assert "labels-all.jsonl: 3 records of 3 pictures (mel: 2, nv: 1)" in said
-    record = records(tmp_path)[0]
+    (sample, *_), record = load_jsonl(tmp_path / "labels-all.jsonl", TASKS), records(tmp_path)[0]
+    assert sample.query == "what does the picture show?\nOptions: mel, nv." and sample.target == ("mel", ("mel", "nv"))
     assert record == {
         "image": "a.png", "width": 64, "height": 48, "task": "label", "query": "what does the picture show?",
         "options": ["mel", "nv"], "label": "mel", "dataset": tmp_path.name,
@@ -145,7 +146,8 @@ def test_grades(tmp_path):
     )
     record = records(tmp_path, "train")[0]
     assert (record["task"], record["grades"], record["query"]) == ("grade", 5, "which grade does the picture show?")
-    assert "options" not in record
+    (sample,) = [s for s in load_jsonl(tmp_path / "labels-train.jsonl", TASKS) if s.media.stem == "b"]
+    assert sample.query.endswith("\nGrades: 0, 1, 2, 3, 4.") and sample.target[0] == 4 and "options" not in record
     assert "t.csv:3: class '4' is none of --grades 4; correct it, or map it by --names" in run(
         labels, *flags, "--grades", 4, expect=2
     )
@@ -157,7 +159,7 @@ def test_grades(tmp_path):
     assert answers(tmp_path, "train") == {"a": 0, "b": 2, "c": 2, "d": 1, "e": 1}
     assert records(tmp_path, "train")[0]["grades"] == ["none", "mild", "severe"]
     for grades, why in {
-        "1": "--grades 1: one class alone (['0']), but a choice needs two", "0,1": "the name '0' begins with a digit",
+        "1": "--grades 1: one class alone (['0']), but a choice needs two", "0,1": "the name '0' is a number, as every",
         "a,,b": "--grades a,,b: field 'word 2' must be a non-empty string", "a,A": "classes 'a' and 'A' are one when",
     }.items():  # fmt: skip
         assert why in run(labels, *flags, "--grades", grades, expect=2)
@@ -182,7 +184,7 @@ def test_grades(tmp_path):
         (["name,dx", "a,mel", "b,nv"], "--names NAMES", "t.csv:3: class 'nv' is not in ..names.json; add it there"),
         (["name,dx", "a,mel", "b,mel"], "", ": one class alone (['mel']), but a choice needs two"),
         (["name,dx", "a,mel", "b,Mel"], "", ": classes 'Mel' and 'mel' are one when read; join them by --names"),
-        (["name,dx", "a,mel", "b,m\x07l"], "", "t.csv:3: class m\\x07l must be one line of at most 200 characters"),
+        (["name,dx", "a,mel", "b,m\x07l"], "", "t.csv:3: class m\\x07l must be a word, or some on one line, of at m"),
         (["name,dx,who", "a,mel,1", "a,mel,2"], "--options mel,nv --group who", "t.csv:3: group '2', but ..:2 has"),
         (["name,dx,who", "a,mel,1", "b,nv,"], "--group who", "t.csv:3: column 'who' is empty"),
         (["name,dx,part", "a,mel,train", "b,nv,7"], "--split part", "t.csv:3: '7' is no split; there are train, train"),
@@ -315,7 +317,7 @@ def test_flags_that_do_not_go_together(tmp_path):
     for content, why in [
         ("[]", "names.json: holds [] and no JSON object; write {"), ('{"mel": 1}', "field 'mel' must be a non-empty"),
         ('{"mel": ""}', "field 'mel' must be a non-empty"), ("{", "names.json: is not valid JSON"),
-        ('{"mel": "a\\nb"}', "names.json: mel a\\nb must be one line of at most 200 characters"),
+        ('{"mel": "a\\nb"}', "names.json: mel a\\nb must be a word, or some on one line, of at m"),
     ]:  # fmt: skip
         (names := tmp_path / "names.json").write_text(content)
         table(tmp_path / "t.csv", "name,dx", "a,mel", "b,nv")
