@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import config
 import ranks
-from data import BadRecords, load_samples
+from data import BadRecords, first_of_each, load_samples
 from errors import InputError, one_line, parse_json, read_text, short
 from images import Sample, load
 from knowledge import Knowledge
@@ -329,7 +329,7 @@ def main() -> None:
     os.makedirs(out, exist_ok=True)
     if args.image:
         return ask(args, out)
-    samples = read(args, args.data, "test")[: args.limit]
+    samples = first_of_each(read(args, args.data, "test"), args.limit)
     configure(args.tasks, {sample.task for sample in samples})
     if args.predictions:
         originals = [Original(sample, load(sample)[1]) for sample in samples]
