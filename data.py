@@ -13,6 +13,7 @@ clipped, truncated or skipped in silence. Pixels are decoded when a sample is lo
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -98,7 +99,7 @@ def load_samples(
     clip: bool = False,
     knowledge: Any = None,
 ) -> list[Sample]:
-    """Read --data: "phantoms", "phantoms:<kind>" or a JSONL/JSON file; several of them separated by commas.
+    """Read --data: "phantoms", "phantoms:<kind>" or a JSONL/JSON file, =WEIGHT behind; several are separated by commas.
 
     tasks: tasks.TASKS, which read the targets. seed picks the training phantoms. split is "train" or "test" and matters
     to phantoms only (a file is its own split): the test phantoms are the same for every seed and disjoint from all
@@ -111,21 +112,53 @@ def load_samples(
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
     series = (seed, 0, TRAIN_PHANTOMS) if split == "train" else (TEST_SEED, TEST_START, TEST_PHANTOMS)
     samples = []
-    for part in spec.split(","):
-        name, colon, kind = part.strip().partition(":")
+    for part, weight in parts_of(spec):
+        name, colon, kind = part.partition(":")
         if name == "phantoms":
-            samples += phantom_samples(kind if colon else None, *series, tasks=tasks)
+            some = phantom_samples(kind if colon else None, *series, tasks=tasks)
         else:
-            samples += load_jsonl(part.strip(), tasks, bad, outside=outside, clip=clip)
+            some = load_jsonl(part, tasks, bad, outside=outside, clip=clip)
+        samples += some if weight is None else [dataclasses.replace(sample, weight=weight) for sample in some]
     if knowledge is None or (split == "test" and knowledge.shown.used == "train"):
         return samples
     return knowledge.attach(samples)
 
 
+def first_of_each(samples: list[Sample], limit: int | None) -> list[Sample]:
+    """The first `limit` samples, of several datasets as many of each as there are; all, without a limit."""
+    of: dict[str, list[Sample]] = {}
+    for sample in samples:
+        of.setdefault(sample.dataset, []).append(sample)
+    if limit is None or len(of) < 2:
+        return samples[:limit]
+    turns = itertools.zip_longest(*of.values())
+    chosen = list(itertools.islice((sample for turn in turns for sample in turn if sample is not None), limit))
+    kept = set(map(id, chosen))
+    return [sample for sample in samples if id(sample) in kept]
+
+
 def held_out_phantoms(spec: str) -> str:
     """What of --data has a held-out split of its own, as a spec for load_samples: its phantoms; "" if none."""
-    parts = [part.strip() for part in spec.split(",")]
-    return ",".join(part for part in parts if part.partition(":")[0] == "phantoms")
+    return ",".join(part for part, _ in parts_of(spec) if part.partition(":")[0] == "phantoms")
+
+
+def parts_of(spec: str) -> list[tuple[str, float | None]]:
+    """ "a.jsonl=2,phantoms" -> [("a.jsonl", 2.0), ("phantoms", None)]: what --data names, and the weights. A file whose
+    own name ends like that is a file."""
+    parts = []
+    for part in spec.split(","):
+        name, sign, number = part.strip().rpartition("=")
+        if not sign or os.path.exists(part.strip()):
+            parts.append((part.strip(), None))
+            continue
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = -1.0
+        if not name or not 0 < weight < 1e9:
+            raise InputError(f"--data {one_line(part)}: behind = stands a weight above 0")
+        parts.append((name, weight))
+    return parts
 
 
 def phantom_samples(
@@ -134,14 +167,13 @@ def phantom_samples(
     """Phantoms start .. start + count - 1 of the series (kind, seed), not yet drawn; kind None takes turns by index.
     They are one dataset, with one threshold, however many kinds: these differ no more than hospitals do. tasks: for the
     kinds of phantom_tasks, whose targets are known before they are drawn."""
-    if kind is not None and kind not in KINDS + phantom_tasks.KINDS:
-        known = ", ".join(KINDS + phantom_tasks.KINDS)
-        raise InputError(f"unknown phantom kind {kind!r}: use phantoms, or phantoms:<kind> of {known}")
+    if kind is not None and kind not in (known := (*QUERIES, *phantom_tasks.KINDS)):
+        raise InputError(f"unknown phantom kind {kind!r}: use phantoms, or phantoms:<kind> of {', '.join(known)}")
     samples, dataset = [], f"phantoms-{kind}" if kind else "phantoms"
     for index in range(start, start + count):
         k = kind or KINDS[index % len(KINDS)]
         image, source = PhantomImage(k, seed, index, size), f"phantoms:{k} seed {seed} index {index}"
-        if k in KINDS:
+        if k in QUERIES:
             samples.append(Sample(image, QUERIES[k], None, dataset, source=source))
         else:
             fields = phantom_tasks.record(k, seed, index)

@@ -54,7 +54,9 @@ MAX_TOKENS = {"answer": 24, "think": 80}
 
 def written(sample: Sample) -> str:
     """A prompt's words and all answers that a sample may have, for the tokenizer."""
-    thoughts = "".join(f" the border is {border} and the colour is {colour}" for border, colour in phantom_tasks.CLASSES)
+    thoughts = "".join(
+        f" the border is {border} and the colour is {colour}" for border, colour in phantom_tasks.CLASSES
+    )
     tags = "<think></think>\n<answer></answer>"
     return f"{sample.query}{thoughts}{tags}"
 
@@ -97,7 +99,9 @@ def said(prompt: Prompt, processor: Processor, settings: Sft, step: int, index: 
         if sample.task == "grade" and settings.coarse:
             over = int(stream(settings, step, index).choice(len(OVERCALLED), p=OVERCALLED))
             return str(min(prompt.target.grade + over, len(prompt.target.options) - 1))
-        return answer_of(prompt, processor, replace(settings, coarse=settings.coarse if sample.task == "box" else None), step, index)
+        return answer_of(
+            prompt, processor, replace(settings, coarse=settings.coarse if sample.task == "box" else None), step, index
+        )
     rng, lines = stream(settings, step, index), sample.extra["knowledge"]
     label, options = prompt.target
     if settings.coarse and (chance := rng.random()) > TRUE:

@@ -27,7 +27,7 @@ import errors
 import ranks
 import tasks
 from config import check_digests, describe, restarted, same_threads
-from data import BadRecords
+from data import BadRecords, first_of_each
 from errors import InputError
 from eval import evaluate, overlay, sheet
 from images import Sample
@@ -100,7 +100,7 @@ class Run:
         self.args, self.out, self.ending = args, out, ending
         self.policy, self.actor, self.processor, self.optimizer = policy, actor, processor, optimizer
         self.stream, self.schedules, self.bad = stream, schedules, bad
-        self.val, self.evaluation_batch = val[: args.eval_limit], evaluation_batch
+        self.val, self.evaluation_batch = first_of_each(val, args.eval_limit), evaluation_batch
         self.done = self.bad_in_a_row = 0
         self.evaluation: dict[str, Any] = {"start": None, "final": None, "history": []}
         self.latest: tuple[int, int] | None = None  # what the newest checkpoint holds: steps, evaluations
@@ -120,6 +120,8 @@ class Run:
         self.stream.drawn = state["drawn"]
         self.bad.sentences |= state["bad"]
         self.schedules.load_state_dict(state["schedule"])
+        if norms := self.schedules.norms:
+            norms.load_state_dict(state.get("norms"), f"{start}/trainer.json")
         self.latest = self.done, len(self.evaluation["history"])
 
     def open(self) -> None:
@@ -171,6 +173,7 @@ class Run:
             return
         state = {
             "schedule": self.schedules.state_dict(),
+            "norms": self.schedules.norms and self.schedules.norms.state_dict(),
             "bad_in_a_row": self.bad_in_a_row,
             "drawn": drawn,
             "bad": self.bad.sentences,

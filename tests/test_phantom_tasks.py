@@ -114,7 +114,12 @@ def test_nothing_that_is_asked_tells_the_answer():
     assert np.mean([len(set(labels)) > 1 for labels in repeated]) > 0.9
     for look in map(" ".join, CLASSES):
         letters = [next(name for name, line in r["knowledge"].items() if line == look) for r in asked]
-        table = np.array([[sum(a == x and r["label"] == y for a, r in zip(letters, asked, strict=True)) for y in NAMES] for x in NAMES])
+        table = np.array(
+            [
+                [sum(a == x and r["label"] == y for a, r in zip(letters, asked, strict=True)) for y in NAMES]
+                for x in NAMES
+            ]
+        )
         expected = table.sum(1, keepdims=True) * table.sum(0) / N
         assert ((table - expected) ** 2 / expected).sum() < 60  # chi-squared of 25 degrees of freedom: p = 1e-4
     for name in NAMES:  # nor does the look that a class had in another record
@@ -129,7 +134,12 @@ def test_the_query_is_a_function_of_the_block_alone():
             task, others = TASKS[sample.task], sample.target.options
             for other in range(len(others)):
                 answer = other if kind == "grades" else others[other]
-                assert task.phrase(sample.query.partition("\n")[0], sample.target._replace(**{sample.target._fields[0]: answer})) == sample.query
+                assert (
+                    task.phrase(
+                        sample.query.partition("\n")[0], sample.target._replace(**{sample.target._fields[0]: answer})
+                    )
+                    == sample.query
+                )
     told = load_samples("phantoms:classes", TASKS, 0, "test", knowledge=Knowledge("records"))[:50]
     for sample in told:
         lines = sample.extra["knowledge"]
