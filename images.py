@@ -36,7 +36,7 @@ MAX_ASPECT = 200  # Qwen's limit: beyond it one side would be a single token
 
 @dataclass(frozen=True)
 class PhantomImage:
-    """Stands where a file's path would: the arguments of phantoms.phantom or phantom_tasks.picture, drawn when loaded."""
+    """Stands where a file's path would: the arguments of what draws it, phantoms.phantom or phantom_tasks.picture."""
 
     kind: str
     seed: int

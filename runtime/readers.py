@@ -88,7 +88,7 @@ class Readers:
                 command = [sys.executable, "-c", f"import sys; sys.path[0] = {ROOT!r}; {WORKER}"]
                 self.mine.process = subprocess.Popen(command, stdin=theirs.fileno(), env=environment)
             self.processes.append(self.mine.process)
-        # A target stays here: it may be a class of a task's module, which a worker would have to import, and torch with it.
+        # A target stays here: it may be of a class in a task's module, with which a worker would have to import torch.
         try:
             self.mine.connection.send((replace(sample, target=None, extra={}), config.limits))
             answer = self.mine.connection.recv()

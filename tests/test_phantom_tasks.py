@@ -1,4 +1,4 @@
-"""Phantoms that ask for more than a box: repeatable, balanced, as hard as they say, and nothing asked tells the answer."""
+"""Phantoms that ask for more than a box: repeatable, balanced, as hard as they say, and no question tells its answer."""
 
 import hashlib
 import json
@@ -54,7 +54,7 @@ def test_labels_are_balanced(kind):
 
 
 def test_the_ceiling_of_grades_is_what_the_best_reader_of_severities_has():
-    """By formula; by the exact posterior on a fine grid of severities; and by draws. It is about .8, as it should be."""
+    """By formula; by the exact posterior on a fine grid of severities; and by draws. It is about .8, as meant."""
     grid = np.linspace(-4, GRADES + 3, 20_001)
     density = np.array([[NormalDist(grade, SPREAD).pdf(x) for x in grid] for grade in range(GRADES)]) / GRADES
     exact = density.max(0).sum() * (grid[1] - grid[0])
@@ -75,7 +75,7 @@ def test_a_severity_is_seen_in_the_picture():
 
 
 def test_every_class_is_told_from_the_others_by_colour_and_outline():
-    """Pictures of the same stream of random numbers, one for each class: its colour's channels, its outline's length."""
+    """By the channels of its colour, and by the length of its outline."""
     seen = {}
     for index in range(100):
         asked = record("classes", 4, index)
@@ -97,9 +97,8 @@ def test_every_class_is_told_from_the_others_by_colour_and_outline():
 
 
 def test_nothing_that_is_asked_tells_the_answer():
-    """Neither the question, nor the options, nor the block: over records, the label is independent of each feature of
-    the block (the look at the head of it, the letter of each look), as a permutation of the labels is; and two records of
-    one block have different labels."""
+    """Neither the question, nor the options, nor the block: all records ask the same but for the block, the label is
+    independent of where each look stands in it, and records of one block have different labels."""
     blocks = {}
     for kind in KINDS:
         asked = [record(kind, 0, index) for index in range(N)]
@@ -114,12 +113,8 @@ def test_nothing_that_is_asked_tells_the_answer():
     assert np.mean([len(set(labels)) > 1 for labels in repeated]) > 0.9
     for look in map(" ".join, CLASSES):
         letters = [next(name for name, line in r["knowledge"].items() if line == look) for r in asked]
-        table = np.array(
-            [
-                [sum(a == x and r["label"] == y for a, r in zip(letters, asked, strict=True)) for y in NAMES]
-                for x in NAMES
-            ]
-        )
+        pairs = Counter(zip(letters, (r["label"] for r in asked), strict=True))
+        table = np.array([[pairs[x, y] for y in NAMES] for x in NAMES])
         expected = table.sum(1, keepdims=True) * table.sum(0) / N
         assert ((table - expected) ** 2 / expected).sum() < 60  # chi-squared of 25 degrees of freedom: p = 1e-4
     for name in NAMES:  # nor does the look that a class had in another record
@@ -131,15 +126,10 @@ def test_the_query_is_a_function_of_the_block_alone():
     """Of a sample as it is asked, with its knowledge: another answer to the same record asks the same."""
     for kind in ("grades", "classes", "kinds"):
         for sample in phantom_samples(kind, 0, 0, 20, tasks=TASKS):
-            task, others = TASKS[sample.task], sample.target.options
-            for other in range(len(others)):
-                answer = other if kind == "grades" else others[other]
-                assert (
-                    task.phrase(
-                        sample.query.partition("\n")[0], sample.target._replace(**{sample.target._fields[0]: answer})
-                    )
-                    == sample.query
-                )
+            task, question = TASKS[sample.task], sample.query.partition("\n")[0]
+            for number, option in enumerate(sample.target.options):
+                other = type(sample.target)(number if kind == "grades" else option, sample.target.options)
+                assert task.phrase(question, other) == sample.query
     told = load_samples("phantoms:classes", TASKS, 0, "test", knowledge=Knowledge("records"))[:50]
     for sample in told:
         lines = sample.extra["knowledge"]
@@ -166,7 +156,7 @@ def test_a_modality_is_the_one_of_its_picture():
 
 
 def test_targets_do_not_travel_to_the_processes_that_draw():
-    """They are classes of a task's module, which would bring torch with it: what cannot be sent at all still comes back."""
+    """They are of classes in a task's module, which has torch with it: one that cannot be sent at all comes back."""
     samples = phantom_samples("grades", 0, 0, 3, tasks=TASKS)
     lonely = type("Lonely", (), {"__reduce__": lambda self: 1 / 0})()
     samples = [data.dataclasses.replace(sample, target=lonely, extra={"x": lonely}) for sample in samples]
