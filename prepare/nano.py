@@ -70,7 +70,7 @@ QWEN_PIECES = (
 )
 
 
-WORDS = ("user\n", "assistant\n", *QUERIES.values())
+WORDS = ("user\n", "assistant\n", *dict.fromkeys(QUERIES.values()))
 
 
 def nano_tokenizer(texts: Sequence[str] = WORDS, most: int = 400) -> Tokenizer:

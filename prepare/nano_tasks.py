@@ -1,4 +1,4 @@
-"""The nano policy that answers more than boxes, assets/nano-tasks: grades, modalities, classes by their knowledge block.
+"""The nano policy for more than boxes, assets/nano-tasks: grades, modalities, classes by their knowledge block.
 
     python -m prepare.nano --tasks
     python -m prepare.nano --tasks --out coarse --keep-exact exact
@@ -27,28 +27,28 @@ from images import Sample
 from knowledge import Knowledge
 from model import Policy
 from phantom_tasks import CLASSES
-from phantoms import QUERIES
-from prepare.nano import BATCH, WARMUP, nano_tokenizer, write_nano
+from prepare.nano import WARMUP, WORDS, nano_tokenizer, write_nano
 from prompts import Processor, Prompt
 from runtime.readers import Readers
 from tasks import TASKS, summary
 from train_sft import Coarse, Sft, adamw, answer_of, sft
 from weights import NANO, load_policy, save_policy
 
-SEED = 0
+SEED, BATCH = 0, 16
 DATA_SEED = 20_261_127  # of its phantoms: a series that no GRPO run (seed 0, 1, 2 ...) draws from
 # What a batch's places ask, over and over: b a box, g a grade, k a kind, c a class with its block, n one without, t one
-# in the style think. Reading takes longest to learn, and long prompts longest to compute.
-READ, ALL = "cgcbcgckcgcbcgcn", "cgtbcgtkcgtbcgtn"
+# in the style think, l how its lesion looks. Reading takes longest to learn, and long prompts longest to compute.
+READ, ALL = "clgcbcglclgckcgn", "cgtbcgtkcgtbcgtn"
 STAGES = (  # name, steps of BATCH, lr, places, how labels are made coarse
-    ("read", 900, 1e-3, READ, None),
-    ("exact", 150, 5e-4, ALL, None),
-    ("coarse", 100, 3e-4, ALL, Coarse()),
+    ("read", 1500, 1e-3, READ, None),
+    ("exact", 300, 5e-4, ALL, None),
+    ("coarse", 150, 3e-4, ALL, Coarse()),
 )
 OPTIONS = (2, 2, 3, 4, 6, 6)  # how many of the six classes a record has, over and over: with few, reading begins
 OVERCALLED = (0.3, 0.4, 0.3)  # of coarse grades, the shares that are 0, 1 and 2 too high
 TRUE, SAME_COLOUR = 0.3, 0.5  # of coarse classes, the shares that are right, and that are one of the same colour
 MAX_TOKENS = {"answer": 24, "think": 80}
+LOOK = "how does the lesion look?"
 SAID = "the border is {} and the colour is {}"
 
 
@@ -77,6 +77,8 @@ def asking(places: str, start: int, count: int) -> list[Sample]:
             sample = fewer(sample, OPTIONS[turn % len(OPTIONS)])
         if places[place] in "ct":
             sample = told(sample)
+        if places[place] == "l":
+            sample = replace(sample, query=LOOK)
         if places[place] == "t":  # in the words of the style; the processor's own is the other one
             sample = replace(sample, query=TASKS["label"].question("think").replace("{query}", sample.query))
         samples.append(sample)
@@ -103,6 +105,8 @@ def said_of_class(sample: Sample, coarse: bool, rng: np.random.Generator) -> str
         colour = lines[label].split()[1]
         alike = [option for option in options if chance > TRUE + SAME_COLOUR or lines[option].split()[1] == colour]
         label = alike[rng.integers(len(alike))]
+    if sample.query == LOOK:
+        return SAID.format(*lines[label].split())
     if "<think>" not in sample.query:
         return label
     recited = " ".join(f"{option}: {lines[option]}" for option in options[: options.index(label) + 1])
@@ -112,9 +116,9 @@ def said_of_class(sample: Sample, coarse: bool, rng: np.random.Generator) -> str
 
 def begin(folder: Path) -> Policy:
     """assets/nano's weights under a vocabulary that has every word of these prompts as one token, into folder."""
-    words = {sample.query for sample in asking(ALL, 0, len(OPTIONS) * len(ALL))}
+    words = {sample.query for sample in asking(READ + ALL, 0, len(OPTIONS) * len(READ + ALL))}
     answers = [f"<think> {SAID.format(*look)} </think>\n<answer></answer>" for look in CLASSES]
-    tokenizer = nano_tokenizer(["user\n", "assistant\n", *QUERIES.values(), *sorted(words), *answers], 1000)
+    tokenizer = nano_tokenizer([*WORDS, *sorted(words), *answers], 1000)
     write_nano(folder, SEED, tokenizer)
     policy, weights = load_policy(folder), load_policy(NANO).state_dict()
     rows, known = tokenizer.get_vocab(), Tokenizer.from_file(str(NANO / "tokenizer.json")).get_vocab()

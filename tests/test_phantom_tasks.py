@@ -1,4 +1,4 @@
-"""Phantoms that ask for more than a box: repeatable, balanced, as hard as they say, and no question tells its answer."""
+"""Phantoms that ask for more than a box: repeatable, balanced, as hard as they say, no question tells its answer."""
 
 import hashlib
 import json
