@@ -38,13 +38,15 @@ SEED, BATCH = 0, 16
 DATA_SEED = 20_261_127  # of its phantoms: a series that no GRPO run (seed 0, 1, 2 ...) draws from
 # What a batch's places ask, over and over: b a box, g a grade, k a kind, c a class with its block, n one without, t one
 # in the style think, l how its lesion looks. Reading takes longest to learn, and long prompts longest to compute.
-READ, ALL = "clgcbcglclgckcgn", "cgtbcgtkcgtbcgtn"
-STAGES = (  # name, steps of BATCH, lr, places, how labels are made coarse
-    ("read", 1500, 1e-3, READ, None),
-    ("exact", 300, 5e-4, ALL, None),
-    ("coarse", 150, 3e-4, ALL, Coarse()),
+READ, ALL = "clccgclcbcglcckn", "cgtbcgtkcgtbcgtn"
+FEW, SOME, MANY = (2,), (2, 3, 3, 4), (4, 6, 6)  # how many of the six classes a record has, over and over
+STAGES = (  # name, steps of BATCH, lr, places, options, how labels are made coarse
+    ("two", 450, 1e-3, READ, FEW, None),  # with few, reading begins
+    ("more", 300, 1e-3, READ, SOME, None),
+    ("read", 600, 1e-3, READ, MANY, None),
+    ("exact", 300, 5e-4, ALL, MANY, None),
+    ("coarse", 150, 3e-4, ALL, MANY, Coarse()),
 )
-OPTIONS = (2, 2, 3, 4, 6, 6)  # how many of the six classes a record has, over and over: with few, reading begins
 OVERCALLED = (0.3, 0.4, 0.3)  # of coarse grades, the shares that are 0, 1 and 2 too high
 TRUE, SAME_COLOUR = 0.3, 0.5  # of coarse classes, the shares that are right, and that are one of the same colour
 MAX_TOKENS = {"answer": 24, "think": 80}
@@ -58,23 +60,25 @@ def told(sample: Sample) -> Sample:
 
 
 def fewer(sample: Sample, count: int) -> Sample:
-    """A class's record with `count` of its options, the true one among them."""
-    label, options = sample.target
-    others = [option for option in options if option != label]
+    """A class's record with `count` of its classes, the true one among them, under the first names."""
+    (label, options), lines = sample.target, sample.extra["knowledge"]
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(SEED, spawn_key=(sample.media.index,))))
-    kept = {label, *(others[i] for i in rng.permutation(len(others))[: count - 1])}
-    target = sample.target._replace(options=tuple(option for option in options if option in kept))
-    return replace(sample, target=target, query=TASKS["label"].phrase(sample.query.partition("\n")[0], target))
+    others = rng.permutation([option for option in options if option != label])[: count - 1]
+    kept = [option for option in options if option == label or option in others]
+    target = type(sample.target)(options[kept.index(label)], options[:count])
+    query = TASKS["label"].phrase(sample.query.partition("\n")[0], target)
+    dealt = {name: lines[option] for name, option in zip(options[:count], kept, strict=True)}
+    return replace(sample, target=target, query=query, extra={"knowledge": dealt})
 
 
-def asking(places: str, start: int, count: int) -> list[Sample]:
-    """Numbers start .. start + count - 1 of all series, each asked as the places say."""
+def asking(places: str, counts: tuple[int, ...], start: int, count: int) -> list[Sample]:
+    """Numbers start .. start + count - 1 of all series, each asked as the places say; counts: of options."""
     samples, kinds = [], {"b": None, "g": "grades", "k": "kinds"}
     for index in range(start, start + count):
         turn, place = divmod(index, len(places))
         sample = phantom_samples(kinds.get(places[place], "classes"), DATA_SEED, index, 1, tasks=TASKS)[0]
         if places[place] in "ctn":
-            sample = fewer(sample, OPTIONS[turn % len(OPTIONS)])
+            sample = fewer(sample, counts[turn % len(counts)])
         if places[place] in "ct":
             sample = told(sample)
         if places[place] == "l":
@@ -116,7 +120,7 @@ def said_of_class(sample: Sample, coarse: bool, rng: np.random.Generator) -> str
 
 def begin(folder: Path) -> Policy:
     """assets/nano's weights under a vocabulary that has every word of these prompts as one token, into folder."""
-    words = {sample.query for sample in asking(READ + ALL, 0, len(OPTIONS) * len(READ + ALL))}
+    words = {sample.query for sample in asking(READ + ALL, (6,), 0, 2 * len(READ + ALL))}
     answers = [f"<think> {SAID.format(*look)} </think>\n<answer></answer>" for look in CLASSES]
     tokenizer = nano_tokenizer([*WORDS, *sorted(words), *answers], 1000)
     write_nano(folder, SEED, tokenizer)
@@ -153,13 +157,13 @@ def make(folder: Path, keep_exact: Path | None, readers: Readers) -> None:
     processor = Processor(folder, "answer", TASKS)
     results = {"command": "python -m prepare.nano --tasks", "seed": SEED}
     start = 0  # each stage draws its phantoms from where the last one stopped: no picture is seen twice
-    for name, steps, lr, places, coarse in STAGES:
+    for name, steps, lr, places, counts, coarse in STAGES:
         settings = Sft(steps, BATCH, BATCH, lr, WARMUP, SEED, coarse, f"sft {name}")
-        samples = asking(places, start, steps * BATCH)
+        samples = asking(places, counts, start, steps * BATCH)
         for _ in sft(policy, processor, adamw(policy, lr), samples, settings, readers, say=said):
             pass
         start += steps * BATCH
-        if name == "read":
+        if name not in ("exact", "coarse"):
             continue
         # What is stored is bf16: go on from, and evaluate, exactly that.
         for parameter in policy.parameters():
