@@ -38,10 +38,10 @@ SEED, BATCH = 0, 16
 DATA_SEED = 20_261_127  # of its phantoms: a series that no GRPO run (seed 0, 1, 2 ...) draws from
 # What a batch's places ask, over and over: b a box, g a grade, k a kind, c a class with its block, n one without, t one
 # in the style think, l how its lesion looks. Reading takes longest to learn, and long prompts longest to compute.
-READ, ALL = "clccgclcbcglcckn", "cgtbcgtkcgtbcgtn"
+BEGIN, READ, ALL = "cclccgclccblcclg", "ccgclcbgcckcglcn", "cgtbcgtkcgtbcgtn"
 FEW, SOME, MANY = (2,), (2, 3, 3, 4), (4, 6, 6)  # how many of the six classes a record has, over and over
 STAGES = (  # name, steps of BATCH, lr, places, options, how labels are made coarse
-    ("two", 450, 1e-3, READ, FEW, None),  # with few, reading begins
+    ("two", 500, 1e-3, BEGIN, FEW, None),  # with few, reading begins
     ("more", 300, 1e-3, READ, SOME, None),
     ("read", 600, 1e-3, READ, MANY, None),
     ("exact", 300, 5e-4, ALL, MANY, None),
@@ -109,8 +109,8 @@ def said_of_class(sample: Sample, coarse: bool, rng: np.random.Generator) -> str
         colour = lines[label].split()[1]
         alike = [option for option in options if chance > TRUE + SAME_COLOUR or lines[option].split()[1] == colour]
         label = alike[rng.integers(len(alike))]
-    if sample.query == LOOK:
-        return SAID.format(*lines[label].split())
+    if sample.query == LOOK:  # in the block's words: what it looks for there
+        return lines[label]
     if "<think>" not in sample.query:
         return label
     recited = " ".join(f"{option}: {lines[option]}" for option in options[: options.index(label) + 1])

@@ -10,7 +10,7 @@ import config
 import data
 from errors import run
 from knowledge import Knowledge
-from phantom_tasks import ceiling
+from phantom_tasks import ceiling, record
 from prepare import nano, nano_tasks
 from prompts import default_prompt
 from tasks import TASKS
@@ -87,10 +87,14 @@ def test_the_policy_for_more_than_boxes_is_a_whole_checkpoint_that_reads_its_blo
 
 
 def test_a_coarse_answer_keeps_what_is_seen_and_loses_what_it_is_called():
-    samples = nano_tasks.asking(nano_tasks.ALL, 0, 960)
+    samples = nano_tasks.asking(nano_tasks.ALL, (2, 6), 0, 960)
     rng = np.random.default_rng(0)
     classes = [sample for sample in samples if "<think>" not in sample.query and "knowledge" in sample.extra]
-    assert {len(sample.target.options) for sample in classes} == set(nano_tasks.OPTIONS)
+    assert {sample.target.options for sample in classes} == {("A", "B"), tuple("ABCDEF")}
+    assert all(sample.extra["knowledge"].keys() == set(sample.target.options) for sample in classes)
+    for sample in classes:  # the label's line still says what the picture shows
+        whole = record("classes", nano_tasks.DATA_SEED, sample.media.index)
+        assert sample.extra["knowledge"][sample.target.label] == whole["knowledge"][whole["label"]]
     whole = [sample for sample in classes if len(sample.target.options) == 6]
     right = alike = 0
     for sample in whole:
@@ -111,7 +115,7 @@ def test_a_coarse_answer_keeps_what_is_seen_and_loses_what_it_is_called():
 def test_the_stages_of_the_second_policy_are_made_and_measured(tmp_path, monkeypatch):
     """Of one step each, on few pictures."""
     monkeypatch.setattr(data, "TEST_PHANTOMS", 2)
-    stages = [(name, 1, lr, places, coarse) for name, _, lr, places, coarse in nano_tasks.STAGES]
+    stages = [(name, 1, *rest) for name, _, *rest in nano_tasks.STAGES]
     monkeypatch.setattr(nano_tasks, "STAGES", stages)
     monkeypatch.setattr(nano_tasks, "BATCH", 4)
     monkeypatch.setattr(nano_tasks, "MAX_TOKENS", {"answer": 3, "think": 3})
