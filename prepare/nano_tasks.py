@@ -38,7 +38,7 @@ SEED, BATCH = 0, 16
 DATA_SEED = 20_261_127  # of its phantoms: a series that no GRPO run (seed 0, 1, 2 ...) draws from
 # What a batch's places ask, over and over: b a box, g a grade, k a kind, c a class with its block, n one without, t one
 # in the style think, l how its lesion looks. Reading takes longest to learn, and long prompts longest to compute.
-BEGIN, READ, ALL = "cclccgclccblcclg", "ccgclcbgcckcglcn", "cgtbcgtkcgtbcgtn"
+BEGIN, READ, ALL = "cclccgclccclccln", "ccgclcggcckcglcn", "cgtbcgtkcgtbcgtn"
 FEW, SOME, MANY = (2,), (2, 3, 3, 4), (4, 6, 6)  # how many of the six classes a record has, over and over
 STAGES = (  # name, steps of BATCH, lr, places, options, how labels are made coarse
     ("two", 500, 1e-3, BEGIN, FEW, None),  # with few, reading begins
