@@ -248,6 +248,13 @@ def wrong(args: argparse.Namespace, flags: dict[str, Flag], explicit: dict) -> I
 
 
 def wrong_questions(args: argparse.Namespace) -> Iterator[str]:
+    for name, beside, why in (
+        ("knowledge", "image", "it asks for a box, which has no options"),
+        ("knowledge", "predictions", "the answers are there already"),
+        ("tasks", "image", "a box has no settings"),
+    ):
+        if getattr(args, name) and getattr(args, beside):
+            yield f"{option(name)} changes nothing beside {option(beside)}: {why}; drop it"
     if (args.image is None) != (args.query is None):
         yield "--image and --query go together"
     if args.query is not None:

@@ -35,7 +35,10 @@ def samples(folder, said: str, *records: dict, split="train", table=None) -> lis
     (folder / "k.json").write_text(json.dumps({"*": LINES} if table is None else table))
     (folder / "ham.jsonl").write_text("\n".join(map(json.dumps, records or [RECORD])))
     knowledge = Knowledge(said.replace("FILE", str(folder / "k.json")))
-    return load_samples(str(folder / "ham.jsonl"), TASKS, 0, split, knowledge=knowledge)
+    found = load_samples(str(folder / "ham.jsonl"), TASKS, 0, split, knowledge=knowledge)
+    if split == "train":
+        knowledge.complete()
+    return found
 
 
 def test_the_block_tells_of_all_options_wherever_it_stands(folder):
@@ -96,6 +99,33 @@ def test_knowledge_that_does_not_fit_is_one_sentence(said, table, words, folder)
     assert "\n" not in str(caught.value)
 
 
+def test_a_line_that_no_option_of_the_record_has_is_a_slip(folder):
+    with pytest.raises(InputError, match=r"ham.jsonl:1: field 'knowledge': 'wart' is none of the record's options"):
+        samples(folder, "records", RECORD | {"knowledge": LINES | {"wart": "x"}})
+
+
+def test_training_and_evaluation_are_held_against_the_lines_together(folder):
+    """Boxes to evaluate on, or a class that only one of the two has, are no slip."""
+    grade = {"image": "a.png", "query": "how?", "task": "grade", "grades": ["low", "high"], "label": 0}
+    box = {"image": "a.png", "query": "it", "bbox": [1, 2, 20, 30]}
+    (folder / "k.json").write_text(json.dumps({"*": LINES | {"low": "few", "high": "many"}}))
+    for name, records in {"label": [RECORD], "grade": [grade, box], "box": [box]}.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+    def complete(*names: str) -> None:
+        knowledge = Knowledge(str(folder / "k.json"))
+        for name in names:
+            load_samples(str(folder / f"{name}.jsonl"), TASKS, 0, "train", knowledge=knowledge)
+        knowledge.complete()
+
+    complete("label", "grade", "box")
+    complete("grade", "label")
+    with pytest.raises(InputError, match="'high' is no option of any record"):
+        complete("label", "box")
+    with pytest.raises(InputError, match="reaches no record"):
+        complete("box")
+
+
 def test_knowledge_that_reaches_no_record_is_refused(folder):
     with pytest.raises(InputError, match="reaches no record: none has options; drop it"):
         samples(folder, "FILE", {"image": "a.png", "query": "it", "bbox": [1, 2, 3, 4]})
@@ -132,6 +162,8 @@ def test_words_and_thoughts():
     assert tokens("Ill-defined, the patient's 3 LESIONS (!)") == "ill-defined the patient's 3 lesions".split()
     assert thought("<think> round </think> <answer>x</answer>") == "round"
     assert (thought("<think> cut off"), thought("none"), thought("<think></think>")) == ("cut off", "", "")
+    assert thought("<think> never closed <answer>x</answer>") == "never closed"
+    assert thought("<think></think><think>a</think> b <think>c</think>") == "a c"  # a second one hides nothing
 
 
 # ---------------------------------------------------------------------------------------------------------- recitation
