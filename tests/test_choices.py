@@ -25,16 +25,12 @@ NAMED = [  # answer -> options that it names
     ("  **Melanoma**. ", [2]),
     ("The picture shows a MELANOMA, I think.", [2]),
     ('{"label": "Melanoma"}', [2]),
-    (
-        '```json\n{"answer": "melanoma", "reason": "no nevus has these colours"}\n```',
-        [2],
-    ),  # what states the answer counts
+    ('```json\n{"answer": "melanoma", "reason": "no nevus has these colours"}\n```', [2]),
     ('{"label": "nevus", "label": "melanoma"}', [0, 2]),
     ('{"label": ["nevus", "melanoma"]}', [0, 2]),
     ('{"label": null, "note": "melanoma"}', []),
     ('{"diagnosis": "melanoma"}', [2]),  # as a sentence
     ('{"label": "melanoma"', [2]),
-    ("[" * 100_000, []),
     ("<think> nevus or malignant? </think>\n<answer> melanoma </answer>", [2]),
     ("<answer>nevus</answer> no, wait: <answer>melanoma</answer>", [2]),
     ("<think> it is a nevus </think> melanoma", [2]),
@@ -72,8 +68,8 @@ def test_exactly_one_option_must_be_named(text, indices):
 
 @pytest.mark.parametrize(
     "text",
-    "not melanoma|This is not a melanoma.|no evidence of melanoma|It isn't melanoma|It isn\u2019t a melanoma|without melanoma|"
-    "melanoma? No, not melanoma|rules out melanoma|\u4e0d\u662f\u9ed1\u8272\u7d20\u7624".split("|"),
+    "not melanoma|This is not a melanoma.|no evidence of melanoma|It isn't melanoma|It isn\u2019t a melanoma|"
+    "without melanoma|melanoma? No, not melanoma|rules out melanoma|\u4e0d\u662f\u9ed1\u8272\u7d20\u7624".split("|"),
 )
 def test_an_option_that_is_denied_is_no_answer(text):
     for label in ("melanoma", "nevus", OPTIONS[5]):
@@ -81,6 +77,8 @@ def test_an_option_that_is_denied_is_no_answer(text):
         scores = TASKS["label"].score([text], [original])
         assert (scores.u.tolist(), scores.reasons, scores.answers) == ([0.0], ["denied"], [None])
     assert read_grade("not mild", ("none", "mild")) == read_grade("not 2", tuple("012")) == (None, "denied")
+    assert read_grade("9" * 5000, tuple("012")) == (None, "out of range")
+    assert read_grade(stated("[" * 100_000), tuple("012")) == (None, "no grade")
     assert read_grade("no lesion", ("no lesion", "mild"))[0] == 0  # a name's own word denies nothing
 
 
@@ -105,7 +103,6 @@ GRADES = [  # answer -> grade of five, reason
     ('{"grade": 3.0}', 3, ""),
     ('{"grade": [2, 3]}', None, "several grades"),
     ('{"grade": null}', None, "no grade"),
-    ("9" * 5000, None, "out of range"),
     ("Grade 3 (90% sure)", None, "several grades"),
     ("a T2 image of grade 3", 3, ""),
     ("2.5", None, "out of range"),

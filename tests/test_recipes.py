@@ -96,13 +96,22 @@ def test_the_commands_in_runs_are_commands_that_the_parser_takes(script, tmp_pat
     for name in ("python", "torchrun"):
         (tmp_path / name).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
         (tmp_path / name).chmod(0o755)
+    (tmp_path / "lines.json").write_text('{"*": {"nevus": "round"}}')
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL": "a folder", "OUT": "there"}
+    environment |= {"KNOWLEDGE": str(tmp_path / "lines.json")}
     asked = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=True).stdout
-    words = asked.splitlines()
-    args = parse("train_grpo.py", words[words.index(str(ROOT / "train_grpo.py")) + 1 :])
-    assert (args.recipe, args.schedule, args.model, args.out) == ("paper", ["medloc"], "a folder", "there")
-    assert (args.group_size, args.temperature, args.beta) == (8, 0.9, 0.04)
-    assert args.lora_rank or args.lr == 1e-6
+    _, *commands = asked.split(f"{ROOT / 'train_grpo.py'}\n")
+    stages = [parse("train_grpo.py", command.splitlines()) for command in commands]
+    for args in stages:
+        assert (args.recipe, args.group_size, args.temperature, args.beta) == ("paper", 8, 0.9, 0.04)
+        assert args.lora_rank or args.lr == 1e-6
+    first, last = stages[0], stages[-1]
+    assert (first.model, last.out) == ("a folder", "there")
+    if script.name.startswith("medloc"):
+        assert len(stages) == 1 and first.schedule == ["medloc"]
+    else:  # the second goes on from the last checkpoint of the first
+        assert len(stages) == 2 and last.model == f"{first.out}/step-{first.steps:06d}"
+        assert (first.knowledge, last.knowledge) == (None, environment["KNOWLEDGE"]) and "recite=-" in last.rewards
 
 
 SNIPPET = re.findall(r"```python\n(import .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
