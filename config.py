@@ -21,6 +21,7 @@ import torch
 
 import errors
 import loss
+import norms
 import ranks
 import rewards
 import scheduler
@@ -106,9 +107,17 @@ def make_parser(program: str) -> argparse.ArgumentParser:
             else:
                 options["type"] = prompt_style if name == "prompt" else flag.kind
                 options |= {"nargs": flag.count} if flag.count else {}
+                options |= {"nargs": "+", "action": Joined} if flag.joined else {}
                 options |= {"choices": flag.choices} if flag.choices else {}
             group.add_argument(option(name), **options)
     return parser
+
+
+class Joined(argparse.Action):
+    """--data a.jsonl b.jsonl -> "a.jsonl,b.jsonl"."""
+
+    def __call__(self, parser, namespace, values, option=None) -> None:
+        setattr(namespace, self.dest, ",".join(values))
 
 
 def resumption(parser, explicit: dict, flags: dict[str, Flag]) -> tuple[dict, dict, dict]:
@@ -142,7 +151,8 @@ def resolve(args: argparse.Namespace, saved: dict) -> None:
         args.ranks = int(found[1])
     args.schedule = list(args.schedule)
     if args.advantage is None:
-        args.advantage = "none" if args.loss.startswith("dr-grpo") else "std"
+        usual = "none" if args.loss.startswith("dr-grpo") else "std"
+        args.advantage = "batch" if args.combine == "gdpo" else usual
     args.saved_steps = saved.get("steps")
 
 
@@ -238,7 +248,7 @@ def wrong(args: argparse.Namespace, flags: dict[str, Flag], explicit: dict) -> I
             for name in sorted(name for name in explicit if name.startswith("coarse_")):
                 yield f"{option(name)} changes nothing without --coarse; drop it, or give both"
         if "predictions" in flags:
-            yield from wrong_questions(args)
+            yield from wrong_questions(args, explicit)
         if "schedule" in flags:
             yield from wrong_grpo(args, explicit)
         if not (getattr(args, "estimate", False) and re.fullmatch(r"cuda(:\d\d?)?", args.device)):  # that needs no GPU
@@ -247,7 +257,12 @@ def wrong(args: argparse.Namespace, flags: dict[str, Flag], explicit: dict) -> I
         yield str(error)
 
 
-def wrong_questions(args: argparse.Namespace) -> Iterator[str]:
+def wrong_questions(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
+    for name in ("samples", "temperature"):
+        if name in explicit and args.write_norms is None:
+            yield f"{option(name)} changes nothing without --write-norms; drop it"
+    if args.write_norms and (args.predictions or args.image):
+        yield "--write-norms asks a policy about --data: drop --predictions and --image"
     for name, beside, why in (
         ("knowledge", "image", "it asks for a box, which has no options"),
         ("knowledge", "predictions", "the answers are there already"),
@@ -273,6 +288,16 @@ def wrong_grpo(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
         name, _ = rewards.read_schedule(text)
         if args.saved_steps not in (None, args.steps) and scheduler.SCHEDULES[name].by_share:
             yield f"--schedule {name} goes by the share of the steps: --steps must stay {args.saved_steps}"
+        if args.normalise and name != "raw":
+            yield f"--normalise is for --schedule raw: a reward of {name} is 0 or 1, or on a scale of its own already"
+    if args.normalise:
+        norms.split(args.normalise)
+    if args.combine == "gdpo" and sum(weight != 0 for weight in counting.values()) < 2:
+        yield f"--combine gdpo changes nothing beside --rewards {args.rewards}: only one counts; drop it"
+    if not args.knowledge:
+        for name in counting:
+            if name.startswith("recite") and name != "recite-prompt":
+                yield f"--rewards {args.rewards}: {name} has nothing to recite without --knowledge"
     if not held_out_phantoms(args.data) and not args.val:
         for name in sorted(explicit.keys() & {"eval_every", "eval_limit"}):
             yield f"{option(name)} needs --val: there is nothing to evaluate on"
@@ -303,7 +328,7 @@ def wrong_grpo(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
 
 def digests(args: argparse.Namespace) -> dict[str, str]:
     """Flag -> sha256 of the file that decides what is learned beside the data."""
-    files = {name: (getattr(args, name, None) or "").partition(":")[0] for name in ("knowledge",)}
+    files = {name: (getattr(args, name, None) or "").partition(":")[0] for name in ("knowledge", "normalise")}
     return {n: hashlib.sha256(Path(f).read_bytes()).hexdigest() for n, f in files.items() if f and os.path.isfile(f)}
 
 

@@ -97,7 +97,7 @@ def load_samples(
     clip: bool = False,
     knowledge: Any = None,
 ) -> list[Sample]:
-    """Read --data: "phantoms", "phantoms:<kind>" or a JSONL/JSON file; several of them separated by commas.
+    """Read --data: "phantoms", "phantoms:<kind>" or a JSONL/JSON file, =WEIGHT behind; several are separated by commas.
 
     tasks: tasks.TASKS, which read the targets. seed picks the training phantoms. split is "train" or "test" and matters
     to phantoms only (a file is its own split): the test phantoms are the same for every seed and disjoint from all
@@ -110,12 +110,13 @@ def load_samples(
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
     series = (seed, 0, TRAIN_PHANTOMS) if split == "train" else (TEST_SEED, TEST_START, TEST_PHANTOMS)
     samples = []
-    for part in spec.split(","):
-        name, colon, kind = part.strip().partition(":")
+    for part, weight in parts_of(spec):
+        name, colon, kind = part.partition(":")
         if name == "phantoms":
-            samples += phantom_samples(kind if colon else None, *series)
+            some = phantom_samples(kind if colon else None, *series)
         else:
-            samples += load_jsonl(part.strip(), tasks, bad, outside=outside, clip=clip)
+            some = load_jsonl(part, tasks, bad, outside=outside, clip=clip)
+        samples += some if weight is None else [dataclasses.replace(sample, weight=weight) for sample in some]
     if knowledge is None or (split == "test" and knowledge.shown.used == "train"):
         return samples
     return knowledge.attach(samples)
@@ -123,8 +124,26 @@ def load_samples(
 
 def held_out_phantoms(spec: str) -> str:
     """What of --data has a held-out split of its own, as a spec for load_samples: its phantoms; "" if none."""
-    parts = [part.strip() for part in spec.split(",")]
-    return ",".join(part for part in parts if part.partition(":")[0] == "phantoms")
+    return ",".join(part for part, _ in parts_of(spec) if part.partition(":")[0] == "phantoms")
+
+
+def parts_of(spec: str) -> list[tuple[str, float | None]]:
+    """ "a.jsonl=2,phantoms" -> [("a.jsonl", 2.0), ("phantoms", None)]: what --data names, and the weights. A file whose
+    own name ends like that is a file."""
+    parts = []
+    for part in spec.split(","):
+        name, sign, number = part.strip().rpartition("=")
+        if not sign or os.path.exists(part.strip()):
+            parts.append((part.strip(), None))
+            continue
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = -1.0
+        if not name or not 0 < weight < 1e9:
+            raise InputError(f"--data {one_line(part)}: behind = stands a weight above 0")
+        parts.append((name, weight))
+    return parts
 
 
 def phantom_samples(kind: str | None, seed: int, start: int, count: int, size: int = 140) -> list[Sample]:

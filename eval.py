@@ -12,6 +12,7 @@ counts.
 import errors  # first: from here on Ctrl-C is one sentence, in the seconds too that importing torch takes
 
 # isort: split
+import hashlib
 import json
 import os
 import re
@@ -30,7 +31,10 @@ from errors import InputError, one_line, parse_json, read_text, short
 from images import Sample, load
 from knowledge import Knowledge
 from model import Policy, collate
+from norms import LEAST, Quartiles, fingerprint, write_norms
 from prompts import Processor, Prompt, default_prompt
+from rewards import MAIN, REWARDS, other_rewards
+from runtime.stream import uniforms
 from tasks import TASKS, by_task, configure, summary
 from weights import load_policy, model_folder
 
@@ -267,6 +271,53 @@ def ask(args, out: Path) -> None:
     overlay(sample, [row["answer"]], args.query, truth=False).save(out / "overlay.png")
 
 
+def measure_norms(args, policy: Policy, processor: Processor, samples: list[Sample]) -> None:
+    """--write-norms: the quartiles of every reward, u under the name of the schedule's among them, of `samples` answers
+    to each prompt; --samples 0: of the greedy one."""
+    count, seen = max(args.samples, 1), defaultdict(list)  # ((dataset, task), reward) -> values
+    valid: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    device, size = next(policy.parameters()).device, max(args.batch_size // count, 1)
+    for start in tqdm(range(0, len(samples), size), desc="norms", leave=False):
+        some, places = samples[start : start + size], range(start, min(start + size, len(samples)))
+        prompts = [processor.prompt(sample) for sample in some]
+        luck = uniforms(0, 0, places, places, count, args.max_tokens) if args.samples else None
+        with torch.no_grad():
+            prefix = policy.prefix(collate(prompts, device))
+            done = policy.generate(prefix, count, args.max_tokens, args.temperature if args.samples else 0.0, luck)
+        texts = processor.texts(done.ids.flatten(0, 1), done.lengths.flatten())
+        repeated = [prompt for prompt in prompts for _ in range(count)]
+        scores = by_task(texts, repeated)
+        owners = [prompt.sample for prompt in repeated]
+        found = {MAIN: scores.u} | other_rewards(dict.fromkeys(REWARDS, 1.0), texts, scores, owners)
+        for name, values in found.items():
+            for sample, value in zip(owners, values.tolist(), strict=True):
+                seen[sample.key, name].append(value)
+        for sample, fine in zip(owners, scores.valid.tolist(), strict=True):
+            valid[sample.key].append(fine)
+    if few := [key for key, fine in valid.items() if len(fine) < LEAST]:
+        answers = f"{'/'.join(few[0])} has {len(valid[few[0]])} answers, quartiles want {LEAST}"
+        raise InputError(f"--write-norms: {answers}; give more --data, or more --samples")
+    table = {
+        place: Quartiles.of(values, 1 - sum(valid[place[0]]) / len(valid[place[0]]))
+        for place, values in sorted(seen.items())
+    }
+    asked = "\n".join(f"{sample.source} {sample.dataset} {sample.task} {sample.query}" for sample in samples)
+    write_norms(
+        Path(args.write_norms),
+        table,
+        {
+            "model": fingerprint(model_folder(args.model)),
+            "data": hashlib.sha256(asked.encode()).hexdigest(),
+            **{name: getattr(args, name) for name in ("prompt", "samples", "temperature", "max_tokens")},
+            "versions": {"torch": torch.__version__},
+        },
+    )
+    for ((dataset, task), name), q in table.items():
+        words = "0 or 1 throughout, stays as it is" if q.zero_one else f"{q.p25:.3f} {q.p50:.3f} {q.p75:.3f}"
+        if name == MAIN or not q.zero_one:
+            print(f"quartiles of {dataset}/{task}/{name}: {words}, n {q.n}, cannot be read {q.invalid:.1%}")
+
+
 def read(args, spec: str, split: str, knowledge: Knowledge | None = None) -> list[Sample]:
     bad = BadRecords()
     samples = load_samples(spec, TASKS, 0, split, bad, args.allow_outside, args.clip_boxes, knowledge)
@@ -292,10 +343,13 @@ def main() -> None:
         rows = score_rows(originals, read_predictions(args.predictions, samples))
         result = metrics(rows)
     else:
-        result, rows = evaluate(*load_model(args), samples, args.batch_size, args.max_tokens, progress="evaluation")
+        policy, processor = load_model(args)
+        result, rows = evaluate(policy, processor, samples, args.batch_size, args.max_tokens, progress="evaluation")
     print(summary(args.predictions or args.model, result))
     for name, part in result["datasets"].items():
         print(summary(f"  {name}", part))
+    if args.write_norms:
+        measure_norms(args, policy, processor, samples)
     if reasons := Counter(row["reason"] for row in rows if row["reason"]):
         words = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
         print(f"answers that cannot be read: {words}")

@@ -25,6 +25,7 @@ class Flag:
     choices: tuple[str, ...] = ()
     free: bool = False  # a resumed run may change it: nothing that is free decides what is learned
     count: int | str | None = None  # of values, as argparse's nargs
+    joined: bool = False  # several words are one value, with commas
 
 
 def whole(default: int | None, help: str, least: int = 1, most: int = 10**9, free: bool = False) -> Flag:
@@ -37,7 +38,9 @@ def switch(help: str, free: bool = False, default: bool | None = False) -> Flag:
 
 ANSWERED = "answer, think, qwen, or a text file with {query} in it; none: what the policy was trained with, else think"
 MODEL = Flag("nano", "checkpoint folder, nano, or org/name of the Hugging Face Hub")  # runs anywhere, no download
-DATA = Flag("phantoms", "JSONL files, or phantoms[:dermoscopy|xray|ultrasound]")
+DATA = Flag(
+    "phantoms", "JSONL files, or phantoms[:dermoscopy|xray|ultrasound]; FILE=WEIGHT ...: a mixture", joined=True
+)
 DEVICE = Flag(CUDA, "cpu or cuda; bfloat16 on CUDA, float32 on a CPU, trained weights float32 on both", free=True)
 OUTSIDE = switch("records may name pictures outside the folder of their file: absolute paths, and with ..", free=True)
 CLIP_BOXES = switch("cut boxes that reach over the picture's edge, and count them")  # they may be in another frame
@@ -85,10 +88,17 @@ TRAINER = {  # title of a group in --help -> its flags
         beta=Flag(None, "weight of the KL to the starting policy; 0 keeps no copy of it", float, 0, 10**4),
         # The same on both sides, as PPO; .2 .28 is DAPO's clip-higher.
         clip=Flag((0.2, 0.2), "LOW HIGH: ratios from 1 - LOW to 1 + HIGH have a gradient", float, 0, 10**4, count=2),
-        advantage=Flag(None, "over the group; none: std, and none for dr-grpo", choices=("std", "none")),
+        advantage=Flag(
+            None,
+            "over the group, by its std, the batch's or none; unset: std, for dr-grpo none, for gdpo batch",
+            choices=("std", "batch", "none"),
+        ),
     ),
     "reward": dict(
         rewards=Flag(None, "weights; 0 logs a reward without counting it"),
+        combine=Flag("sum", "of several rewards: added, or each taken over its group first", choices=("sum", "gdpo")),
+        # MedGRPO's: norms.py. Written by eval.py --write-norms.
+        normalise=Flag(None, "FILE.json[:k=3,refresh=N,...]: rewards of every dataset on one scale by its quartiles"),
         schedule=Flag(("medloc",), "how u becomes the reward 'task': NAME[:key=value,...] [TASK=NAME...]", count="+"),
         tasks=TASK_SETTINGS,
     ),
@@ -184,6 +194,9 @@ EVAL = {
         tasks=TASK_SETTINGS,
         limit=whole(None, "evaluate the first N samples"),
         batch_size=whole(50, "answers at a time", most=10**5),
+        write_norms=Flag(None, "FILE.json: the quartiles of each reward by dataset and task, for --normalise"),
+        samples=whole(4, "with --write-norms: answers to each prompt; 0: one, greedy", 0, 10**4),
+        temperature=Flag(1.0, "with --write-norms: of sampling, as in the training", float, 0, 10**4),
         device=DEVICE,
     )
 }

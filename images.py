@@ -57,6 +57,7 @@ class Sample:
     source: str = ""  # "train.jsonl:17", for messages
     size: tuple[int, int] | None = None  # (width, height) in the original frame, from the file's header; phantoms: None
     query_field: str = "query"  # where the record holds its query, for messages
+    weight: float | None = None  # of its dataset in the mixture, as --data says
     knowledge: str = ""  # the block that knowledge.py has put around the query
     extra: dict = dataclasses.field(
         default_factory=dict, hash=False

@@ -23,6 +23,8 @@ ELONGATION = 2.0  # the two shares differ by at most this factor, so that no les
 BORDER = 2  # pixels of background that are left on every side
 MIN_SIDE = 28  # pixels: one merged token of Qwen2.5-VL; below this there is nothing to localise
 ORDERS = np.arange(2, 6)  # angular frequencies of the wobble; order 1 would only shift the outline
+SMOOTH = np.zeros(0, complex)  # no frequencies beyond these
+BROWN = (0.62, 0.48, 0.42)  # of the light, what pigment lets pass: blue is taken most
 
 
 class Phantom(NamedTuple):
@@ -42,8 +44,7 @@ def phantom(kind: str, seed: int, index: int, size: int | tuple[int, int] = 140)
     if kind not in KINDS:
         raise InputError(f"unknown phantom kind {kind!r}: use one of {', '.join(KINDS)}")
     width, height = (size, size) if isinstance(size, int) else size
-    if min(width, height) < MIN_SIDE:
-        raise InputError(f"phantom size {width}x{height} is too small: each side needs at least {MIN_SIDE} pixels")
+    check_size(width, height)
     if min(seed, index) < 0:
         raise InputError(f"phantom seed {seed} and index {index} must not be negative")
     # A flat [seed, index, kind] would run the 32-bit words of large numbers into each other; the spawn key keeps them
@@ -51,33 +52,48 @@ def phantom(kind: str, seed: int, index: int, size: int | tuple[int, int] = 140)
     key = np.random.SeedSequence(seed, spawn_key=(index, KINDS.index(kind)))
     rng = np.random.Generator(np.random.PCG64(key))
 
-    target = _draw_box(rng, width, height)
-    alpha = _lesion(rng, width, height, target)
+    target = draw_box(rng, width, height)
+    alpha = lesion(rng, width, height, target)
     mask = alpha >= 0.5
     columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     # Measured, not `target`: a pointed outline can end between two pixel centres.
     box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-    planes = _PAINTERS[kind](rng, alpha, box)  # (H, W) grey or (3, H, W) colour, float32
+    return Phantom(rgb(PAINTERS[kind](rng, alpha, box)), box, mask)
+
+
+def check_size(width: int, height: int) -> None:
+    if min(width, height) < MIN_SIDE:
+        raise InputError(f"phantom size {width}x{height} is too small: each side needs at least {MIN_SIDE} pixels")
+
+
+def rgb(planes: np.ndarray) -> np.ndarray:
+    """What a painter made, (H, W) grey or (3, H, W) colour, float32, as a picture: (H, W, 3) uint8."""
     planes = np.clip(planes + np.float32(0.5), 0, 255).astype(np.uint8)
-    return Phantom(np.stack(np.broadcast_to(planes, (3, height, width)), axis=-1), box, mask)
+    return np.stack(np.broadcast_to(planes, (3, *planes.shape[-2:])), axis=-1)
 
 
-def _draw_box(rng: np.random.Generator, width: int, height: int) -> tuple[int, int, int, int]:
+def draw_box(
+    rng: np.random.Generator, width: int, height: int, smallest: float = SMALLEST
+) -> tuple[int, int, int, int]:
     """A box of admissible size anywhere in the image."""
-    share_w = rng.uniform(SMALLEST, LARGEST)
-    share_h = rng.uniform(max(SMALLEST, share_w / ELONGATION), min(LARGEST, share_w * ELONGATION))
+    share_w = rng.uniform(smallest, LARGEST)
+    share_h = rng.uniform(max(smallest, share_w / ELONGATION), min(LARGEST, share_w * ELONGATION))
     w, h = round(share_w * width), round(share_h * height)
     x1 = int(rng.integers(BORDER, width - BORDER - w, endpoint=True))
     y1 = int(rng.integers(BORDER, height - BORDER - h, endpoint=True))
     return x1, y1, x1 + w, y1 + h
 
 
-def _lesion(rng: np.random.Generator, width: int, height: int, box: tuple[int, int, int, int]) -> np.ndarray:
-    """Opacity (H, W) of a star-shaped blob that fills the box: 0.5 on its outline, soft across it."""
+def lesion(
+    rng: np.random.Generator, width: int, height: int, box: tuple[int, int, int, int], fray: np.ndarray = SMOOTH
+) -> np.ndarray:
+    """Opacity (H, W) of a star-shaped blob that fills the box: 0.5 on its outline, soft across it. fray: complex
+    amplitudes of the angular frequencies behind ORDERS, shares of the radius; their sizes must sum below 0.5."""
     tilt = np.exp(1j * rng.uniform(0, np.pi))
     flatness = rng.uniform(0.6, 1.0)
     phases = np.exp(1j * rng.uniform(0, 2 * np.pi, len(ORDERS)))
     coefficients = phases * rng.uniform(0.0, 0.35, len(ORDERS)) / ORDERS  # sums below 0.45: the radius stays positive
+    coefficients = np.concatenate((coefficients, fray))
     softness = max(1.0, rng.uniform(1.0, 4.0) * min(width, height) / 140)  # pixels from opacity 0 to 1
 
     def radius(u: np.ndarray) -> np.ndarray:
@@ -108,15 +124,17 @@ def _lesion(rng: np.random.Generator, width: int, height: int, box: tuple[int, i
     return alpha
 
 
-def _dermoscopy(rng: np.random.Generator, alpha: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
-    """Skin of any tone, a variegated brown lesion, sometimes a vignette, a few hairs and freckles."""
+def _dermoscopy(
+    rng: np.random.Generator, alpha: np.ndarray, box: tuple[int, int, int, int], colour: tuple = BROWN
+) -> np.ndarray:
+    """Skin of any tone, a variegated lesion (brown), sometimes a vignette, a few hairs and freckles."""
     height, width = alpha.shape
     pale, dark = np.array([236, 196, 178]), np.array([146, 100, 76])
     skin = (pale + rng.uniform(0, 1) * (dark - pale) + rng.normal(0, 6, 3)).astype(np.float32)
-    pigment = np.array([0.62, 0.48, 0.42], np.float32) * np.float32(rng.uniform(0.6, 1.2))  # brown: blue is taken most
-    fine = _texture(rng, alpha.shape, 40)  # pores of the skin, network of the lesion
-    shade = 1 + 0.03 * _texture(rng, alpha.shape, 4) + 0.03 * fine
-    patches = 0.16 * _texture(rng, alpha.shape, 14) + 0.07 * fine
+    pigment = np.array(colour, np.float32) * np.float32(rng.uniform(0.6, 1.2))
+    fine = texture(rng, alpha.shape, 40)  # pores of the skin, network of the lesion
+    shade = 1 + 0.03 * texture(rng, alpha.shape, 4) + 0.03 * fine
+    patches = 0.16 * texture(rng, alpha.shape, 14) + 0.07 * fine
     if rng.random() < 0.5:
         x, y = np.linspace(-1, 1, width, dtype=np.float32), np.linspace(-1, 1, height, dtype=np.float32)[:, None]
         shade *= 1 - np.float32(rng.uniform(0.1, 0.28)) * (x * x + y * y)
@@ -155,7 +173,7 @@ def _xray(rng: np.random.Generator, alpha: np.ndarray, box: tuple[int, int, int,
     marrow = np.float32(rng.uniform(0.6, 0.75))
     bone = np.sqrt(np.maximum(1 - s, 0)) - np.float32(0.75) * np.sqrt(np.maximum(marrow**2 - s, 0))
     tissue = np.sqrt(np.maximum(1 - s / np.float32(rng.uniform(5, 14)), 0))
-    coarse, fine = _texture(rng, alpha.shape, 6), _texture(rng, alpha.shape, 40)
+    coarse, fine = texture(rng, alpha.shape, 6), texture(rng, alpha.shape, 40)
     grey = rng.uniform(8, 24) + tissue * (rng.uniform(28, 48) + 4 * coarse) + bone * (rng.uniform(80, 125) + 7 * fine)
     fragment = rng.uniform(185, 225) + 8 * coarse + 9 * fine + 18 * (1 - alpha)  # its own cortex: brighter at the edge
     grey += alpha * (fragment - grey)
@@ -167,8 +185,8 @@ def _ultrasound(rng: np.random.Generator, alpha: np.ndarray, box: tuple[int, int
     """Layered tissue in speckle, a hypoechoic nodule, brighter echoes behind it."""
     height, width = alpha.shape
     x, depth = np.linspace(-1, 1, width, dtype=np.float32), np.linspace(0, 1, height, dtype=np.float32)[:, None]
-    layers = _texture(rng, alpha.shape, (3, int(rng.integers(9, 16))))  # few columns, many rows: wavy bands
-    echo = np.float32(rng.uniform(95, 140)) * np.exp(0.16 * layers + 0.08 * _texture(rng, alpha.shape, 8))
+    layers = texture(rng, alpha.shape, (3, int(rng.integers(9, 16))))  # few columns, many rows: wavy bands
+    echo = np.float32(rng.uniform(95, 140)) * np.exp(0.16 * layers + 0.08 * texture(rng, alpha.shape, 8))
     # Sector: the beam spreads and fades with depth and to the sides, the more the deeper.
     echo *= 1 - np.float32(rng.uniform(0, 0.35)) * depth - np.float32(rng.uniform(0, 0.35)) * x * x * (0.4 + depth)
     echo *= 1 + np.float32(rng.uniform(0.2, 0.7)) * np.exp(-(((depth - 0.02) / 0.025) ** 2))  # the skin line
@@ -180,15 +198,15 @@ def _ultrasound(rng: np.random.Generator, alpha: np.ndarray, box: tuple[int, int
     # power below 1 stands for the scanner's log compression. Resizing keeps the mean near 1.
     pixel = max(1.0, min(width, height) / 140)
     grain = (int(width / pixel / rng.uniform(1.6, 2.6)), int(height / pixel / rng.uniform(1.0, 1.5)))
-    speckle = (_texture(rng, alpha.shape, grain) ** 2 + _texture(rng, alpha.shape, grain) ** 2) ** np.float32(0.3)
+    speckle = (texture(rng, alpha.shape, grain) ** 2 + texture(rng, alpha.shape, grain) ** 2) ** np.float32(0.3)
     return echo * speckle + 4
 
 
-def _texture(rng: np.random.Generator, shape: tuple[int, int], cells: int | tuple[int, int]) -> np.ndarray:
+def texture(rng: np.random.Generator, shape: tuple[int, int], cells: int | tuple[int, int]) -> np.ndarray:
     """Smooth noise (H, W) of about unit variance: a small grid (columns, rows) of normals, resized bicubically."""
     columns, rows = (cells, cells) if isinstance(cells, int) else cells
     grid = Image.fromarray(rng.standard_normal((rows, columns), np.float32))
     return np.asarray(grid.resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
 
 
-_PAINTERS = {"dermoscopy": _dermoscopy, "xray": _xray, "ultrasound": _ultrasound}
+PAINTERS = {"dermoscopy": _dermoscopy, "xray": _xray, "ultrasound": _ultrasound}

@@ -1,8 +1,7 @@
 """Scores -> rewards -> advantage: what each answer earns, and how much better than its group it is.
 
     reward = combine(scores, schedules, weights)     "task": the schedule's shape of u under its present tau; others
-    below advantage = group_advantage(reward, "std")       (r - mean) / (std + 1e-4) over the group, exactly 0 without
-    spread
+    advantage = group_advantage(reward, "std")       (r - mean) / (std + 1e-4) over the group, exactly 0 without spread
 
 A reward of your own is a row in REWARDS, and a name in --rewards. Left out: learned reward models, and what an answer
 is worth, which its task says (tasks/).
@@ -18,11 +17,13 @@ from torch import Tensor
 
 import kernels
 from errors import InputError
+from norms import Norms
 from scheduler import SCHEDULES, Decision, Schedule
 from settings import Settings, read
 from tasks import TASKS, Scores
 from text import sentence_bleu, thought, tokens
 
+EPS = 1e-4  # as kernels.group_advantage's
 MAIN = "task"  # in --rewards: the schedule's reward for u
 
 
@@ -53,8 +54,7 @@ def recite(texts: list[str], scores: Scores, samples: list, n: int = 4, of: str 
 
 # Rewards beside the schedule's: name -> f(texts, scores, samples) -> (N,) tensor, any range. N answers, their
 # tasks.Scores and the data.Sample that each answers; a sample's `task`, `dataset` and `extra` can choose what is
-# rewarded. Under a negative weight it is a penalty, and an answer that cannot be read does not evade it: there it
-# counts at least 1, the most that one from 0 to 1 can be.
+# rewarded. Under a negative weight it is a penalty, which an answer that cannot be read does not evade: combine().
 REWARDS: dict[str, Callable[[list[str], Scores, list], Tensor]] = {
     "format": lambda texts, scores, samples: torch.tensor(
         [format_reward(text, valid) for text, valid in zip(texts, scores.valid.tolist(), strict=True)]
@@ -66,11 +66,7 @@ REWARDS: dict[str, Callable[[list[str], Scores, list], Tensor]] = {
     "thought": lambda texts, scores, samples: torch.tensor([float(len(tokens(thought(text)))) for text in texts]),
 }
 
-# What makes the rewards of several datasets comparable, before the group: name -> f(reward (N, G), keys) -> (N, G),
-# with the (dataset, task) of each of the N groups.
-NORMALISERS: dict[str, Callable[[Tensor, list], Tensor]] = {
-    "none": lambda reward, keys: reward,
-}
+COMBINE = ("sum", "gdpo")
 
 
 def read_weights(text: str) -> dict[str, float]:
@@ -106,7 +102,7 @@ def other_rewards(weights: dict[str, float], texts: list[str], scores: Scores, s
                 f"reward {name!r} must give {len(texts)} finite numbers, one an answer; "
                 f"it gave {tuple(part.shape)}, {int((~part.isfinite()).sum())} of them not finite"
             )
-        parts[name] = part.where(scores.valid, part.clamp(min=1.0)) if weights[name] < 0 else part
+        parts[name] = part
     return parts
 
 
@@ -135,9 +131,11 @@ def split_schedules(texts: list[str]) -> tuple[str, dict[str, str]]:
 
 
 class Schedules:
-    """One Schedule, window and tau, for every (dataset, task)."""
+    """What makes rewards of what answers are worth: one Schedule, window and tau, for every (dataset, task), and with
+    --normalise the norms that bring these to one scale."""
 
-    def __init__(self, texts: list[str], keys: list[tuple[str, str]], total_steps: int):
+    def __init__(self, texts: list[str], keys: list[tuple[str, str]], total_steps: int, norms: Norms | None = None):
+        self.norms = norms
         general, by_task = split_schedules(texts)
         if unknown := by_task.keys() - {task for _, task in keys}:
             raise InputError(f"--schedule {min(unknown)}=...: no record has the task {min(unknown)!r}")
@@ -148,8 +146,11 @@ class Schedules:
                 raise InputError(f"--schedule {name} goes by {part}, which answers of the task {key[1]!r} do not have")
             self.of[key] = Schedule(name, settings, total_steps)
 
-    def observe(self, groups: dict[tuple[str, str], list[list[float]]]) -> dict[tuple[str, str], Decision]:
-        """A step's groups of u, by key; a schedule of which there is none sees that too."""
+    def observe(self, scores) -> dict[tuple[str, str], Decision]:
+        """A step's rollout.GroupScores, once combined; a schedule of which there is none sees that too."""
+        if self.norms:
+            self.norms.observe(scores.keys, scores.parts)
+        groups = scores.by_key()
         return {key: schedule.observe(groups.get(key, [])) for key, schedule in self.of.items()}
 
     def state_dict(self) -> list[dict]:
@@ -161,24 +162,41 @@ class Schedules:
             self.of[state["dataset"], state["task"]].load_state_dict(state)
 
 
-def combine(scores, schedules: Schedules, weights: dict[str, float], normaliser: str = "none") -> Tensor:
-    """rollout.GroupScores of N groups -> (N, G) rewards: the weighted sum of the schedule's reward, under the present
-    tau of each group's (dataset, task), and the others (as VLM-R1: sum, then normalise). scores.parts gets the
-    schedule's."""
+def combine(scores, schedules: Schedules, weights: dict[str, float], how: str = "sum") -> Tensor:
+    """rollout.GroupScores of N groups -> (N, G) rewards: the schedule's, under the present tau of each group's
+    (dataset, task), and the others, each normalised if there are norms, weighted and added. scores.parts gets the
+    schedule's.
+
+    Under a negative weight an answer that cannot be read counts 1, the most that a reward from 0 to 1 can be, or what
+    the most in its group is: no penalty is evaded by breaking the form.
+    how: "sum", as VLM-R1; "gdpo" takes each reward's advantage over its group before it is weighted, so that the one
+    that spreads most does not rule (GDPO, arXiv 2601.05242; as there with --advantage batch).
+    """
     names = list(scores.parts)
     rows = zip(*(part.flatten(1).tolist() for part in scores.parts.values()), strict=True) if names else None
-    valid = (scores.reason == 0).tolist()
+    valid = scores.reason == 0
     main = []
     for n, (key, us) in enumerate(zip(scores.keys, scores.u.tolist(), strict=True)):
         parts = next(rows) if rows else []
         of_answers = [dict(zip(names, values, strict=True)) for values in zip(*parts, strict=True)] or [{}] * len(us)
         schedule = schedules.of[key]
-        main.append([schedule.reward(*answer) for answer in zip(us, valid[n], of_answers, strict=True)])
+        main.append([schedule.reward(*answer) for answer in zip(us, valid[n].tolist(), of_answers, strict=True)])
     scores.parts[MAIN] = torch.tensor(main).view(scores.u.shape)
-    reward = sum(weight * scores.parts[name] for name, weight in weights.items())
-    return NORMALISERS[normaliser](reward, scores.keys)
+    terms = {name: scores.parts[name] for name in weights}
+    if schedules.norms:
+        terms = {name: schedules.norms.apply(name, term, valid, scores.keys) for name, term in terms.items()}
+    for name in (name for name, weight in weights.items() if weight < 0 and name != MAIN):
+        terms[name] = terms[name].where(valid, terms[name].amax(1, keepdim=True).clamp(min=1.0))
+    if how == "gdpo":
+        terms = {name: kernels.group_advantage(term, "std") for name, term in terms.items()}
+    return sum(weight * terms[name] for name, weight in weights.items())
 
 
 def group_advantage(reward: Tensor, scale: str) -> Tensor:
-    """reward (B, G) -> (B, G); scale "std" (GRPO) or "none" (Dr. GRPO: the mean alone is taken off)."""
-    return kernels.group_advantage(reward, scale)
+    """reward (N, G), of all ranks -> (N, G), the group's mean taken off and divided by: "std", the group's (GRPO);
+    "batch", that of all N x G rewards (as TRL's scale_rewards="batch"); "none", nothing (Dr. GRPO). Exactly 0 in a
+    group without spread."""
+    if scale != "batch":
+        return kernels.group_advantage(reward, scale)
+    spread = reward.std() if reward.numel() > 1 else torch.zeros(())
+    return kernels.group_advantage(reward, "none") / (spread + EPS)

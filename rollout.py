@@ -99,6 +99,7 @@ class GroupScores:
     keys: list[tuple[str, str]] = field(default_factory=list)  # N, once gathered: (dataset, task) of each group
     mine: list[int] = field(default_factory=list)  # once gathered: which of them are this rank's
     reward: Tensor | None = None  # once combined
+    advantage: Tensor | None = None  # at the step's end
     fault: InputError | None = None  # a reward's, on this rank: share() makes it one on all
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "GroupScores":
@@ -283,11 +284,13 @@ class Rounds:
         rolls = [roll for roll in self.rolls if roll.prompts] or self.rolls[:1]
         prefix = self.prefixes[0] if len(self.rolls) == 1 else None
         first, *others = self.scores
+        begins = [sum(len(scores.u) for scores in self.scores[:i]) for i in range(len(self.scores))]
         everyone = GroupScores(
             **{f.name: torch.cat([getattr(s, f.name) for s in self.scores]) for f in fields(first)[:5]},
             parts={name: torch.cat([s.parts[name] for s in self.scores]) for name in first.parts},
             found=torch.cat([s.found for s in self.scores]),
             keys=[key for s in self.scores for key in s.keys],
+            mine=[begin + i for begin, s in zip(begins, self.scores, strict=True) for i in s.mine],
             reward=torch.cat([s.reward for s in self.scores]),
         )
         return everyone, join(rolls), prefix

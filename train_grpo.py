@@ -33,6 +33,7 @@ from errors import read_object
 from knowledge import Knowledge
 from loss import BatchTotals, completion_mask, grpo_loss, mask_overlong
 from model import Policy, Prefix, collate
+from norms import fingerprint, read_norms
 from prompts import Processor, default_prompt
 from rewards import Schedules, combine, group_advantage, read_weights
 from rollout import GroupScores, Rollout, Rounds, sample, score, share
@@ -64,8 +65,8 @@ class GRPO:
     max_tokens: int
     temperature: float  # of sampling, and of all log-probs
     weights: dict[str, float]  # of the rewards
-    normaliser: str  # of rewards.NORMALISERS
-    advantage: str  # std | none
+    combine: str  # sum | gdpo
+    advantage: str  # std | batch | none
     kind: str  # loss.KINDS
     kl: str  # loss.KLS
     overlong: str  # keep | mask
@@ -92,13 +93,14 @@ def step(
             roll, prefix = sample(policy if grpo.one_pass else None, actor, stream.processor, prompts, uniforms, grpo)
             scores = score(roll, grpo.weights, stream.keys)  # each by its sample's task: u in [0, 1], valid, parts
             everyone = share(scores, stream)  # all ranks', in stream order: one collective
-            reward = combine(everyone, schedules, grpo.weights, grpo.normaliser)  # shape(u, tau), weights, per dataset
+            reward = combine(everyone, schedules, grpo.weights, grpo.combine)  # shape(u, tau), weights, per dataset
             rounds.add(roll, prefix, everyone, reward)
     everyone, roll, prefix = rounds.joined()
-    roll.advantage = group_advantage(roll.reward, grpo.advantage)  # exactly 0 without spread
+    everyone.advantage = group_advantage(everyone.reward, grpo.advantage)  # exactly 0 without spread
+    roll.advantage = everyone.advantage[everyone.mine]
     losses = update(policy, reference, optimizer, rounds.useful(roll), prefix, grpo)  # loss.py
     refresh(actor, policy)  # the actor is the policy again
-    return everyone, roll, losses, schedules.observe(everyone.by_key())  # tau for the NEXT step, one window per task
+    return everyone, roll, losses, schedules.observe(everyone)  # tau for the NEXT step, one window per task
 
 
 def update(
@@ -248,11 +250,11 @@ def make_policies(args, base: Path, start: Path) -> tuple[Policy, Policy, Policy
 def algorithm(args) -> GRPO:
     kind, kl, overlong = config.read_loss(args.loss)
     same = (
-        "batch_size group_size micro_batch inner_steps dynamic_sampling max_tokens temperature advantage beta".split()
-    )
+        "batch_size group_size micro_batch inner_steps dynamic_sampling max_tokens temperature combine advantage beta"
+    ).split()
     return GRPO(
         **{name: getattr(args, name) for name in same},
-        weights=read_weights(args.rewards), normaliser="none", kind=kind, kl=kl, overlong=overlong,
+        weights=read_weights(args.rewards), kind=kind, kl=kl, overlong=overlong,
         clip=tuple(args.clip), sharded=args.shard,
     )  # fmt: skip
 
@@ -288,7 +290,12 @@ def train(args, ending: ExitStack) -> None:
     readers = ending.enter_context(Readers(args.workers))
     sizes = args.batch_size, args.group_size, args.max_tokens
     stream = Stream(samples, processor, bad, *sizes, args.seed, readers)
-    schedules, grpo = Schedules(args.schedule, stream.keys, args.steps), algorithm(args)
+    grpo, norms = algorithm(args), None
+    if args.normalise:
+        norms = read_norms(args.normalise, ranks.gather_objects(lambda: fingerprint(base))[0])
+        for words in norms.check(stream.keys, list(grpo.weights)):
+            ranks.print0(words)
+    schedules = Schedules(args.schedule, stream.keys, args.steps, norms)
     run = Run(args, out, policy, actor, processor, optimizer, stream, schedules, val, planned.evaluation, bad, ending)
     if start:
         run.resume(start)

@@ -40,7 +40,7 @@ from runtime import checkpoint
 from runtime.readers import Readers
 from runtime.run import begin
 from runtime.state import check_results
-from runtime.stream import Sampler
+from runtime.stream import sampler_of
 from tasks import TASKS, summary
 from tasks.box import to_model
 from weights import load_policy, model_folder, pinned
@@ -107,7 +107,7 @@ def sft(
     """Train the policy in place from step `first` on: AdamW, linear warm-up, cosine to a twentieth. -> each step's
     metrics, once it is done. Ends early, its step dropped, where errors.asked_to_stop."""
     device, steps, size = next(policy.parameters()).device, settings.steps, settings.batch_size
-    sampler = Sampler(len(samples), size, settings.seed)
+    sampler = sampler_of(samples, size, settings.seed)
     indices = (index for step in range(first, steps) for index in sampler.indices(step))
     views = readers.read(indices, samples, processor.image_config, ahead=size)
     eos = policy.eos_ids[0]

@@ -4,7 +4,7 @@ Boxes are (x1, y1, x2, y2) in pixels, half-open (x2 = last column + 1), sizes ar
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,12 +49,35 @@ def components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return boxes, np.bincount(part, end - start, len(boxes)).astype(int)
 
 
-def mask_box(path: Path, threshold: int, choice: str) -> tuple[Box | None, int, tuple[int, int]]:
+def mask_box(path: Path, threshold: int, choice: str, more: Sequence[Path] = ()) -> tuple[Box | None, int, tuple]:
     """The box of a mask file, None if it is empty; its number of parts; its size. All as displayed.
 
-    Inside is what is brighter than threshold. JPEG masks are not binary: dividing by the largest value and casting to
-    integers keeps 255 alone and loses the edge, any value above 0 takes in the ringing around it. choice, of several
-    parts: "largest" (of equal ones the first), "union" for the box around all, "drop" for None.
+    choice, of several parts: "largest" (of equal ones the first), "union" for the box around all, "drop" for None.
+    more: further masks of the same picture; what is inside of any is inside.
+    """
+    mask = inside(path, threshold)
+    for file in more:
+        other = inside(file, threshold)
+        if other.shape != mask.shape:
+            sizes = " and ".join(f"{m.shape[1]}x{m.shape[0]}" for m in (mask, other))
+            raise InputError(f"masks of one picture, {one_line(path)} and {one_line(file)}, are of {sizes}; mend one")
+        mask = mask | other
+    size, (boxes, areas) = mask.shape[::-1], components(mask)
+    if len(areas) == 0:
+        return None, 0, size
+    box = {
+        "largest": boxes[areas.argmax()],
+        "union": [*boxes[:, :2].min(0), *boxes[:, 2:].max(0)],
+        "drop": boxes[0] if len(areas) == 1 else None,
+    }[choice]
+    return None if box is None else tuple(map(int, box)), len(areas), size
+
+
+def inside(path: Path, threshold: int) -> np.ndarray:
+    """(H, W) bool of a mask file, as displayed: what is brighter than threshold.
+
+    JPEG masks are not binary: dividing by the largest value and casting to integers keeps 255 alone and loses the edge,
+    any value above 0 takes in the ringing around it. A mask whose values all lie below the threshold is refused.
     """
     if not os.path.isfile(path):
         raise InputError(f"the mask {one_line(path)} is not there")
@@ -62,20 +85,13 @@ def mask_box(path: Path, threshold: int, choice: str) -> tuple[Box | None, int, 
         ImageOps.exif_transpose(mask, in_place=True)
         mask.load()
     gray = np.asarray(mask if mask.mode[0] in "IF" else mask.convert("L"))  # convert() would cut 16 bits off at 255
-    boxes, areas = components(gray > threshold)
-    if len(areas) == 0:
-        if gray.any():
-            hint = "--threshold 0 suits masks of 0 and 1, or of class numbers"
-            raise InputError(
-                f"mask {one_line(path)}: its largest value is {gray.max()}, --threshold is {threshold}; {hint}"
-            )
-        return None, 0, mask.size
-    box = {
-        "largest": boxes[areas.argmax()],
-        "union": [*boxes[:, :2].min(0), *boxes[:, 2:].max(0)],
-        "drop": boxes[0] if len(areas) == 1 else None,
-    }[choice]
-    return None if box is None else tuple(map(int, box)), len(areas), mask.size
+    bright = gray > threshold
+    if gray.any() and not bright.any():
+        hint = "--threshold 0 suits masks of 0 and 1, or of class numbers"
+        raise InputError(
+            f"mask {one_line(path)}: its largest value is {gray.max()}, --threshold is {threshold}; {hint}"
+        )
+    return bright
 
 
 # ------------------------------------------------------------------------------------------------------------ frames

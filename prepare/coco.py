@@ -22,7 +22,7 @@ import errors
 from data import picture_path
 from errors import InputError, named, one_line, read_json
 from images import Box
-from prepare import common
+from prepare import common, layout
 from prepare.common import Entry, short
 from prepare.rle import runs_box
 
@@ -33,7 +33,7 @@ BESIDE = ("annotations", "annotation", "labels")  # folders of JSON files, whose
 def annotation_files(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
-    files = common.files_below(source, ".json")
+    files = layout.files_below(source, ".json")
     named = [f for f in files if f.name.endswith("coco.json") or f.name.startswith("instances")]
     if not named and len(files) != 1:
         raise InputError(f"--source {source}: holds {len(files)} JSON files, none is called ..coco.json; name the file")
@@ -61,7 +61,7 @@ def pictures_folder(file: Path, images: list[dict], split: str, source: Path) ->
     if file.parent.name.lower() in BESIDE or source in file.parent.parents:  # never above --source otherwise
         bases.append(file.parent.parent)
     word = file.stem.partition("_")[2]  # instances_train2017 -> train2017
-    words = [word, file.stem, *(w for w, s in common.SPLITS.items() if s == split)]
+    words = [word, file.stem, *(w for w, s in layout.SPLITS.items() if s == split)]
     below = ["", *words, *(f"images/{w}" for w in words), "images"]
     folders = dict.fromkeys(base / name for name in below for base in bases)
     names = [image["file_name"] for image in images if isinstance(image.get("file_name"), str)]
@@ -150,7 +150,7 @@ def read_file(file: Path, args, report) -> list[Entry]:
             if name != category["name"]:
                 both = f"{short(name)} and {short(category['name'])}"
                 raise InputError(f"{file}: two of 'categories' have the id {short(category.get('id'))}: {both}")
-    split = common.split_of(file.stem, *common.folders_below(file, args.source))
+    split = layout.split_of(file.stem, *layout.folders_below(file, args.source))
     folder = Path(args.images).absolute() if args.images else pictures_folder(file, images, split, args.source)
     of_image, seen = defaultdict(list), set()
     for i, annotation in enumerate(annotations):

@@ -1,8 +1,9 @@
 """What the scripts of this folder share: boxes as displayed, phrases, splits, and JSONL that is whole or not there.
 
 A script only reads its source's layout and names what it finds: a list of Entry, one per object, in the source's own
-coordinates. convert() opens the pictures, brings every box into the one frame that data.py knows (pixels of the image
-as displayed, half-open: x2 = last column + 1) and writes one file per split.
+coordinates; or one per picture, where the picture as a whole has a class (prepare/choices.py). convert() opens the
+pictures, brings every box into the one frame that data.py knows (pixels of the image as displayed, half-open: x2 = last
+column + 1) and writes one file per split.
 
 What cannot be used goes one of two ways. A fault (a damaged or missing file, a size that does not fit, a line that
 cannot be read) ends the run with a sentence, or leaves that picture out under --skip-bad N. What the method has no use
@@ -16,10 +17,11 @@ import math
 import os
 import re
 import reprlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,13 +32,10 @@ from errors import InputError, named, one_line, read_json
 from eval import overlay, sheet
 from images import Box, Sample, size_and_orientation
 from prepare.boxes import as_displayed, drawn_as_stored, mask_box
+from prepare.layout import folder_of, words
 from tasks import TASKS
 
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-SPLITS = {word: split for split in ("train", "val", "test") for word in (split, f"{split}ing")}
-SPLITS |= {"valid": "val", "validation": "val"}
 HELD_OUT = ("test", "val", "train", "all")  # a picture in two splits belongs to the first of these
-PLAIN = {"images", "image", "jpegimages", "data"}  # folders whose names say nothing about the pictures in them
 PARTS = {"largest": "the largest is taken", "union": "the box is around all of them", "drop": "left out"}  # --component
 SHEET = 24  # pictures of --overlay
 RAW = argparse.RawDescriptionHelpFormatter  # --help begins with a script's docstring
@@ -54,6 +53,7 @@ class Entry:
     box: Box | None = None  # half-open, in pixels; as shares of the picture's sides with shares=True
     shares: bool = False
     mask: Path | None = None
+    more: tuple[Path, ...] = ()  # further masks of the picture, which count as parts of the first
     size: tuple[int, int] | None = None
     crowd: bool = False  # several objects in one box: never a record, but its phrase is not unique any more
     split: str = "all"
@@ -99,7 +99,7 @@ def locate(entry: Entry, size: tuple[int, int], orientation: int, args, report: 
     """The entry's box in pixels as displayed, None if there is nothing to find. size: of the picture as displayed."""
     box, stated = entry.box, entry.size
     if entry.mask:
-        box, parts, stated = mask_box(entry.mask, args.threshold, args.component)
+        box, parts, stated = mask_box(entry.mask, args.threshold, args.component, entry.more)
         if parts == 0:
             report.note("left out, the mask is empty", entry.mask)
         elif parts > 1:
@@ -136,11 +136,6 @@ def locate(entry: Entry, size: tuple[int, int], orientation: int, args, report: 
 # ----------------------------------------------------------------------------------------------------------- phrases
 
 
-def words(name: str) -> str:
-    """A class or folder name as running text: Heel_Spur -> heel spur, WBC stays."""
-    return " ".join(w if w.isupper() else w.lower() for w in name.replace("_", " ").split())
-
-
 def phrase_of(query: str | None, source: Path) -> Callable[[Entry], str | None]:
     """--query as a function: a text with {class} and {folder}, or a JSON file {class: phrase}, None for other classes.
 
@@ -164,29 +159,7 @@ def phrase_of(query: str | None, source: Path) -> Callable[[Entry], str | None]:
     return phrase
 
 
-def folder_of(image: Path, source: Path) -> str:
-    """The name of the nearest folder of a picture that is not just `images` or a split's."""
-    for folder in (f for f in image.parents if f.name):
-        if folder.name.lower() not in PLAIN and (folder == source or split_of(folder.name) == "all"):
-            return folder.name
-    raise InputError(f"{one_line(image)}: no folder's name says what is to be found, for {{folder}} of --query")
-
-
 # ------------------------------------------------------------------------------------------------------------ splits
-
-
-def split_of(*names: str) -> str:
-    """train, val or test, as the first of the names says that has one such word; "all" if none has."""
-    for name in names:
-        found = {SPLITS[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLITS}
-        if len(found) == 1:
-            return found.pop()
-    return "all"
-
-
-def folders_below(path: Path, source: Path) -> list[str]:
-    """Names of the folders between source and path, the nearest first: where layouts write their splits."""
-    return [folder.name for folder in path.parents if source in folder.parents]
 
 
 def groups_of(entries: list[Entry]) -> dict[Path, str]:
@@ -267,9 +240,7 @@ def part_groups(entries: list[Entry], groups: dict[Path, str], leaks: str, repor
 def records_of(image: Path, entries: list[Entry], phrase: Callable, args, report: Report) -> list[tuple[str, dict]]:
     """(split, record) of one picture. InputError if it or one of its objects cannot be read: the others might then
     not be the only ones of their phrase any more, so that a picture is used as a whole or not at all."""
-    if not os.path.isfile(image):  # unlike Path.is_file, False also for names that no file can have
-        raise InputError(f"{entries[0].source}: the picture {one_line(image)} is not there")
-    size, orientation = size_and_orientation(image, whole=True)
+    size, orientation = opened(image, entries[0].source)
     found = defaultdict(list)  # phrase -> [(box or None for a crowd, split)]
     for entry in entries:
         query = phrase(entry)
@@ -285,11 +256,7 @@ def records_of(image: Path, entries: list[Entry], phrase: Callable, args, report
             report.note("left out, the same record again", entry.source)
         elif box or entry.crowd:
             found[query].append((box, entry.split))
-    name = usable(Path(os.path.relpath(image, args.out)).as_posix(), "the picture's path")
-    if name != name.strip():  # the loader would strip it
-        raise InputError(f"the picture's path '{one_line(name)}' begins or ends with a blank; rename it")
-    start = {"image": name, "width": size[0], "height": size[1]}
-    records = []
+    start, records = start_of(image, size, args.out), []
     for query, boxes in found.items():
         if not args.all and len({box for box, _ in boxes}) > 1:
             report.note("left out, one phrase for several objects (--all keeps them)", f"{image}: {one_line(query)}")
@@ -298,6 +265,21 @@ def records_of(image: Path, entries: list[Entry], phrase: Callable, args, report
             if box is not None:
                 records.append((split, start | {"query": query, "bbox": list(box), "dataset": args.dataset}))
     return records
+
+
+def opened(image: Path, source: str) -> tuple[tuple[int, int], int]:
+    """The size of a picture as displayed, and EXIF's orientation; all of it is decoded. source: what speaks of it."""
+    if not os.path.isfile(image):  # unlike Path.is_file, False also for names that no file can have
+        raise InputError(f"{source}: the picture {one_line(image)} is not there")
+    return size_and_orientation(image, whole=True)
+
+
+def start_of(image: Path, size: tuple[int, int], out: Path) -> dict:
+    """What every record of a picture begins with."""
+    name = usable(Path(os.path.relpath(image, out)).as_posix(), "the picture's path")
+    if name != name.strip():  # the loader would strip it
+        raise InputError(f"the picture's path '{one_line(name)}' begins or ends with a blank; rename it")
+    return {"image": name, "width": size[0], "height": size[1]}
 
 
 def usable(text: str, what: str) -> str:
@@ -309,10 +291,14 @@ def usable(text: str, what: str) -> str:
     return text
 
 
-def convert(args, read: Callable[[argparse.Namespace, Report], list[Entry]]) -> None:
-    """Read the source, look at every picture, write --out, say what came out and what did not."""
+def convert(args, read: Callable, records: Callable = records_of, kinds: tuple[str, ...] = ("",)) -> None:
+    """Read the source, look at every picture, write --out, say what came out and what did not.
+
+    read(args, report) -> a list of Entry. records: as records_of; its splits have one of `kinds` in front, with which
+    the name of their file begins, such as "labels-" for labels-train.jsonl.
+    """
     with printable():
-        _convert(args, read)
+        _convert(args, read, records, kinds)
 
 
 @contextmanager
@@ -324,7 +310,7 @@ def printable() -> Iterator[None]:
         raise InputError(plain(str(error))) from error
 
 
-def _convert(args, read: Callable[[argparse.Namespace, Report], list[Entry]]) -> None:
+def _convert(args, read: Callable, records: Callable, kinds: tuple[str, ...]) -> None:
     args.source = Path(os.path.realpath(args.source))  # pictures may be links, the folder that paths start from may not
     if not os.path.exists(args.source):
         raise InputError(f"--source {args.source}: is not there")
@@ -337,10 +323,11 @@ def _convert(args, read: Callable[[argparse.Namespace, Report], list[Entry]]) ->
     if entries and (args.val or args.test):
         entries = make_splits(entries, groups, args.val, args.test, args.seed)
     entries = part_groups(entries, groups, args.leaks, report)
-    splits = {split: [] for split in sorted({entry.split for entry in entries}, key=HELD_OUT.index, reverse=True)}
+    found = sorted({entry.split for entry in entries}, key=HELD_OUT.index, reverse=True)
+    splits = {f"{kind}{split}": [] for kind in kinds for split in found}
     for split in splits:
         free(args.out / f"{split}.jsonl", args.overwrite)
-    look(entries, phrase, splits, args, report)
+    look(entries, partial(records, phrase=phrase, args=args), splits, report)
     for line in report.lines(home):
         tqdm.write(line)
     if not any(splits.values()):
@@ -348,15 +335,15 @@ def _convert(args, read: Callable[[argparse.Namespace, Report], list[Entry]]) ->
     samples = write({args.out / f"{split}.jsonl": records for split, records in splits.items() if records})
     if args.overlay:
         some = [samples[i * len(samples) // SHEET] for i in range(SHEET)] if len(samples) > SHEET else samples
-        sheet([overlay(sample, [], f"{sample.media.name}: {sample.query}") for sample in some], 6).save(args.overlay)
+        tiles = [overlay(sample, [], f"{sample.media.name}: {sample.query.splitlines()[0]}") for sample in some]
+        sheet(tiles, 6).save(args.overlay)
     for split, records in splits.items():
-        count = f"{len(records)} records of {len({r['image'] for r in records})} pictures" if records else "no record"
-        tqdm.write(plain(f"{args.out / split}.jsonl: {count}"))
+        tqdm.write(plain(f"{args.out / split}.jsonl: {count_of(records)}"))
     if any(record["image"].startswith("../") for records in splits.values() for record in records):
         tqdm.write(plain(f"image paths lead out of {args.out}: train with --allow-outside, or write --out {home}"))
 
 
-def look(entries: list[Entry], phrase: Callable, splits: dict[str, list[dict]], args, report: Report) -> None:
+def look(entries: list[Entry], records: Callable, splits: dict[str, list[dict]], report: Report) -> None:
     """Open every picture, its masks too, and put the records into their splits."""
     pictures = defaultdict(list)
     for entry in entries:
@@ -364,12 +351,21 @@ def look(entries: list[Entry], phrase: Callable, splits: dict[str, list[dict]], 
     for image, some in tqdm(pictures.items(), desc="pictures", unit=""):
         notes = Report()  # of this picture, which may turn out unusable
         try:
-            for split, record in records_of(image, some, phrase, args, notes):
+            for split, record in records(image, some, report=notes):
                 splits[split].append(record)
         except InputError as error:
             report.bad.add(str(image), error)
         else:
             report.merge(notes)
+
+
+def count_of(records: list[dict]) -> str:
+    """How many there are, and of labels how many of each."""
+    if not records:
+        return "no record"
+    labels = Counter(record["label"] for record in records if "label" in record)
+    each = ", ".join(f"{one_line(label)}: {n}" for label, n in sorted(labels.items()))
+    return f"{len(records)} records of {len({r['image'] for r in records})} pictures" + (f" ({each})" if each else "")
 
 
 def free(path: Path, overwrite: bool) -> None:
@@ -399,11 +395,6 @@ def write(targets: dict[Path, list[dict]], clip: bool = False) -> list[Sample]:
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-def files_below(folder: Path, *endings: str) -> list[Path]:
-    """Files of the folder and its folders, in order, but no hidden ones: archives made on a Mac hold a ._a.jpg too."""
-    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in endings and f.name[0] != "." and f.is_file())
-
-
 def share(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
@@ -417,23 +408,26 @@ def png(text: str) -> str:
     return text
 
 
-def parser(script: str, doc: str, query: str | None = "the {class}", masks: bool = False) -> errors.Parser:
+def parser(
+    script: str, doc: str, query: str | None = "the {class}", masks: bool = False, boxes: bool = True
+) -> errors.Parser:
     """The flags that all scripts share. query: default of --query; "" if it must be given; None if the source has
-    phrases of its own, and boxes as displayed. masks: the flags of masks too."""
+    phrases of its own, and boxes as displayed. masks: the flags of masks too. boxes: those of boxes."""
     made = errors.Parser(prog=f"-m prepare.{script}", description=doc, formatter_class=RAW)
     flag = made.add_argument
     flag("--source", required=True, help="folder of the dataset, as unpacked; or a file, where that is said above")
     flag("--out", help="folder for train.jsonl ...; default: --source, so that pictures and paths can move together")
     flag("--dataset", help="name in the records; default: the folder's")
-    flag("--all", action="store_true", help="keep several objects of one phrase, a record for each")
+    if boxes:
+        flag("--all", action="store_true", help="keep several objects of one phrase, a record for each")
+        flag("--clip-boxes", action="store_true", help="cut boxes that reach over the picture's edge, and count them")
     flag("--val", type=share, default=0, help="make new splits: this share of the pictures, copies together, for val")
     flag("--test", type=share, default=0, help="and this share for test")
     flag("--seed", type=int, default=0, help="of the new splits")
     leaks = ["refuse", "drop", "keep"]
     flag("--leaks", choices=leaks, default="refuse", help="when a picture, or copies of it, are in two splits")
     flag("--skip-bad", type=int, default=0, help="pictures that may be unusable; they are left out and listed")
-    flag("--clip-boxes", action="store_true", help="cut boxes that reach over the picture's edge, and count them")
-    flag("--overlay", type=png, help="a PNG of some pictures with their boxes: look at it")
+    flag("--overlay", type=png, help="a PNG of some pictures with what their records say: look at it")
     flag("--overwrite", action="store_true", help="replace train.jsonl ... if they are there")
     made.set_defaults(query=None, frame="displayed")
     if query is not None:

@@ -8,11 +8,9 @@ they unpack. The metadata is needed: 10,015 pictures show 7,470 lesions, and its
 same one. The set has no official split; ours is by lesion, --val and --test give the shares.
 """
 
-import csv
-
 import errors
-from errors import InputError, cause_of, one_line, read_text
-from prepare import common
+from errors import InputError, one_line
+from prepare import common, layout, table
 from prepare.common import Entry
 
 DIAGNOSES = {  # column dx, for {class} in --query
@@ -33,24 +31,7 @@ def metadata(source, report) -> list[tuple[str, dict]]:
     if len(files) != 1:
         found = ", ".join(map(str, files[:3])) or "none"
         raise InputError(f"{source}: one HAM10000_metadata.csv is needed for its lesion_id, found {found}")
-    lines, rows = read_text(files[0]).splitlines(), []
-    reader = csv.DictReader(lines, delimiter="\t" if "\t" in (lines or [""])[0] else ",")
-    try:
-        columns = reader.fieldnames or []
-    except csv.Error as error:
-        raise InputError(f"{files[0]}:1: cannot be read ({cause_of(error)}); restore it") from error
-    if missing := {"lesion_id", "image_id", "dx"} - set(columns):
-        raise InputError(f"{files[0]}:1: column {min(missing)!r} is missing; it has {common.short(columns)}")
-    while True:
-        try:
-            row = next(reader)
-        except StopIteration:
-            return rows
-        except csv.Error as error:  # of this row: the reader goes on behind it
-            where = f"{files[0]}:{reader.reader.line_num}"
-            report.bad.add(where, InputError(f"{where}: cannot be read ({cause_of(error)}); correct the line"))
-        else:
-            rows.append((f"{files[0]}:{reader.line_num}", row))
+    return table.rows(files[0], ["lesion_id", "image_id", "dx"], report)
 
 
 def by_name(files: list, report) -> dict:
@@ -65,11 +46,11 @@ def by_name(files: list, report) -> dict:
 
 def read(args, report) -> list[Entry]:
     rows = metadata(args.source, report)
-    pictures = by_name(common.files_below(args.source, ".jpg"), report)
-    masks = by_name([f for f in common.files_below(args.source, ".png") if f.stem.endswith(MASK)], report)
+    pictures = by_name(layout.files_below(args.source, ".jpg"), report)
+    masks = by_name([f for f in layout.files_below(args.source, ".png") if f.stem.endswith(MASK)], report)
     entries = []
     for where, row in rows:
-        name, lesion, dx = (row[column] or "" for column in ("image_id", "lesion_id", "dx"))
+        name, lesion, dx = (row[column] for column in ("image_id", "lesion_id", "dx"))
         picture, mask = pictures.get(name), masks.get(name + MASK)
         needed = {f"{name}.jpg": picture, f"{name}{MASK}.png": mask, "a lesion_id": lesion}
         if lacking := [what for what, there in needed.items() if not there]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import errors
 from errors import InputError
-from prepare import common
+from prepare import common, layout
 from prepare.common import Entry
 
 
@@ -21,7 +21,7 @@ def matches(source: Path, pattern: str, flag: str) -> dict[str, Path]:
     if not star or "*" in after:
         raise InputError(f"{flag} {pattern!r}: exactly one * is needed, such as 'images/*.jpg'")
     folder = source / before.rpartition("/")[0]
-    files = {f.relative_to(source).as_posix(): f for f in common.files_below(folder, *common.PICTURES)}
+    files = {f.relative_to(source).as_posix(): f for f in layout.files_below(folder, *layout.PICTURES)}
     size = len(before) + len(after)
     found = {
         name[len(before) : len(name) - len(after)]: file
@@ -43,7 +43,7 @@ def read(args, report) -> list[Entry]:
     entries = []
     for key in (key for key in images if key in masks):
         file = images[key]
-        split = common.split_of(*common.folders_below(file, args.source))
+        split = layout.split_of(*layout.folders_below(file, args.source))
         entries.append(Entry(file, str(file), mask=masks[key], split=split))
     return entries
 

@@ -8,6 +8,7 @@ and the record's place in its file choose one, once for all. For evaluation take
 the same. Everything else in a record stays, and so does what its paths mean, wherever --out lies.
 """
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -21,6 +22,7 @@ from errors import InputError, named, one_line, read_object, short
 from images import Sample
 from prepare import common
 from tasks import TASKS
+from tasks.task import Task
 
 REMEDY = 'write {"query of the records": "phrase to ask with", ...}'
 
@@ -33,6 +35,13 @@ def read_queries(path: Path) -> dict[str, list[str]]:
         if empty := [query for query, some in phrases.items() if not some]:
             raise InputError(f"field {short(empty[0])} has no phrase; {REMEDY}")
         return {query: [check_text(phrase, query) for phrase in some] for query, some in phrases.items()}
+
+
+def bare(task: Task) -> Task:
+    """A task whose samples have their record's query alone, without what it lets them choose from."""
+    task = copy.copy(task)
+    task.phrase = lambda query, target: query
+    return task
 
 
 def choose(phrases: list[str], seed: int | None, index: int) -> str:
@@ -53,7 +62,8 @@ def rewrite(path: Path, out: Path, table: Path, seed: int | None, bad: BadRecord
     """The records of path as out is to have them; those that cannot be used, or have no phrase, go to bad."""
     phrases, name, records = read_queries(table), repr(str(path))[1:-1], []
     # Boxes over the picture's edge stay as they are: whether to cut them is for the one to say who trains.
-    samples = {s.source: s for s in load_jsonl(path, TASKS, bad, outside=outside, clip=True)}
+    tasks = {name: bare(task) for name, task in TASKS.items()}
+    samples = {s.source: s for s in load_jsonl(path, tasks, bad, outside=outside, clip=True)}
     if next(iter(samples)).startswith(f"{name} record "):
         raise InputError(f"{name}: is a JSON list; write one JSON object per line, or let prepare.vlm_r1 do it")
     here, there = (Path(os.path.realpath(file.parent)) for file in (path, out))

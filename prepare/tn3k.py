@@ -11,14 +11,14 @@ masks are JPEGs; boxes.mask_box says what that takes.
 
 import errors
 from errors import InputError, cause_of, read_json
-from prepare import common
+from prepare import common, layout
 from prepare.common import Entry
 
 
 def numbered(folder) -> list:
     """The pictures of a folder in the order of their numbers."""
     try:
-        files = sorted(common.files_below(folder, *common.PICTURES), key=lambda f: int(f.stem))
+        files = sorted(layout.files_below(folder, *layout.PICTURES), key=lambda f: int(f.stem))
     except ValueError as error:
         raise InputError(f"{folder}: pictures are named by number, such as 0000.jpg ({cause_of(error)})") from error
     if not files:

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import errors
 from errors import InputError, cause_of, named, one_line, read_text
-from prepare import common
+from prepare import common, layout
 from prepare.common import Entry
 
 
@@ -72,20 +72,20 @@ def split_lists(source: Path) -> dict[str, str]:
     """Picture's name -> split, by ImageSets/Main/train.txt, val.txt and test.txt; other lists there are of classes."""
     splits = {}
     for file in sorted(source.rglob("ImageSets/Main/*.txt")):
-        if file.stem in common.SPLITS:
+        if file.stem in layout.SPLITS:
             lines = read_text(file).splitlines()
-            splits |= {line.split()[0]: common.SPLITS[file.stem] for line in lines if line.strip()}
+            splits |= {line.split()[0]: layout.SPLITS[file.stem] for line in lines if line.strip()}
     return splits
 
 
 def read(args, report) -> list[Entry]:
-    files = common.files_below(args.source, ".xml")
+    files = layout.files_below(args.source, ".xml")
     if not files:
         raise InputError(f"--source {args.source}: holds no .xml")
-    pictures = {(f.parent, f.stem): f for f in common.files_below(args.source, *common.PICTURES)}
+    pictures = {(f.parent, f.stem): f for f in layout.files_below(args.source, *layout.PICTURES)}
     listed, entries = split_lists(args.source), []
     for file in files:
-        split = listed.get(file.stem) if listed else common.split_of(*common.folders_below(file, args.source))
+        split = listed.get(file.stem) if listed else layout.split_of(*layout.folders_below(file, args.source))
         if split is None:
             report.note("left out, in no list of ImageSets/Main", file)
             continue

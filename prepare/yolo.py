@@ -20,7 +20,7 @@ from typing import Any
 
 import errors
 from errors import InputError, cause_of, one_line, read_text
-from prepare import common
+from prepare import common, layout
 from prepare.common import Entry
 
 MAX_YAML = 2**20  # bytes; class names, even of LVIS, are a fiftieth of it
@@ -95,7 +95,7 @@ def pictures(path: Path, values: dict[str, Any], split: str, outside: bool) -> l
             away = f"is not there, from {one_line(base)}; unpack it or take the line out"
             raise InputError(f"{path}: {split}: {one_line(name)} {away}")
         if place.is_dir():
-            found += common.files_below(place, *common.PICTURES)
+            found += layout.files_below(place, *layout.PICTURES)
             continue
         for number, line in enumerate(map(str.strip, read_text(place).splitlines()), 1):
             image = Path(os.path.normpath((place.parent if line.startswith("./") else base) / line))
@@ -152,7 +152,7 @@ def read(args, report) -> list[Entry]:
             label = label_file(image)
             labelled.setdefault(label.parent, set()).add(label)
             try:
-                some = objects(image, label, names, common.SPLITS[split]) if os.path.isfile(label) else []
+                some = objects(image, label, names, layout.SPLITS[split]) if os.path.isfile(label) else []
             except InputError as error:
                 report.bad.add(str(image), error)
                 continue

@@ -43,19 +43,44 @@ def rollout_metrics(everyone: GroupScores, taus: dict[tuple[str, str], float | N
     best = [(u, taus[key]) for u, key in zip(everyone.u.amax(1).tolist(), everyone.keys, strict=True)]
     missed = [not hit(u, tau) for u, tau in best if tau is not None]
     named = {name: f"reward_{name}" if name in (MAIN, *REWARDS) else f"{name}_mean" for name in everyone.parts}
-    return {named[name]: part.mean().item() for name, part in everyone.parts.items()} | {
-        "u_mean": everyone.u.mean().item(),
-        "u_q25": quartiles[0],
-        "u_q50": quartiles[1],
-        "u_q75": quartiles[2],
-        "reward_mean": everyone.reward.mean().item(),
-        "zero_spread": 1 - everyone.spread.float().mean().item(),
-        "no_hit": fmean(missed) if missed else None,
-        "parse_failures": 1 - (everyone.reason == 0).float().mean().item(),
-        "truncated": everyone.truncated.float().mean().item(),
-        "tokens": int(everyone.length.sum()),
-        "groups": len(everyone.u),
-    }
+    return (
+        {named[name]: part.mean().item() for name, part in everyone.parts.items()}
+        | {
+            "u_mean": everyone.u.mean().item(),
+            "u_q25": quartiles[0],
+            "u_q50": quartiles[1],
+            "u_q75": quartiles[2],
+            "reward_mean": everyone.reward.mean().item(),
+            "zero_spread": 1 - everyone.spread.float().mean().item(),
+            "no_hit": fmean(missed) if missed else None,
+            "parse_failures": 1 - (everyone.reason == 0).float().mean().item(),
+            "truncated": everyone.truncated.float().mean().item(),
+            "tokens": int(everyone.length.sum()),
+            "groups": len(everyone.u),
+        }
+        | key_metrics(everyone)
+    )
+
+
+def key_metrics(everyone: GroupScores) -> dict:
+    """With several (dataset, task): what each has of the step, u_mean/ham10000/box and so on. advantage_share: of the
+    sum of |A|, so of what moves the policy."""
+    keys, row = sorted(set(everyone.keys)), {}
+    if len(keys) < 2:
+        return row
+    total = everyone.advantage.abs().sum().item()
+    for key in keys:
+        own, end = torch.tensor([other == key for other in everyone.keys]), "/" + "/".join(key)
+        reward = everyone.reward[own]
+        row |= {
+            "u_mean" + end: everyone.u[own].mean().item(),
+            "reward_mean" + end: reward.mean().item(),
+            "group_std" + end: reward.std(1).mean().item(),
+            "zero_spread" + end: 1 - everyone.spread[own].float().mean().item(),
+            "advantage_share" + end: everyone.advantage[own].abs().sum().item() / total if total else None,
+            "groups" + end: len(reward),
+        }
+    return row
 
 
 def peak_megabytes(device: str) -> float:

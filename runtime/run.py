@@ -120,6 +120,8 @@ class Run:
         self.stream.drawn = state["drawn"]
         self.bad.sentences |= state["bad"]
         self.schedules.load_state_dict(state["schedule"])
+        if norms := self.schedules.norms:
+            norms.load_state_dict(state.get("norms"), f"{start}/trainer.json")
         self.latest = self.done, len(self.evaluation["history"])
 
     def open(self) -> None:
@@ -171,6 +173,7 @@ class Run:
             return
         state = {
             "schedule": self.schedules.state_dict(),
+            "norms": self.schedules.norms and self.schedules.norms.state_dict(),
             "bad_in_a_row": self.bad_in_a_row,
             "drawn": drawn,
             "bad": self.bad.sentences,

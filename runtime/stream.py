@@ -21,6 +21,8 @@ from images import Sample, View
 from prompts import Processor, Prompt
 from runtime.readers import Readers
 
+GOLDEN = (5**0.5 - 1) / 2
+
 
 class Sampler:
     """Endless batches of sample indices. Epochs run into each other, so nothing is dropped, whatever the batch size.
@@ -52,6 +54,65 @@ class Sampler:
         return self._order
 
 
+class Mixture(Sampler):
+    """A Sampler of several datasets, each with a share of the places: weights / their sum, whatever their sizes.
+
+    Place k belongs to the dataset into whose part of [0, 1) the k-th multiple of the golden ratio falls: of any run of
+    places every dataset has its share, to about one. Within a dataset, permutation after permutation.
+    """
+
+    def __init__(self, datasets: list[str], weights: dict[str, float], batch_size: int, seed: int):
+        super().__init__(len(datasets), batch_size, seed)
+        names = sorted(weights)
+        self.members = [np.flatnonzero(np.array(datasets, object) == name) for name in names]
+        self.bounds = np.cumsum([weights[name] for name in names]) / sum(weights.values())
+        start = np.random.Philox(key=[seed, 2**62]).random_raw(1)[0]  # a number that no epoch has
+        self.start = float(start >> np.uint64(11)) * 2.0**-53
+        self.at, self.counts = 0, np.zeros(len(names), np.int64)  # places that were counted, of each dataset
+        self.orders: dict[int, tuple[int, np.ndarray]] = {}  # dataset -> (epoch, its permutation)
+
+    def owners(self, first: int, count: int) -> np.ndarray:
+        """The datasets' indices at places first .. first + count - 1."""
+        turns = (self.start + np.arange(first, first + count) * GOLDEN) % 1.0
+        return np.minimum(np.searchsorted(self.bounds, turns, side="right"), len(self.bounds) - 1)
+
+    def take(self, first: int, count: int) -> list[int]:
+        if first < self.at:
+            self.at, self.counts = 0, np.zeros_like(self.counts)
+        while self.at < first:  # a resumed run counts what came before it
+            many = min(first - self.at, 2**20)
+            self.counts += np.bincount(self.owners(self.at, many), minlength=len(self.counts))
+            self.at += many
+        found = []
+        for owner in self.owners(first, count).tolist():
+            found.append(int(self.members[owner][self._place(owner, int(self.counts[owner]))]))
+            self.counts[owner] += 1
+        self.at = first + count
+        return found
+
+    def _place(self, owner: int, k: int) -> int:
+        """The k-th sample of a dataset's own endless stream."""
+        epoch, at = divmod(k, len(self.members[owner]))
+        if self.orders.get(owner, (-1,))[0] != epoch:
+            words = np.random.Philox(key=[self.seed, (owner + 1) * 2**40 + epoch]).random_raw(len(self.members[owner]))
+            self.orders[owner] = epoch, np.argsort(words, kind="stable")
+        return int(self.orders[owner][1][at])
+
+
+def sampler_of(samples: list[Sample], batch_size: int, seed: int) -> Sampler:
+    """By the weights that --data gives its files, or of all samples alike. InputError if a dataset has two weights, or
+    only some have one."""
+    weights: dict[str, float | None] = {}
+    for sample in samples:
+        if weights.setdefault(sample.dataset, sample.weight) != sample.weight:
+            raise InputError(f"--data: dataset {sample.dataset!r} has two weights; give its files one")
+    if set(weights.values()) == {None}:
+        return Sampler(len(samples), batch_size, seed)
+    if without := [name for name, weight in weights.items() if weight is None]:
+        raise InputError(f"--data: dataset {without[0]!r} has no weight, others have; write FILE=WEIGHT for each")
+    return Mixture([sample.dataset for sample in samples], weights, batch_size, seed)
+
+
 class Stream:
     """Its only state is `drawn`: how many places are used up, on all ranks; what was read ahead is read again by a
     resumed run. Without readers each picture is read when its turn comes."""
@@ -70,7 +131,7 @@ class Stream:
         self.samples, self.processor, self.bad, self.drawn = samples, processor, bad, 0
         self.batch_size, self.group_size, self.max_tokens, self.seed = batch_size, group_size, max_tokens, seed
         self.keys = sorted({sample.key for sample in samples})  # (dataset, task), the same on all ranks
-        self.sampler = Sampler(len(samples), batch_size, seed)
+        self.sampler = sampler_of(samples, batch_size, seed)
         self.readers = readers or Readers(0)
         self.views = self._read()
         self.step, self.first = -1, 0  # the step at hand, and the place at which it began

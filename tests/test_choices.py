@@ -1,6 +1,7 @@
 """tasks/label.py and grade.py: what an answer names and earns, how a policy is measured, what a record must say."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -343,7 +344,7 @@ def test_u_of_both_tasks_is_what_schedules_go_by():
     medloc = Schedules([medloc], [key, ("d", "label")], 100)
     before = {k: schedule.tau for k, schedule in medloc.of.items()}
     for _ in range(8):  # every answer to a grade is one off, every label wrong: each goes by its own
-        medloc.observe({key: [[0.25] * 4] * 4, ("d", "label"): [[0.0] * 4] * 4})
+        medloc.observe(SimpleNamespace(by_key=lambda: {key: [[0.25] * 4] * 4, ("d", "label"): [[0.0] * 4] * 4}))
     assert medloc.of[key].tau > before[key] and medloc.of["d", "label"].tau == before["d", "label"]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from data import load_samples
 from errors import InputError
 from images import Sample
 from knowledge import Knowledge
-from rewards import REWARDS, other_rewards
+from norms import Normalise, Norms, Quartiles
+from rewards import REWARDS, Schedules, combine, other_rewards
 from tasks import TASKS
 from tasks.label import Choice
-from tasks.task import Scores
 from text import sentence_bleu, thought, tokens
 
 LINES = {"nevus": "round and brown", "melanoma": "ragged, many colours", "scar": "pale"}
@@ -202,17 +203,23 @@ def test_recitation_is_bleu_of_the_thought_against_the_block():
 
 
 def test_under_a_negative_weight_no_broken_answer_earns_more_than_any_answer():
-    found = rewards({"task": 1.0, "format": 1.0, "recite": -0.5})
-    u = torch.tensor([1.0, 1.0, 1.0, 0.0, 0, 0, 0, 0])
-    total = u + found["format"] - 0.5 * found["recite"]
+    """Nor with normalised rewards, nor with a reward that has no largest value, such as a thought's words."""
+    key, u = ("ham", "label"), [1.0, 1.0, 1.0, 0.0, 0, 0, 0, 0]
     valid = torch.tensor([valid for _, valid in SAID])
-    assert total[~valid].max() <= total[valid].min() and (total[~valid] == -0.5).all()
-    other = Scores(torch.zeros(2), torch.tensor([True, False]), ["", "no option"], [None, None])
-    REWARDS["count"] = lambda texts, scores, samples: [7.0, 3.0]  # of any range: what it says, if that is more
-    try:
-        assert other_rewards({"count": -1.0}, ["", ""], other, [None] * 2)["count"].tolist() == [7.0, 3.0]
-    finally:
-        del REWARDS["count"]
+    yes_or_no, spread = Quartiles(0.0, 1.0, 1.0, 100, zero_one=True), Quartiles(0.1, 0.2, 0.4, 100)
+    table = {(key, "task"): yes_or_no, (key, "format"): yes_or_no, (key, "recite"): spread, (key, "thought"): spread}
+    for norms in (None, Norms(table, Normalise(), "norms.json", "")):
+        for penalty in ("recite", "thought"):
+            weights = {"task": 1.0, "format": 1.0, penalty: -0.5}
+            parts = {name: part[None] for name, part in rewards(weights).items()}
+            told = {name: part.clone() for name, part in parts.items()}
+            reasons = torch.tensor([[int(not fine) for fine in valid]])
+            scores = SimpleNamespace(u=torch.tensor([u]), reason=reasons, keys=[key], parts=parts)
+            total = combine(scores, Schedules(["raw"], [key], 10, norms), weights)[0]
+            assert total[~valid].max() <= total[valid].min(), (norms, penalty)
+            assert all(parts[name].equal(told[name]) for name in told)  # what is logged is what was recited
+            if penalty == "recite":
+                assert (total[~valid] == -0.5).all()
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs

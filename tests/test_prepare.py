@@ -22,7 +22,23 @@ from PIL import Image
 import errors
 from data import load_jsonl
 from images import size_and_orientation
-from prepare import coco, common, ham10000, masks, nano, queries, tn3k, vlm_r1, voc, yolo
+from prepare import (
+    busi,
+    classes,
+    coco,
+    common,
+    ham10000,
+    labels,
+    layout,
+    masks,
+    medmnist,
+    nano,
+    queries,
+    tn3k,
+    vlm_r1,
+    voc,
+    yolo,
+)  # fmt: skip
 from prepare.boxes import as_displayed
 
 # isort: split
@@ -376,8 +392,8 @@ def test_new_splits_are_repeatable_and_of_the_asked_size(tmp_path):
         "all": "testimony trainval-image train_val IMG",
     }.items():  # fmt: skip
         for name in words.split():
-            assert common.split_of(name) == split
-            assert common.split_of("IMG", name, "test") == (split if split != "all" else "test")  # the nearest
+            assert layout.split_of(name) == split
+            assert layout.split_of("IMG", name, "test") == (split if split != "all" else "test")  # the nearest
 
 
 def test_phrases_of_classes_folders_and_a_file(tmp_path):
@@ -388,7 +404,7 @@ def test_phrases_of_classes_folders_and_a_file(tmp_path):
     }.items():  # fmt: skip
         table.write_text('{"Heel_Spur": "the spur"}')
         assert common.phrase_of(query, tmp_path)(common.Entry(image, "", "Heel_Spur")) == phrase
-    assert [common.words(w) for w in ("WBC", "Heel_Spur", "left  Lung")] == ["WBC", "heel spur", "left lung"]
+    assert [layout.words(w) for w in ("WBC", "Heel_Spur", "left  Lung")] == ["WBC", "heel spur", "left lung"]
     fields = "{class} and {folder} are the fields"
     for content, query, why in [
         ('["a"]', str(table), "must hold one object"), ('{"a": 1}', str(table), "must hold one object"),
@@ -452,7 +468,8 @@ def test_the_overlay_shows_the_boxes(tmp_path):
 
 
 def test_the_commands_of_the_data_page_and_of_the_scripts_have_flags_that_exist(monkeypatch):
-    scripts = {script.__name__: script for script in (coco, ham10000, masks, nano, queries, tn3k, vlm_r1, voc, yolo)}
+    scripts = busi, classes, coco, ham10000, labels, masks, medmnist, nano, queries, tn3k, vlm_r1, voc, yolo
+    scripts = {script.__name__: script for script in scripts}
     parsed, parse = [], errors.Parser.parse_args
     monkeypatch.setattr(errors.Parser, "parse_args", lambda *a: parsed.append(parse(*a)) or sys.exit(7))
     texts = [(ROOT / "prepare" / "README.md").read_text()] + [script.__doc__ for script in scripts.values()]

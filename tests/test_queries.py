@@ -42,6 +42,15 @@ def test_records_are_asked_for_in_the_words_of_a_file(tmp_path, flags):
     assert "--seed must not be negative" in run(queries, *flags, "--seed", -1, expect=2)
 
 
+def test_questions_of_labels_and_grades_are_asked_without_their_options(tmp_path, flags):
+    more = [{"task": "label", "options": ["a", "b"], "label": "b"}, {"task": "grade", "grades": 3, "label": 2}]
+    old = [{"image": "images/a.png", "query": "nv", "dataset": "mine"} | one for one in more]
+    flags[0].write_text("\n".join(map(json.dumps, old)))
+    run(queries, *flags)
+    new = [json.loads(line) for line in flags[3].read_text().splitlines()]
+    assert new == [record | {"query": "the mole"} for record in old]
+
+
 def test_paths_stay_right_wherever_the_new_file_lies(tmp_path, flags):
     for out, name in (("x.jsonl", "set/images/a.png"), ("set/x.jsonl", "images/a.png")):
         assert "lead out" not in run(queries, *flags[:3], tmp_path / out)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -385,6 +386,11 @@ def test_settings_are_read_behind_the_name():
     assert "  stages=0:0.8:0.2/0.6:0.75:0.35/0.75:0.55:0.4  rows" in text and "[half, full, quarter, none]" in text
 
 
+def groups(by_key: dict) -> SimpleNamespace:
+    """A step's scores, as far as schedules look at them."""
+    return SimpleNamespace(by_key=lambda: by_key)
+
+
 KEYS = [("ham", "box"), ("isic", "box"), ("isic", "label")]
 
 
@@ -392,21 +398,21 @@ def test_every_dataset_and_task_has_a_window_and_a_tau_of_its_own():
     made = Schedules(["medloc:window=2", "label=raw"], KEYS, 10)
     assert [made.of[key].name for key in KEYS] == ["medloc", "medloc", "raw"]
     good, poor = [[0.9, 0.9]] * 2, [[0.1, 0.1]] * 2
-    decisions = made.observe({KEYS[0]: good, KEYS[1]: poor, KEYS[2]: good})
+    decisions = made.observe(groups({KEYS[0]: good, KEYS[1]: poor, KEYS[2]: good}))
     assert [made.of[key].tau for key in KEYS] == [0.45, 0.3, None]
     assert decisions[KEYS[0]].tau == 0.3 and decisions[KEYS[0]].tighten and not decisions[KEYS[1]].tighten
-    decisions = made.observe({KEYS[1]: good})  # of the others the step had no group
+    decisions = made.observe(groups({KEYS[1]: good}))  # of the others the step had no group
     assert [made.of[key].tau for key in KEYS] == [0.45, 0.45, None]
     assert str(decisions[KEYS[0]]) == "tau .450 stays: no group in this step" and made.of[KEYS[0]].step == 2
     again = Schedules(["medloc:window=2", "label=raw"], KEYS, 10)
     again.load_state_dict(json.loads(json.dumps(made.state_dict())))
     assert again.state_dict() == made.state_dict()
-    assert made.observe({KEYS[0]: good * 2}) == again.observe({KEYS[0]: good * 2})
+    assert made.observe(groups({KEYS[0]: good * 2})) == again.observe(groups({KEYS[0]: good * 2}))
 
 
 def test_a_schedule_by_share_of_the_steps_goes_on_where_a_dataset_rests():
     made = Schedules(["progress:end=.5"], KEYS[:1], 4)
-    assert [made.observe({})[KEYS[0]].tau_next for _ in range(4)] == pytest.approx([0.35, 0.4, 0.45, 0.5])
+    assert [made.observe(groups({}))[KEYS[0]].tau_next for _ in range(4)] == pytest.approx([0.35, 0.4, 0.45, 0.5])
 
 
 def test_schedules_that_fit_no_task_are_refused():

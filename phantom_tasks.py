@@ -1,0 +1,125 @@
+"""Phantoms that ask for something else than a box: a grade, a class that only its knowledge block explains, a modality.
+
+    grades    ultrasound: how suspicious is the nodule, 0 to 4? Its outline frays and bright specks in it become more with
+              a severity of which the grade is a noisy reading: the best possible accuracy is ceiling(), not 1.
+    classes   dermoscopy: six classes, border x colour. Their names A to F say nothing and are dealt anew in EVERY
+              record, and the record's own field "knowledge" says which is which: without it nobody beats 1/6.
+    kinds     which of the three modalities is it? The easy one.
+
+A record is drawn first and its picture from it, by two streams of random numbers, so that all that is asked is known
+before the picture is there, and nothing that is asked depends on the label.
+"""
+
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+import phantoms
+from errors import InputError
+from phantoms import PAINTERS, check_size, draw_box, lesion, phantom, rgb
+
+KINDS = ("grades", "classes", "kinds")
+LARGE = 0.32  # smallest lesion here, as a share of a side: a frayed outline must be seen to be frayed
+
+GRADES = 5
+SPREAD = 0.43  # std of a severity about its grade: neighbours overlap
+SPECKS = 2  # more of them a grade
+SPECK = 1.5  # pixels, the std of a speck's blur
+APART = 4.0  # pixels between two specks at least, so that they can be counted
+
+BORDERS = ("smooth", "ragged")
+COLOURS = {"brown": phantoms.BROWN, "red": (0.80, 0.34, 0.36), "blue": (0.40, 0.46, 0.62)}  # of light, what passes
+CLASSES = tuple((border, colour) for border in BORDERS for colour in COLOURS)
+NAMES = tuple("ABCDEF")
+
+FRAYING = np.arange(phantoms.ORDERS[-1] + 1, 13)  # angular frequencies of a frayed outline
+FRAYED = FRAYING >= 8  # those that count: the lower ones would look like lobes
+MOST = 0.45  # of the radius, the sum of their amplitudes at most: below 0.5 the outline stays one
+
+
+def ceiling(grades: int = GRADES, spread: float = SPREAD) -> float:
+    """The best accuracy that anybody can have who reads the severity from the picture without error. Grades are equally
+    frequent and their noise is one normal distribution, so the most probable grade is the nearest one: inner grades are
+    found where the noise stays below 1/2 on both sides, the two outer ones where it does on one."""
+    below = NormalDist(0, spread).cdf(0.5)
+    return ((grades - 2) * (2 * below - 1) + 2 * below) / grades
+
+
+def record(kind: str, seed: int, index: int) -> dict[str, Any]:
+    """What a line of JSONL would say about number `index` of the series (kind, seed), but for its picture."""
+    return _drawn(kind, seed, index)[0]
+
+
+def severity(seed: int, index: int) -> float:
+    """What a picture of `grades` shows: its grade and normal noise."""
+    return _drawn("grades", seed, index)[1]
+
+
+def picture(kind: str, seed: int, index: int, size: int = 140) -> np.ndarray:
+    """The picture (size, size, 3) uint8 RGB of that record; the same arguments give the same array. InputError as
+    phantoms.phantom."""
+    check_size(size, size)
+    look, rng = _drawn(kind, seed, index)[1], _stream(kind, seed, index, 1)
+    if kind == "kinds":
+        return phantom(look, seed, index, size).image
+    box = draw_box(rng, size, size, LARGE)
+    if kind == "classes":
+        border, colour = look
+        alpha = lesion(rng, size, size, box, _fray(rng, MOST if border == "ragged" else 0.0))
+        return rgb(PAINTERS["dermoscopy"](rng, alpha, box, COLOURS[colour]))
+    share = min(max((look + 1.5) / (GRADES + 2), 0.0), 1.0)  # 1.5 beyond either end lies 3 stds out
+    alpha = lesion(rng, size, size, box, _fray(rng, MOST * share))
+    return rgb(_specked(rng, PAINTERS["ultrasound"](rng, alpha, box), alpha, round(SPECKS * (GRADES + 2) * share)))
+
+
+def _drawn(kind: str, seed: int, index: int) -> tuple[dict[str, Any], Any]:
+    """A record, and what its picture shows."""
+    rng = _stream(kind, seed, index, 0)
+    if kind == "grades":
+        grade = int(rng.integers(GRADES))
+        asked = {"task": "grade", "query": "how suspicious is the nodule?", "grades": GRADES, "label": grade}
+        return asked, grade + SPREAD * rng.standard_normal()
+    if kind == "classes":
+        dealt = [CLASSES[i] for i in rng.permutation(len(CLASSES))]
+        true = int(rng.integers(len(CLASSES)))
+        lines = {name: " ".join(look) for name, look in zip(NAMES, dealt, strict=True)}
+        asked = {"task": "label", "query": "what is the lesion?", "options": list(NAMES), "label": NAMES[true]}
+        return asked | {"knowledge": lines}, dealt[true]
+    modality = phantoms.KINDS[rng.integers(len(phantoms.KINDS))]
+    asked = {"task": "label", "query": "what kind of picture is this?", "options": list(phantoms.KINDS)}
+    return asked | {"label": modality}, modality
+
+
+def _stream(kind: str, seed: int, index: int, part: int) -> np.random.Generator:
+    """part 0: of the record, 1: of its picture."""
+    if kind not in KINDS:
+        raise InputError(f"unknown phantom task {kind!r}: use one of {', '.join(KINDS)}")
+    if min(seed, index) < 0:
+        raise InputError(f"phantom seed {seed} and index {index} must not be negative")
+    key = np.random.SeedSequence(seed, spawn_key=(index, len(phantoms.KINDS) + KINDS.index(kind), part))
+    return np.random.Generator(np.random.PCG64(key))
+
+
+def _fray(rng: np.random.Generator, most: float) -> np.ndarray:
+    """Amplitudes for phantoms.lesion, whose sizes sum to `most`."""
+    phases = np.exp(1j * rng.uniform(0, 2 * np.pi, len(FRAYING)))
+    sizes = rng.uniform(0.6, 1.0, len(FRAYING)) * FRAYED
+    return most * phases * sizes / sizes.sum()
+
+
+def _specked(rng: np.random.Generator, grey: np.ndarray, alpha: np.ndarray, count: int) -> np.ndarray:
+    """With `count` bright specks inside the lesion, fewer only where no more fit: microcalcifications."""
+    height, width = grey.shape
+    unit = min(height, width) / 140
+    y, x = np.arange(height, dtype=np.float32)[:, None], np.arange(width, dtype=np.float32)
+    free, light = alpha > 0.9, np.zeros_like(grey)
+    for _ in range(count):
+        rows, columns = np.nonzero(free)
+        if not len(rows):
+            break
+        at = int(rng.integers(len(rows)))
+        distance = (y - rows[at]) ** 2 + (x - columns[at]) ** 2
+        free &= distance > (APART * unit) ** 2
+        light = np.maximum(light, np.exp(-distance / np.float32(2 * (SPECK * unit) ** 2)))
+    return grey + light * (225 - grey)
