@@ -90,7 +90,7 @@ def test_the_papers_recipe_runs_end_to_end(tiny_qwen, records, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "runs").glob("*.sh")), ids=lambda script: script.name)
-def test_the_commands_in_runs_are_commands_that_the_parser_takes(script, tmp_path):
+def test_the_commands_in_runs_are_commands_that_the_parser_takes(script, tmp_path, monkeypatch):
     """Run by bash with stand-ins that only print what they are asked; and marked for what they are."""
     assert re.search(r"Never run on a GPU\s+(# )?by us", script.read_text())
     for name in ("python", "torchrun"):
@@ -104,6 +104,8 @@ def test_the_commands_in_runs_are_commands_that_the_parser_takes(script, tmp_pat
     for call in asked.split("----\n")[1:]:
         words = call.splitlines()
         at = next(i for i, word in enumerate(words) if word.startswith(str(ROOT)))
+        if found := re.search(r"nproc-per-node=(\d+)", call):
+            monkeypatch.setenv("WORLD_SIZE", found[1])
         calls.append(parse(Path(words[at]).name, words[at + 1 :]))
     if "medloc" in script.name:
         (args,) = calls
