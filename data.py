@@ -13,6 +13,7 @@ clipped, truncated or skipped in silence. Pixels are decoded when a sample is lo
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -122,6 +123,19 @@ def load_samples(
     return knowledge.attach(samples)
 
 
+def first_of_each(samples: list[Sample], limit: int | None) -> list[Sample]:
+    """The first `limit` samples, of several datasets as many of each as there are; all, without a limit."""
+    of: dict[str, list[Sample]] = {}
+    for sample in samples:
+        of.setdefault(sample.dataset, []).append(sample)
+    if limit is None or len(of) < 2:
+        return samples[:limit]
+    turns = itertools.zip_longest(*of.values())
+    chosen = list(itertools.islice((sample for turn in turns for sample in turn if sample is not None), limit))
+    kept = set(map(id, chosen))
+    return [sample for sample in samples if id(sample) in kept]
+
+
 def held_out_phantoms(spec: str) -> str:
     """What of --data has a held-out split of its own, as a spec for load_samples: its phantoms; "" if none."""
     return ",".join(part for part, _ in parts_of(spec) if part.partition(":")[0] == "phantoms")
@@ -149,8 +163,8 @@ def parts_of(spec: str) -> list[tuple[str, float | None]]:
 def phantom_samples(kind: str | None, seed: int, start: int, count: int, size: int = 140) -> list[Sample]:
     """Phantoms start .. start + count - 1 of the series (kind, seed), not yet drawn; kind None takes turns by index.
     They are one dataset, with one threshold, however many kinds: these differ no more than hospitals do."""
-    if kind is not None and kind not in KINDS:
-        raise InputError(f"unknown phantom kind {kind!r}: use phantoms, or phantoms:<kind> of {', '.join(KINDS)}")
+    if kind is not None and kind not in QUERIES:
+        raise InputError(f"unknown phantom kind {kind!r}: use phantoms, or phantoms:<kind> of {', '.join(QUERIES)}")
     samples = []
     for index in range(start, start + count):
         k = kind or KINDS[index % len(KINDS)]

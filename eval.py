@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import config
 import ranks
-from data import BadRecords, load_samples
+from data import BadRecords, first_of_each, load_samples
 from errors import InputError, one_line, parse_json, read_text, short
 from images import Sample, load
 from knowledge import Knowledge
@@ -336,7 +336,7 @@ def main() -> None:
     samples = read(args, args.data, "test", knowledge)
     if knowledge:
         knowledge.complete()
-    samples = samples[: args.limit]
+    samples = first_of_each(samples, args.limit)
     configure(args.tasks, {sample.task for sample in samples})
     if args.predictions:
         originals = [Original(sample, load(sample)[1]) for sample in samples]

@@ -104,7 +104,7 @@ TRAINER = {  # title of a group in --help -> its flags
     ),
     "watching": dict(
         eval_every=whole(0, "steps between greedy evaluations; 0: at the start and the end", 0, free=True),
-        eval_limit=whole(None, "samples per evaluation", free=True),
+        eval_limit=whole(None, "samples per evaluation, of each dataset alike", free=True),
         save_every=SAVE_EVERY,
         keep=KEEP,
         log=Flag(None, "also to this package, which must be installed", choices=("wandb", "tensorboard"), free=True),
@@ -192,7 +192,7 @@ EVAL = {
         clip_boxes=CLIP_BOXES,
         knowledge=KNOWLEDGE,
         tasks=TASK_SETTINGS,
-        limit=whole(None, "evaluate the first N samples"),
+        limit=whole(None, "evaluate the first N samples, of each dataset alike"),
         batch_size=whole(50, "answers at a time", most=10**5),
         write_norms=Flag(None, "FILE.json: the quartiles of each reward by dataset and task, for --normalise"),
         samples=whole(4, "with --write-norms: answers to each prompt; 0: one, greedy", 0, 10**4),

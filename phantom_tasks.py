@@ -1,7 +1,7 @@
 """Phantoms that ask for something else than a box: a grade, a class that only its knowledge block explains, a modality.
 
-    grades    ultrasound: how suspicious is the nodule, 0 to 4? Its outline frays and bright specks in it become more with
-              a severity of which the grade is a noisy reading: the best possible accuracy is ceiling(), not 1.
+    grades    ultrasound: how suspicious is the nodule, 0 to 4? Its outline frays and bright specks in it become more
+              with a severity of which the grade is a noisy reading: the best possible accuracy is ceiling(), not 1.
     classes   dermoscopy: six classes, border x colour. Their names A to F say nothing and are dealt anew in EVERY
               record, and the record's own field "knowledge" says which is which: without it nobody beats 1/6.
     kinds     which of the three modalities is it? The easy one.

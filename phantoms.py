@@ -17,6 +17,10 @@ from errors import InputError
 
 KINDS = ("dermoscopy", "xray", "ultrasound")
 QUERIES = {"dermoscopy": "the skin lesion", "xray": "the bone fragment", "ultrasound": "the nodule"}
+# Datasets of unequal difficulty, for mixtures: a coarse box is nearly right where the nodule fills the picture, and far
+# off where it is small. name -> kind, smallest and largest share of a side.
+SIZED = {"easy": ("ultrasound", 0.55, 0.9), "hard": ("ultrasound", 0.08, 0.16)}
+QUERIES |= {name: QUERIES[kind] for name, (kind, *_) in SIZED.items()}
 
 SMALLEST, LARGEST = 0.12, 0.55  # lesion width and height, as shares of the image's width and height
 ELONGATION = 2.0  # the two shares differ by at most this factor, so that no lesion is a sliver
@@ -41,18 +45,20 @@ def phantom(kind: str, seed: int, index: int, size: int | tuple[int, int] = 140)
     size: pixels, one int for a square or (width, height). InputError on an unknown kind, a side below 28 pixels or a
     negative seed or index.
     """
-    if kind not in KINDS:
-        raise InputError(f"unknown phantom kind {kind!r}: use one of {', '.join(KINDS)}")
+    if kind not in QUERIES:
+        raise InputError(f"unknown phantom kind {kind!r}: use one of {', '.join(QUERIES)}")
     width, height = (size, size) if isinstance(size, int) else size
     check_size(width, height)
     if min(seed, index) < 0:
         raise InputError(f"phantom seed {seed} and index {index} must not be negative")
     # A flat [seed, index, kind] would run the 32-bit words of large numbers into each other; the spawn key keeps them
     # apart: SeedSequence pads the seed to a fixed length before it.
-    key = np.random.SeedSequence(seed, spawn_key=(index, KINDS.index(kind)))
+    number = KINDS.index(kind) if kind in KINDS else 100 + list(SIZED).index(kind)
+    key = np.random.SeedSequence(seed, spawn_key=(index, number))
     rng = np.random.Generator(np.random.PCG64(key))
 
-    target = draw_box(rng, width, height)
+    kind, *sizes = SIZED.get(kind, (kind, SMALLEST, LARGEST))
+    target = draw_box(rng, width, height, *sizes)
     alpha = lesion(rng, width, height, target)
     mask = alpha >= 0.5
     columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
@@ -73,11 +79,11 @@ def rgb(planes: np.ndarray) -> np.ndarray:
 
 
 def draw_box(
-    rng: np.random.Generator, width: int, height: int, smallest: float = SMALLEST
+    rng: np.random.Generator, width: int, height: int, smallest: float = SMALLEST, largest: float = LARGEST
 ) -> tuple[int, int, int, int]:
     """A box of admissible size anywhere in the image."""
-    share_w = rng.uniform(smallest, LARGEST)
-    share_h = rng.uniform(max(smallest, share_w / ELONGATION), min(LARGEST, share_w * ELONGATION))
+    share_w = rng.uniform(smallest, largest)
+    share_h = rng.uniform(max(smallest, share_w / ELONGATION), min(largest, share_w * ELONGATION))
     w, h = round(share_w * width), round(share_h * height)
     x1 = int(rng.integers(BORDER, width - BORDER - w, endpoint=True))
     y1 = int(rng.integers(BORDER, height - BORDER - h, endpoint=True))

@@ -27,7 +27,7 @@ def draw(grid, results: list[dict], folder: Path) -> None:
     with matplotlib.rc_context(LOOK):
         if any("step_tau" in row for row in results):
             save(curves(results, sets, rows), folder / "curves.png")
-        save(final(results, sets, rows), folder / "final.png")
+        save(final(results, sets, rows, grid.measures), folder / "final.png")
         if grid.file.stem == "sparsity":
             save(sparsity(results, sets, rows), folder / "sparsity.png")
 
@@ -83,17 +83,18 @@ def curves(results: list[dict], sets: list[str], rows: list[str]):
     return figure
 
 
-def final(results: list[dict], sets: list[str], rows: list[str]):
-    """Rows from top to bottom, a panel per set; a bar at the mean."""
-    figure, axes = panels(1.6 + 2.6 * len(sets), 0.9 + 0.27 * len(rows), 1, len(sets))
-    for ax, one in zip(axes[0], sets, strict=True):
+def final(results: list[dict], sets: list[str], rows: list[str], measures: list[str] = ()):
+    """Rows from top to bottom, a panel per set and measure (pmAP, if the grid names none); a bar at the mean."""
+    shown = [(one, measure) for one in sets for measure in measures or ["pmap"]]
+    figure, axes = panels(1.6 + 2.6 * len(shown), 0.9 + 0.27 * len(rows), 1, len(shown))
+    for ax, (one, measure) in zip(axes[0], shown, strict=True):
         for place, row in enumerate(rows):
-            values = [r["pmap"] for r in results if (r["set"], r["row"]) == (one, row)]
+            values = [r.get("measures", r)[measure] for r in results if (r["set"], r["row"]) == (one, row)]
             if values:
                 ax.plot(values, [place] * len(values), "o", color=COLOURS[0], ms=4.5, alpha=0.7, mew=0)
                 ax.plot([fmean(values)] * 2, [place - 0.35, place + 0.35], color="black", lw=1.2)
         ax.set_title(one, loc="left", weight="bold")
-        ax.set_xlabel("final pmAP", color=GREY)
+        ax.set_xlabel("final pmAP" if measure == "pmap" else measure, color=GREY)
     axes[0, 0].set_yticks(range(len(rows)), rows)
     axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)
     return figure

@@ -44,7 +44,7 @@ from experiments.tables import check_footing, table  # noqa: E402
 from runtime import checkpoint  # noqa: E402
 
 SFT = "train_sft.py"  # has flags of its own, and no rollouts; any other program is taken for train_grpo.py
-PARTS = ("base", "about", "seeds", "starts", "flags", "sets", "rows", "compare", "reuse")
+PARTS = ("base", "about", "seeds", "starts", "flags", "sets", "rows", "compare", "reuse", "measures", "watch")
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,9 @@ class Grid:
         if not isinstance(raw.get("seeds", []), list):
             raise InputError(f"{file}: seeds must be a list, got {raw['seeds']!r}")
         self.about, self.seeds, self.compare = raw.get("about", ""), raw.get("seeds", [0]), raw.get("compare", [])
+        # What is compared: metrics of an evaluation, DATASET/METRIC for one dataset's (none: those of boxes); and
+        # fields of metrics.jsonl, shown as their mean over all steps.
+        self.measures, self.watch = raw.get("measures", []), raw.get("watch", [])
         self.reuse = [file.parent / name for name in raw.get("reuse", [])]  # other grids' results.jsonl
         self.sets, self.rows = list(raw.get("sets", {})), list(raw.get("rows", {}))
         self.starts: dict[str, Run] = {}
@@ -247,16 +250,33 @@ def with_starts(runs: list[Run]) -> list[Run]:
 # ------------------------------------------------------------------------------------------------------------- results
 
 
-def result(key: tuple[str, str, int], run: Run, out: Path) -> dict:
+def measured(evaluation: dict, name: str) -> float:
+    """A grid's measure: METRIC, or DATASET/METRIC."""
+    dataset, _, metric = name.rpartition("/")
+    return (evaluation["datasets"][dataset] if dataset else evaluation)[metric]
+
+
+def result(key: tuple[str, str, int], run: Run, out: Path, measures: list[str] = (), watch: list[str] = ()) -> dict:
     """A line of results.jsonl, from what a finished run wrote."""
     one, row, seed = key
     evaluation, config = (json.loads((out / name).read_text()) for name in ("eval.json", "config.json"))
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     start, final = evaluation["start"], evaluation["final"]
     found = {"set": one, "row": row, "seed": seed}
-    found |= {name: final[name] for name in ("n", "miou", "acc@0.5", "acc@0.8", "pmap", "parse_failures")}
-    found |= {"start_miou": start["miou"], "start_pmap": start["pmap"]}
-    if run.program != SFT:
+    if measures:
+        found |= {"n": final["n"], "parse_failures": final["parse_failures"]}
+        found["measures"] = {name: measured(final, name) for name in measures}
+        found["start"] = {name: measured(start, name) for name in measures}
+        for name in watch:
+            values = [step[name] for step in steps if step.get(name) is not None]
+            found.setdefault("watch", {})[name] = round(fmean(values), 6) if values else None
+    else:
+        found |= {name: final[name] for name in ("n", "miou", "acc@0.5", "acc@0.8", "pmap", "parse_failures")}
+        found |= {"start_miou": start["miou"], "start_pmap": start["pmap"]}
+    if measures:
+        curves = {"u_mean": "step_u_mean"} if run.program != SFT else {}
+        found |= {into: [round(step[name], 4) for step in steps] for name, into in curves.items()}
+    elif run.program != SFT:
         half = [step["u_mean"] for step in steps[len(steps) // 2 :]]
         found |= {"zero_spread": fmean(step["zero_spread"] for step in steps)}
         found |= {"stability": stdev(half) if len(half) > 1 else 0.0}
@@ -326,7 +346,7 @@ def collect(grid: Grid, folder: Path, runner: Runner) -> list[dict]:
     own = {key: row for key, row in asked_for(grid, lines).items() if key not in found}
     for key, run in grid.runs.items():
         if key not in found | own and runner.ended(run):
-            own[key] = result(key, run, runner.out(run))
+            own[key] = result(key, run, runner.out(run), grid.measures, grid.watch)
     found |= own
     old = [row for row in lines if (row["set"], row["row"], row["seed"]) not in found]
     if own or old:

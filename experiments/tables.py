@@ -29,15 +29,19 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2
 
 
 def check_footing(results: list[dict]) -> None:
-    """InputError unless all runs of a set began from one policy and were judged on as many pictures."""
+    """InputError unless all runs of a set began from one policy and were judged on as many pictures; where a grid's
+    rows bring starts of their own, on as many pictures."""
     seen = {}
+
+    def start(row: dict) -> float:
+        return row.get("start_miou", 0.0)
+
     for row in results:
         first = seen.setdefault(row["set"], row)
-        if row["n"] != first["n"] or abs(row["start_miou"] - first["start_miou"]) > SAME_START:
+        if row["n"] != first["n"] or abs(start(row) - start(first)) > SAME_START:
             raise InputError(
-                f"set {row['set']!r}: {row['row']} began with mIoU {row['start_miou']} on {row['n']} pictures, but "
-                f"{first['row']} with {first['start_miou']} on {first['n']}: "
-                "rows of a set must share start and evaluation"
+                f"set {row['set']!r}: {row['row']} began with mIoU {start(row)} on {row['n']} pictures, but "
+                f"{first['row']} with {start(first)} on {first['n']}: rows of a set must share start and evaluation"
             )
 
 
@@ -50,9 +54,9 @@ def mean_std(rows: list[dict], field: str, digits: int) -> str:
     return mean if len(values) < 2 or digits == 0 else f"{mean} +- {stdev(values):.{digits}f}"
 
 
-def paired(results: list[dict], row: str, other: str, one: str) -> list[float]:
-    """pmAP of row minus other, of each seed of the set that both have."""
-    of = {(r["row"], r["seed"]): r["pmap"] for r in results if r["set"] == one}
+def paired(results: list[dict], row: str, other: str, one: str, measure: str = "pmap") -> list[float]:
+    """A measure, pmAP by default, of row minus other, of each seed of the set that both have."""
+    of = {(r["row"], r["seed"]): r.get("measures", r)[measure] for r in results if r["set"] == one}
     return [of[row, seed] - of[other, seed] for name, seed in of if name == row and (other, seed) in of]
 
 
@@ -72,6 +76,8 @@ def table(grid, results: list[dict]) -> str:
     when, where = " to ".join(sorted({min(dates), max(dates)})), "; ".join(sorted(machines))
     lines = [f"# {grid.file.stem}", "", grid.about.strip(), "", f"`python experiments/sweep.py {shown(grid.file)}`"]
     lines += ["", f"{len(results)} of {len(grid.runs)} runs, {when}; {where}."]
+    if grid.measures:
+        return "\n".join([*lines, *measures_tables(grid, results)]) + "\n"
     lines += ["", LEGEND, "", "## Final pmAP", "", *markdown_table(["", *grid.sets], overview(grid, results))]
     for one in grid.sets:
         of_set = [row for row in results if row["set"] == one]
@@ -95,6 +101,34 @@ def table(grid, results: list[dict]) -> str:
             cells.append([f"{row} - {other}", *ahead])
         lines += markdown_table(["", *grid.sets, "all pairs"][: len(cells[0])], cells)
     return "\n".join(lines) + "\n"
+
+
+def measures_tables(grid, results: list[dict]) -> list[str]:
+    """Of a grid that says what it measures: for each set a line per row, then of each measure the comparisons."""
+    lines = ["", "Mean +- standard deviation over seeds. In brackets: at the start."]
+    for one in grid.sets:
+        cells = []
+        for name in grid.rows:
+            of_row = [row for row in results if (row["set"], row["row"]) == (one, name)]
+            if of_row:
+                flat = [row["measures"] | row.get("watch", {}) for row in of_row]
+                starts = [row["start"] for row in of_row]
+                values = [f"{mean_std(flat, m, 3)} ({fmean(s[m] for s in starts):.3f})" for m in grid.measures]
+                cells.append([name, str(len(of_row)), *values, *(mean_std(flat, w, 3) for w in grid.watch)])
+        if cells:
+            count = next(row["n"] for row in results if row["set"] == one)
+            lines += ["", f"## {one}", "", f"{count} pictures to evaluate on.", ""]
+            lines += markdown_table(["", "seeds", *grid.measures, *grid.watch], cells)
+    if grid.compare:
+        lines += ["", "## Seed by seed", "", "Mean difference [its 95 % interval, Student's t]; seeds ahead."]
+    for one in grid.sets if grid.compare else ():
+        cells = []
+        for row, other in grid.compare:
+            values = [paired(results, row, other, one, measure) for measure in grid.measures]
+            ahead = [f"{interval(v)}; {sum(x > 0 for x in v)} of {len(v)}" if v else "-" for v in values]
+            cells.append([f"{row} - {other}", *ahead])
+        lines += ["", f"{one}:", "", *markdown_table(["", *grid.measures], cells)]
+    return lines
 
 
 def overview(grid, results: list[dict]) -> list[list[str]]:

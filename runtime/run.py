@@ -27,7 +27,7 @@ import errors
 import ranks
 import tasks
 from config import check_digests, describe, restarted, same_threads
-from data import BadRecords
+from data import BadRecords, first_of_each
 from errors import InputError
 from eval import evaluate, overlay, sheet
 from images import Sample
@@ -100,7 +100,7 @@ class Run:
         self.args, self.out, self.ending = args, out, ending
         self.policy, self.actor, self.processor, self.optimizer = policy, actor, processor, optimizer
         self.stream, self.schedules, self.bad = stream, schedules, bad
-        self.val, self.evaluation_batch = val[: args.eval_limit], evaluation_batch
+        self.val, self.evaluation_batch = first_of_each(val, args.eval_limit), evaluation_batch
         self.done = self.bad_in_a_row = 0
         self.evaluation: dict[str, Any] = {"start": None, "final": None, "history": []}
         self.latest: tuple[int, int] | None = None  # what the newest checkpoint holds: steps, evaluations

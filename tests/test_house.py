@@ -11,7 +11,7 @@ import flags
 ROOT = Path(__file__).parent.parent
 # From the ground floor up; a module may import those of its own floor, where that makes no circle, and those below.
 FLOORS = (
-    "errors kernels kernels.optional kernels.advantage kernels.iou kernels.logprob ranks phantoms loss",
+    "errors kernels kernels.optional kernels.advantage kernels.iou kernels.logprob ranks phantoms phantom_tasks loss",
     "settings text layers vision generate model lora weights images data prompts scheduler knowledge norms",
     "tasks.task tasks.box tasks.label tasks.grade tasks rewards rollout flags config",
     "eval runtime runtime.lock runtime.readers runtime.stream runtime.plan runtime.state runtime.checkpoint "

@@ -12,7 +12,7 @@ from programs import grpo, lines, run, small, without_times  # noqa: F401
 import eval as evaluation
 import kernels
 import train_grpo
-from data import load_samples, parts_of, phantom_samples
+from data import first_of_each, load_samples, parts_of, phantom_samples
 from errors import InputError
 from norms import LEAST, Normalise, Norms, Quartiles, fingerprint, logistic, read_norms, rows_of, split
 from rewards import Schedules, combine, group_advantage
@@ -250,6 +250,13 @@ def test_data_says_what_weighs_how_much(tmp_path):
     ):
         with pytest.raises(InputError, match=words):
             sampler_of(load_samples(spec, TASKS, 0, "train"), 4, 0)
+
+
+def test_a_limit_takes_of_each_dataset_alike():
+    mixed = phantom_samples("xray", 0, 0, 5) + phantom_samples("ultrasound", 0, 0, 2)
+    chosen = first_of_each(mixed, 4)
+    assert chosen == mixed[:2] + mixed[5:] and first_of_each(mixed, None) == mixed
+    assert first_of_each(mixed, 6) == mixed[:4] + mixed[5:] and first_of_each(mixed[:5], 3) == mixed[:3]
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
