@@ -88,7 +88,7 @@ def defaults(flags: dict[str, Flag], given: dict) -> dict:
     rows = {name: flag.default for name, flag in flags.items()}
     if "recipe" not in flags:
         return rows
-    recipe = given.get("recipe") or ("nano" if given.get("model", rows["model"]) == "nano" else "paper")
+    recipe = given.get("recipe") or ("nano" if given.get("model", rows["model"]) in weights.OURS else "paper")
     return rows | RECIPES[recipe] | {"recipe": recipe}
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import phantom_tasks
 from errors import InputError, cause_of, named, one_line, short
 from images import PhantomImage, Sample, displayed_size
 from phantoms import KINDS, QUERIES
@@ -114,7 +115,7 @@ def load_samples(
     for part, weight in parts_of(spec):
         name, colon, kind = part.partition(":")
         if name == "phantoms":
-            some = phantom_samples(kind if colon else None, *series)
+            some = phantom_samples(kind if colon else None, *series, tasks=tasks)
         else:
             some = load_jsonl(part, tasks, bad, outside=outside, clip=clip)
         samples += some if weight is None else [dataclasses.replace(sample, weight=weight) for sample in some]
@@ -160,17 +161,27 @@ def parts_of(spec: str) -> list[tuple[str, float | None]]:
     return parts
 
 
-def phantom_samples(kind: str | None, seed: int, start: int, count: int, size: int = 140) -> list[Sample]:
+def phantom_samples(
+    kind: str | None, seed: int, start: int, count: int, size: int = 140, tasks: Mapping[str, Any] | None = None
+) -> list[Sample]:
     """Phantoms start .. start + count - 1 of the series (kind, seed), not yet drawn; kind None takes turns by index.
-    They are one dataset, with one threshold, however many kinds: these differ no more than hospitals do."""
-    if kind is not None and kind not in QUERIES:
-        raise InputError(f"unknown phantom kind {kind!r}: use phantoms, or phantoms:<kind> of {', '.join(QUERIES)}")
-    samples = []
+    They are one dataset, with one threshold, however many kinds: these differ no more than hospitals do. tasks: for the
+    kinds of phantom_tasks, whose targets are known before they are drawn."""
+    if kind is not None and kind not in (known := (*QUERIES, *phantom_tasks.KINDS)):
+        raise InputError(f"unknown phantom kind {kind!r}: use phantoms, or phantoms:<kind> of {', '.join(known)}")
+    samples, dataset = [], f"phantoms-{kind}" if kind else "phantoms"
     for index in range(start, start + count):
         k = kind or KINDS[index % len(KINDS)]
-        source = f"phantoms:{k} seed {seed} index {index}"
-        dataset = f"phantoms-{kind}" if kind else "phantoms"
-        samples.append(Sample(PhantomImage(k, seed, index, size), QUERIES[k], None, dataset, source=source))
+        image, source = PhantomImage(k, seed, index, size), f"phantoms:{k} seed {seed} index {index}"
+        if k in QUERIES:
+            samples.append(Sample(image, QUERIES[k], None, dataset, source=source))
+        else:
+            fields = phantom_tasks.record(k, seed, index)
+            whole, task = Record(fields, {}, (size, size), False), tasks[fields["task"]]
+            target = task.read(whole)
+            extra = {name: value for name, value in fields.items() if name not in (*COMMON, *whole.read)}
+            query = task.phrase(fields["query"], target)
+            samples.append(Sample(image, query, target, dataset, fields["task"], source, extra=extra))
     return samples
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+import phantom_tasks
 from errors import InputError, cause_of, named, one_line, read_object, short
 from phantoms import phantom
 
@@ -35,7 +36,7 @@ MAX_ASPECT = 200  # Qwen's limit: beyond it one side would be a single token
 
 @dataclass(frozen=True)
 class PhantomImage:
-    """Stands where a file's path would: the arguments of phantoms.phantom, drawn when the sample is loaded."""
+    """Stands where a file's path would: the arguments of what draws it, phantoms.phantom or phantom_tasks.picture."""
 
     kind: str
     seed: int
@@ -90,6 +91,8 @@ def load(sample: Sample) -> tuple[Image.Image, Any]:
     frame."""
     if isinstance(sample.media, PhantomImage):
         p = sample.media
+        if p.kind in phantom_tasks.KINDS:
+            return Image.fromarray(phantom_tasks.picture(p.kind, p.seed, p.index, p.size)), sample.target
         drawn = phantom(p.kind, p.seed, p.index, p.size)
         box = tuple(map(float, drawn.box))
         return Image.fromarray(drawn.image), box if sample.target is None else sample.target

@@ -1,7 +1,7 @@
 """Phantoms that ask for something else than a box: a grade, a class that only its knowledge block explains, a modality.
 
-    grades    ultrasound: how suspicious is the nodule, 0 to 4? Its outline frays and bright specks in it become more
-              with a severity of which the grade is a noisy reading: the best possible accuracy is ceiling(), not 1.
+    grades    ultrasound: how suspicious is the nodule, 0 to 4? It grows, its outline frays and bright specks in it
+              become more with a severity that is its grade and noise: the best possible accuracy is ceiling(), not 1.
     classes   dermoscopy: six classes, border x colour. Their names A to F say nothing and are dealt anew in EVERY
               record, and the record's own field "knowledge" says which is which: without it nobody beats 1/6.
     kinds     which of the three modalities is it? The easy one.
@@ -20,10 +20,11 @@ from errors import InputError
 from phantoms import PAINTERS, check_size, draw_box, lesion, phantom, rgb
 
 KINDS = ("grades", "classes", "kinds")
-LARGE = 0.32  # smallest lesion here, as a share of a side: a frayed outline must be seen to be frayed
+LARGE = 0.32  # smallest lesion of a class, as a share of a side: a frayed outline must be seen to be frayed
 
 GRADES = 5
 SPREAD = 0.43  # std of a severity about its grade: neighbours overlap
+GROWN = (0.12, 0.5)  # sides of the smallest and the largest nodule, as shares of the picture's
 SPECKS = 2  # more of them a grade
 SPECK = 1.5  # pixels, the std of a speck's blur
 APART = 4.0  # pixels between two specks at least, so that they can be counted
@@ -63,12 +64,14 @@ def picture(kind: str, seed: int, index: int, size: int = 140) -> np.ndarray:
     look, rng = _drawn(kind, seed, index)[1], _stream(kind, seed, index, 1)
     if kind == "kinds":
         return phantom(look, seed, index, size).image
-    box = draw_box(rng, size, size, LARGE)
     if kind == "classes":
         border, colour = look
+        box = draw_box(rng, size, size, LARGE)
         alpha = lesion(rng, size, size, box, _fray(rng, MOST if border == "ragged" else 0.0))
         return rgb(PAINTERS["dermoscopy"](rng, alpha, box, COLOURS[colour]))
     share = min(max((look + 1.5) / (GRADES + 2), 0.0), 1.0)  # 1.5 beyond either end lies 3 stds out
+    side = GROWN[0] + (GROWN[1] - GROWN[0]) * share
+    box = draw_box(rng, size, size, side, 1.1 * side)
     alpha = lesion(rng, size, size, box, _fray(rng, MOST * share))
     return rgb(_specked(rng, PAINTERS["ultrasound"](rng, alpha, box), alpha, round(SPECKS * (GRADES + 2) * share)))
 

@@ -17,7 +17,7 @@ import errors  # first: from here on Ctrl-C is one sentence, in the seconds too 
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -102,10 +102,11 @@ def answer_of(prompt: Prompt, processor: Processor, settings: Sft, step: int, in
 
 def sft(
     policy: Policy, processor: Processor, optimizer: torch.optim.Optimizer, samples: list[Sample], settings: Sft,
-    readers: Readers, first: int = 0,
+    readers: Readers, first: int = 0, say: Callable[..., str] = answer_of,
 ) -> Iterator[dict]:  # fmt: skip
     """Train the policy in place from step `first` on: AdamW, linear warm-up, cosine to a twentieth. -> each step's
-    metrics, once it is done. Ends early, its step dropped, where errors.asked_to_stop."""
+    metrics, once it is done. Ends early, its step dropped, where errors.asked_to_stop. say: what stands in answer_of's
+    place."""
     device, steps, size = next(policy.parameters()).device, settings.steps, settings.batch_size
     sampler = sampler_of(samples, size, settings.seed)
     indices = (index for step in range(first, steps) for index in sampler.indices(step))
@@ -120,7 +121,7 @@ def sft(
         prompts, answers = [], []
         for index, view in islice(views, size):
             prompts.append(processor.prompt(samples[index], view))
-            text = answer_of(prompts[-1], processor, settings, step, index)
+            text = say(prompts[-1], processor, settings, step, index)
             answers.append(torch.tensor([*processor.tokenizer.encode(text, add_special_tokens=False), eos]))
         loss_sum, tokens = 0.0, sum(map(len, answers))
         optimizer.zero_grad(set_to_none=True)

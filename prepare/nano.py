@@ -2,6 +2,7 @@
 
     python -m prepare.nano
     python -m prepare.nano --out coarse --keep-exact exact
+    python -m prepare.nano --tasks                            the one for more than boxes: nano_tasks.py
 
 The first makes assets/nano anew: 2,200 steps, 20 minutes on one core. The second keeps the first stage's policy too.
 Exact boxes until it can see, then COARSE ones until threshold rewards are sparse: the start that the paper is about. It
@@ -16,6 +17,7 @@ import errors  # first: from here on Ctrl-C is one sentence, in the seconds too 
 # isort: split
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,7 +34,7 @@ from prompts import Processor
 from runtime.readers import Readers
 from tasks import TASKS, summary
 from train_sft import Coarse, Sft, adamw, sft
-from weights import NANO, load_policy, read_config, save_policy
+from weights import NANO, NANO_TASKS, load_policy, read_config, save_policy
 
 # The nano policy: a real Qwen2.5-VL of 2.3 M parameters. Two full-attention blocks around a windowed one, 2 key heads
 # for 4 query heads, and 5 x 5 image tokens in windows of 4 x 4: every mechanism of the large ones is in it.
@@ -68,27 +70,31 @@ QWEN_PIECES = (
 )
 
 
-def nano_tokenizer() -> Tokenizer:
-    """Byte-level byte-pair encoding: all 256 bytes, the special tokens, and the words of the phantoms' prompts."""
+WORDS = ("user\n", "assistant\n", *dict.fromkeys(QUERIES.values()))
+
+
+def nano_tokenizer(texts: Sequence[str] = WORDS, most: int = 400) -> Tokenizer:
+    """Byte-level byte-pair encoding: all 256 bytes, the special tokens, and the words of the phantoms' prompts; `most`
+    tokens, which must be more than these texts need."""
     pieces = pre_tokenizers.Split(Regex(QWEN_PIECES), "isolated")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    words = ["user\n", "assistant\n", *QUERIES.values()] * 2
+    words = [*texts] * 2
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+        vocab_size=most, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(words, trainer)
     return tokenizer
 
 
-def write_nano(folder: Path, seed: int) -> None:
+def write_nano(folder: Path, seed: int, tokenizer: Tokenizer | None = None) -> None:
     """A checkpoint folder with random weights: everything but the training."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = nano_tokenizer()
+    tokenizer = tokenizer or nano_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
     ids = {token: tokenizer.token_to_id(token) for token in SPECIALS}
     eos, pad = ids["<|im_end|>"], ids["<|endoftext|>"]
@@ -161,11 +167,17 @@ def make(folder: Path, keep_exact: Path | None, readers: Readers) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = errors.Parser(prog="-m prepare.nano", description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=NANO, help="folder of the policy; default: assets/nano, anew")
+    parser.add_argument("--tasks", action="store_true", help="the policy for more than boxes: prepare/nano_tasks.py")
+    parser.add_argument("--out", type=Path, help="folder of the policy; default: assets/nano or -tasks, anew")
     parser.add_argument("--keep-exact", type=Path, help="folder for the policy before it is made coarse")
     args = parser.parse_args(argv)
     with Readers(WORKERS.default) as readers:
-        make(args.out, args.keep_exact, readers)
+        if args.tasks:
+            from prepare import nano_tasks  # which begins where this one ends
+
+            nano_tasks.make(args.out or NANO_TASKS, args.keep_exact, readers)
+        else:
+            make(args.out or NANO, args.keep_exact, readers)
 
 
 if __name__ == "__main__":

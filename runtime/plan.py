@@ -18,7 +18,7 @@ from images import ImageConfig, PhantomImage, Sample, smart_resize
 from model import HEAD_ROWS, ModelConfig, Policy
 from prompts import Processor
 from tasks import TASKS
-from weights import read_config
+from weights import OURS, read_config
 
 FILL = {"cpu": 0.6, "cuda": 0.9}  # share that a plan fills; malloc's freed pages were seen to cost 1.2 to 1.9 times
 GB, CARDS = 2**30, (24, 80)  # of so many GB, an estimate says what would fit
@@ -175,7 +175,7 @@ def settle(args, base: Path, samples: list[Sample]) -> tuple[Run, str]:
     device, given = torch.device(args.device).type, args.memory and read_memory(args.memory)[0]
     if not given and args.estimate and device == "cuda" and not torch.cuda.is_available():
         raise InputError("--estimate: there is no GPU here to ask; say what it has, such as --memory 24GB")
-    named = not args.estimate or args.data != "phantoms" or args.model == "nano"  # else nobody means phantoms
+    named = not args.estimate or args.data != "phantoms" or args.model in OURS  # else nobody means phantoms
     text, patches, words = longest_prompt(base, samples if named else [], args.prompt, args.max_pixels)
     config = read_config(read_object(base / "config.json"), str(base / "config.json"))
     share, width = math.ceil(args.batch_size / args.ranks), getattr(torch, args.dtype).itemsize

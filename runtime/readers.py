@@ -26,6 +26,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from signal import SIG_DFL, SIG_IGN, SIGINT, SIGPIPE, SIGTERM, signal
@@ -87,8 +88,9 @@ class Readers:
                 command = [sys.executable, "-c", f"import sys; sys.path[0] = {ROOT!r}; {WORKER}"]
                 self.mine.process = subprocess.Popen(command, stdin=theirs.fileno(), env=environment)
             self.processes.append(self.mine.process)
+        # A target stays here: it may be of a class in a task's module, with which a worker would have to import torch.
         try:
-            self.mine.connection.send((sample, config.limits))
+            self.mine.connection.send((replace(sample, target=None, extra={}), config.limits))
             answer = self.mine.connection.recv()
         except (EOFError, ConnectionError):
             code = self.mine.process.wait()
@@ -97,6 +99,8 @@ class Readers:
                 f"{sample.source}: the process that reads pictures was ended by {how}; "
                 "lower --workers, 0 reads in the main process"
             ) from None
+        if isinstance(answer, Picture) and sample.target is not None:
+            answer.target = sample.target
         return finished(answer, config)
 
 

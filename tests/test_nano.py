@@ -3,14 +3,20 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import torch
 
+import config
 import data
 from errors import run
-from prepare import nano
+from knowledge import Knowledge
+from phantom_tasks import ceiling, record
+from prepare import nano, nano_tasks
 from prompts import default_prompt
+from tasks import TASKS
+from text import thought
 from train_sft import Coarse
-from weights import NANO, load_policy
+from weights import NANO, NANO_TASKS, load_policy, model_folder
 
 
 def test_what_is_written_is_a_whole_checkpoint(tmp_path):
@@ -54,3 +60,74 @@ def test_both_stages_are_made_stored_and_measured(tmp_path, monkeypatch):
         assert torch.equal(a, a.bfloat16().float()) and torch.equal(b, b.bfloat16().float())
     assert any(not torch.equal(a, b) for a, b in zip(coarse, exact, strict=True))
     assert default_prompt(tmp_path / "nano") == default_prompt(tmp_path / "exact") == "answer"
+
+
+def test_the_policy_for_more_than_boxes_is_a_whole_checkpoint_that_reads_its_block():
+    """transformers loads it; every word of its prompts is one token; eval.json says what it could and what is left."""
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+    peer = Qwen2_5_VLForConditionalGeneration.from_pretrained(NANO_TASKS, dtype=torch.float32)
+    assert sum(p.numel() for p in peer.parameters()) == sum(p.numel() for p in load_policy(NANO_TASKS).parameters())
+    assert sum(f.stat().st_size for f in NANO_TASKS.iterdir()) < 6e6
+    assert model_folder("nano-tasks") == NANO_TASKS and default_prompt(NANO_TASKS) == "answer"
+    assert config.parse("train_grpo.py", ["--model", "nano-tasks", "--data", "phantoms:grades"]).recipe == "nano"
+    tokenizer = AutoTokenizer.from_pretrained(NANO_TASKS)
+    knowledge = Knowledge("records")
+    (sample,) = knowledge.attach(data.phantom_samples("classes", 5, 0, 1, tasks=TASKS))
+    assert len(tokenizer.encode(sample.knowledge)) == 2 + 6 * 5 - 1
+    for text in (sample.query, "größe\n\tΔ 左"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    exact, coarse = (json.loads((NANO_TASKS / "eval.json").read_text())[name] for name in ("exact", "coarse"))
+    assert all(row["n"] == 600 for row in (*exact.values(), *coarse.values()))
+    assert exact["grades"]["accuracy"] <= ceiling() + 0.05
+    for name, row in exact.items():
+        assert row["parse_failures"] <= 6, name
+    for report in (exact, coarse):  # names are dealt anew in every record: nobody knows them without the block
+        assert abs(report["classes without block"]["accuracy"] - 1 / 6) < 0.06
+
+
+def test_a_coarse_answer_keeps_what_is_seen_and_loses_what_it_is_called():
+    samples = nano_tasks.asking(nano_tasks.ALL, (2, 6), 0, 960)
+    rng = np.random.default_rng(0)
+    classes = [sample for sample in samples if "<think>" not in sample.query and "knowledge" in sample.extra]
+    assert {sample.target.options for sample in classes} == {("A", "B"), tuple("ABCDEF")}
+    assert all(sample.extra["knowledge"].keys() == set(sample.target.options) for sample in classes)
+    for sample in classes:  # the label's line still says what the picture shows
+        whole = record("classes", nano_tasks.DATA_SEED, sample.media.index)
+        assert sample.extra["knowledge"][sample.target.label] == whole["knowledge"][whole["label"]]
+    whole = [sample for sample in classes if len(sample.target.options) == 6]
+    right = alike = 0
+    for sample in whole:
+        lines, label = sample.extra["knowledge"], sample.target.label
+        assert nano_tasks.said_of_class(sample, False, rng) == label
+        said = nano_tasks.said_of_class(sample, True, rng)
+        right, alike = right + (said == label), alike + (lines[said].split()[1] == lines[label].split()[1])
+    assert 0.4 < right / len(whole) < 0.75 and 0.75 < alike / len(whole) < 0.98
+    thoughtful = [sample for sample in samples if "<think>" in sample.query]
+    for sample in thoughtful[:50]:
+        text = nano_tasks.said_of_class(sample, False, rng)
+        assert text.endswith(f"<answer>{sample.target.label}</answer>")
+        words = thought(text)
+        assert words.startswith("the border is") or words in sample.knowledge.replace("\n", " ")
+        assert sample.query.startswith(f"{sample.query.partition(chr(10))[0]}\nOptions: ")
+
+
+def test_the_stages_of_the_second_policy_are_made_and_measured(tmp_path, monkeypatch):
+    """Of one step each, on few pictures."""
+    monkeypatch.setattr(data, "TEST_PHANTOMS", 2)
+    stages = [(name, 1, *rest) for name, _, *rest in nano_tasks.STAGES]
+    monkeypatch.setattr(nano_tasks, "STAGES", stages)
+    monkeypatch.setattr(nano_tasks, "BATCH", 4)
+    monkeypatch.setattr(nano_tasks, "MAX_TOKENS", {"answer": 3, "think": 3})
+    monkeypatch.setattr(nano, "WORKERS", replace(nano.WORKERS, default=0))
+    run(lambda: nano.main(["--tasks", "--out", str(tmp_path / "tasks"), "--keep-exact", str(tmp_path / "exact")]))
+    report = json.loads((tmp_path / "tasks" / "eval.json").read_text())
+    assert report["command"] == "python -m prepare.nano --tasks"
+    assert report["exact"].keys() == report["coarse"].keys() and report["exact"]["classes"]["n"] == 2
+    coarse, exact = (list(load_policy(tmp_path / name).parameters()) for name in ("tasks", "exact"))
+    for a, b in zip(coarse, exact, strict=True):
+        assert torch.equal(a, a.bfloat16().float()) and torch.equal(b, b.bfloat16().float())
+    assert any(not torch.equal(a, b) for a, b in zip(coarse, exact, strict=True))
+    for file in ("config.json", "tokenizer.json", "preprocessor_config.json"):  # the stored one is of this very recipe
+        stored, made = (json.loads((folder / file).read_text()) for folder in (NANO_TASKS, tmp_path / "tasks"))
+        assert stored == made
