@@ -2,7 +2,11 @@
 
 import io
 import json
+import multiprocessing
+import os
+import runpy
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -36,6 +40,28 @@ def run(script, *flags: str, expect: int = 0) -> str:
     assert code == expect, output.getvalue()
     assert "Traceback" not in output.getvalue()
     return output.getvalue()
+
+
+def fork(log: Path, work: Callable[[], None]) -> multiprocessing.Process:
+    """work() in a process and a session of its own, which need not import torch again; what it says goes to `log`."""
+
+    def begin() -> None:
+        os.setsid()
+        with open(log, "w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        work()
+
+    process = multiprocessing.get_context("fork").Process(target=begin)
+    process.start()
+    return process
+
+
+def as_main(script: Path | str, *flags) -> None:
+    """A script as its user starts it."""
+    sys.argv = [str(word) for word in (script, *flags)]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def write_records(folder: Path, count: int = 12, **more) -> Path:

@@ -4,12 +4,11 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from programs import lines, records, run, small  # noqa: F401  (records is a fixture)
+from programs import as_main, fork, lines, records, run, small  # noqa: F401  (records is a fixture)
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import train_grpo
@@ -112,17 +111,10 @@ def test_the_readmes_own_reward_runs(records, tmp_path):  # noqa: F811
     """As written, with the flags that its last comment names."""
     (tmp_path / "my_reward.py").write_text(SNIPPET)
     flags = SNIPPET.rstrip().rpartition("python my_reward.py ")[2].split()
-    command = [
-        sys.executable,
-        str(tmp_path / "my_reward.py"),
-        *small(tmp_path / "out", records),
-        *flags,
-        "--steps",
-        "2",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    command = [tmp_path / "my_reward.py", *small(tmp_path / "out", records), *flags, "--steps", "2"]
+    job = fork(tmp_path / "log", lambda: as_main(*command))
+    job.join()
+    assert job.exitcode == 0, (tmp_path / "log").read_text()
     samples = lines(tmp_path / "out" / "samples.jsonl")[0]
     expected = [1 / (1 + len(text) / 20) for text in samples["texts"]]
     task = [r - 0.2 * e for r, e in zip(samples["rewards"], expected, strict=True)]

@@ -1,13 +1,11 @@
 """Resume is exact: a run that was stopped goes on as if it never had been, whatever it does."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from programs import ROOT, grpo, lines, records, run, small, without_times, write_records  # noqa: F401
+from programs import ROOT, as_main, fork, grpo, lines, records, run, small, without_times, write_records  # noqa: F401
 
 import train_grpo
 import train_sft
@@ -131,9 +129,11 @@ def test_a_toy_task_in_one_file_trains_evaluates_draws_and_resumes(tmp_path):
     start = str(tmp_path / "sft" / "step-000012")
     own = ["--model", start, "--recipe", "nano", "--lr", "1e-3", "--warmup", "0", "--schedule", "medloc:window=4"]
     assert len((ROOT / "tests" / "toy_task.py").read_text().splitlines()) <= 40
-    command = [sys.executable, "tests/toy_task.py", *small(tmp_path / "run", file), *own]
-    done = subprocess.run([*command, "--steps", "4"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "step 4: u 0." in done.stdout + done.stderr, done.stderr
+    command = [ROOT / "tests" / "toy_task.py", *small(tmp_path / "run", file), *own, "--steps", "4"]
+    job = fork(tmp_path / "log", lambda: as_main(*command))
+    job.join()
+    output = (tmp_path / "log").read_text()
+    assert job.exitcode == 0 and "step 4: u 0." in output, output
     run(train_grpo, "--resume", "--out", str(tmp_path / "run"), "--steps", "6")
     rows = lines(tmp_path / "run" / "metrics.jsonl")
     assert len(rows) == 6 and any(row["grad_norm"] for row in rows) and rows[0]["u_mean"] > 0.2
