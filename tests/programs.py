@@ -82,7 +82,7 @@ def records(tmp_path_factory) -> Path:
 
 
 def small(out: Path, records: Path) -> list[str]:
-    sizes = ["--batch-size", "4", "--group-size", "4", "--micro-batch", "2", "--eval-limit", "4"]
+    sizes = ["--batch-size", "4", "--group-size", "4", "--micro-batch", "2", "--eval-limit", "4", "--workers", "0"]
     return ["--data", str(records), "--val", str(records), "--out", str(out), *sizes]
 
 

@@ -259,7 +259,7 @@ def test_ranks_end_with_a_torchrun_that_is_killed(tmp_path):
 
 
 def sft_flags(records: Path, out: Path, *more: str) -> list[str]:
-    small = "--batch-size 4 --micro-batch 2 --warmup 3 --max-tokens 18 --workers 1 --steps 12 --save-every 2 --coarse"
+    small = "--batch-size 4 --micro-batch 2 --warmup 3 --max-tokens 18 --workers 0 --steps 12 --save-every 2 --coarse"
     return ["--data", str(records), "--val", str(records), "--out", str(out), *small.split(), *more]
 
 
@@ -279,7 +279,7 @@ def sft(records, tmp_path_factory) -> Path:
 def test_sft_killed_three_times_ends_as_undisturbed(records, sft, tmp_path):
     """In processes of their own, by kill -9: before the first checkpoint, between two, within a save."""
     out, log = tmp_path / "run", tmp_path / "log"
-    line = [ROOT / "train_sft.py", *sft_flags(records, out, "--resume")]
+    line = [ROOT / "train_sft.py", *sft_flags(records, out, "--resume", "--workers", "1")]
     moments = [
         lambda: done(out) >= 1,
         lambda: (out / "step-000004").exists() and done(out) >= 5,

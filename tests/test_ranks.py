@@ -17,13 +17,13 @@ from torch.distributed.run import config_from_args, parse_args
 
 from runtime.stream import Sampler
 
-SMALL = "--group-size 4 --max-tokens 18 --eval-limit 2 --workers 1 --lr 1e-3"
+SMALL = "--group-size 4 --max-tokens 18 --eval-limit 2 --workers 0 --lr 1e-3"
 EASY = "check_stability=off,check_margin=off,stages=0:.3:1/.6:.3:1/.75:.3:1"
 CASES = {  # twelve pictures
     "plain": "--steps 2 --batch-size 5 --micro-batch 2 --schedule medloc:window=4,tau_start=.05," + EASY,
     "one pass": "--steps 2 --batch-size 5 --micro-batch 9 --schedule raw --eval-every 2",
     "everything": "--steps 2 --batch-size 5 --micro-batch 2 --schedule medloc:window=8,tau_start=.2 --skip-bad 1"
-    " --dynamic-sampling 2 --inner-steps 2 --beta .05 --loss dapo:overlong=mask --freeze-vision",
+    " --dynamic-sampling 2 --inner-steps 2 --beta .05 --loss dapo:overlong=mask --freeze-vision --workers 1",
     "an idle rank": "--steps 2 --batch-size 1 --micro-batch 1 --schedule raw --group-size 3 --beta .1",
     "adapters": "--steps 2 --batch-size 3 --micro-batch 2 --schedule raw --lora-rank 3 --beta .1 --checkpointing",
 }
