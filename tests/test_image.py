@@ -125,20 +125,6 @@ def test_deep_gray_is_stretched_not_clipped(tmp_path):
     refused("nan.tif has pixels that are not finite", open_image, odd)
 
 
-CORNERS = [(0, 0), (0, 1), (1, 1), (1, 0), (0, 0), (0, 1), (1, 1), (1, 0)]  # EXIF 2.3: where the top left is displayed
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation_comes_first(tmp_path, orientation):
-    pixels, exif = np.zeros((20, 30), np.uint8), Image.Exif()
-    pixels[:10, :15] = 255  # bright top left, as stored
-    exif[0x0112] = orientation
-    opened = open_image(saved(tmp_path, Image.fromarray(pixels), "e.png", exif=exif))
-    assert opened.size == ((30, 20) if orientation < 5 else (20, 30))
-    quarter = np.asarray(opened.convert("L").resize((2, 2), Image.Resampling.BOX))
-    assert quarter[CORNERS[orientation - 1]] == 255 and quarter.sum() == 255
-
-
 def test_a_picture_starts_no_program(tmp_path, monkeypatch):
     """Pillow goes by content, and decodes EPS by `gs` from PATH, with the file as its program."""
     gs = tmp_path / "gs"
