@@ -313,6 +313,17 @@ def test_sft_that_is_asked_to_stop_loses_nothing(records, sft, tmp_path, monkeyp
     assert_same_sft(sft, out)
 
 
+def test_sft_that_breaks_off_goes_on_from_its_last_checkpoint(records, sft, tmp_path, monkeypatch):
+    """As after kill -9, with a row behind it that is written again."""
+    out, answer = tmp_path / "run", train_sft.answer_of
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train_sft, "answer_of", lambda *a: answer(*a) if a[3] < 5 else 1 / 0)
+        run(train_sft, *sft_flags(records, out))
+    assert done(out) == 5 and not (out / "step-000005").exists()
+    run(train_sft, "--resume", "--out", str(out))
+    assert_same_sft(sft, out)
+
+
 def test_sft_resumes_with_its_own_flags_alone(records, sft):
     for flag, value in (("--lr", "1e-3"), ("--steps", "13"), ("--coarse-scale", "0.9"), ("--seed", "1")):
         assert f"--resume goes on with {flag} " in run(train_sft, "--resume", "--out", str(sft), flag, value, expect=2)

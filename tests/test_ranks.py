@@ -1,5 +1,5 @@
 """Several processes are one trainer: in float64 the same run on any number of ranks, and no rank is ever waited for in
-vain. Processes are real ones, started by torchrun, on gloo."""
+vain. Processes are real ones, started by torchrun or its agent, on gloo."""
 
 import json
 import os
@@ -305,10 +305,7 @@ MISHAPS = {  # what happens to rank 1 alone -> what is to be read then
 }
 
 
-SLOWLY = [pytest.param("it is killed", marks=pytest.mark.slow)]  # another eleven seconds of starting processes
-
-
-@pytest.mark.parametrize("name", ["its input cannot be used", *SLOWLY])
+@pytest.mark.parametrize("name", MISHAPS)
 def test_a_rank_that_ends_ends_the_job(name, data, tmp_path):
     what, words = MISHAPS[name]
     (tmp_path / "mishap.py").write_text(MISHAP.format(what=what, tests=str(ROOT / "tests")))
@@ -318,7 +315,8 @@ def test_a_rank_that_ends_ends_the_job(name, data, tmp_path):
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 1
 
 
-def test_what_ends_one_rank_ends_all_at_the_same_point_and_keeps_what_was_learned(data, tmp_path):
+@pytest.mark.parametrize("forks", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_what_ends_one_rank_ends_all_at_the_same_point_and_keeps_what_was_learned(forks, data, tmp_path):
     """A picture on one rank, more than --skip-bad allows: found in the first epoch, in a step that is not the first."""
     order = Sampler(12, 2, 0).take(0, 12)
     rows = [json.loads(line) for line in Path(data[0]).read_text().splitlines()]
@@ -328,7 +326,7 @@ def test_what_ends_one_rank_ends_all_at_the_same_point_and_keeps_what_was_learne
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     case = "--steps 6 --batch-size 2 --micro-batch 1 --schedule raw --skip-bad 1"
     arguments = [*SMALL.split(), "--data", file, "--val", data[0], *case.split(), "--out", tmp_path / "run"]
-    output = torchrun(2, ROOT / "train_grpo.py", *arguments, expect=1)
+    output = torchrun(2, ROOT / "train_grpo.py", *arguments, expect=1, forks=forks)
     assert output.count("left out: ") == 1 and "this is bad record number 2, --skip-bad allows 1" in output
     assert f"two.jsonl:{order[6] + 1}: " in output and "All up to step 2 is saved" in output
     assert (tmp_path / "run" / "step-000002" / "trainer.json").exists()
