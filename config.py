@@ -263,6 +263,13 @@ def wrong_questions(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
             yield f"{option(name)} changes nothing without --write-norms; drop it"
     if args.write_norms and (args.predictions or args.image):
         yield "--write-norms asks a policy about --data: drop --predictions and --image"
+    for name, beside, why in (
+        ("knowledge", "image", "it asks for a box, which has no options"),
+        ("knowledge", "predictions", "the answers are there already"),
+        ("tasks", "image", "a box has no settings"),
+    ):
+        if getattr(args, name) and getattr(args, beside):
+            yield f"{option(name)} changes nothing beside {option(beside)}: {why}; drop it"
     if (args.image is None) != (args.query is None):
         yield "--image and --query go together"
     if args.query is not None:

@@ -171,6 +171,9 @@ def sheet(tiles: list[Image.Image], columns: int) -> Image.Image:
     return canvas
 
 
+CLASSES = 60  # on a picture of a confusion, which grows with their square
+
+
 def confusions(result: dict) -> dict[str, dict]:
     """DATASET-TASK, fit for a file's name -> confusion, of the tasks that have one."""
     found = {}
@@ -201,7 +204,7 @@ def confusion_picture(confusion: dict, cell: int = 54) -> Image.Image:
             colour = (0, 114, 178) if i == j else (213, 94, 0)
             fill = tuple(round(255 + share * (c - 255)) for c in colour)
             draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=fill)
-            ink = "white" if share > 0.6 else "black"
+            ink = "white" if share > 0.75 else "black"
             draw.text((x + 6, y + 12), str(count), fill=ink)
             draw.text((x + 6, y + 27), f"{share:.0%}", fill=ink)
     draw.text((4, 4), "truth", fill="black")
@@ -315,8 +318,8 @@ def measure_norms(args, policy: Policy, processor: Processor, samples: list[Samp
             print(f"quartiles of {dataset}/{task}/{name}: {words}, n {q.n}, cannot be read {q.invalid:.1%}")
 
 
-def read(args, spec: str, split: str) -> list[Sample]:
-    bad, knowledge = BadRecords(), Knowledge(args.knowledge) if args.knowledge else None
+def read(args, spec: str, split: str, knowledge: Knowledge | None = None) -> list[Sample]:
+    bad = BadRecords()
     samples = load_samples(spec, TASKS, 0, split, bad, args.allow_outside, args.clip_boxes, knowledge)
     for line in bad.lines():
         print(line)
@@ -329,7 +332,11 @@ def main() -> None:
     os.makedirs(out, exist_ok=True)
     if args.image:
         return ask(args, out)
-    samples = first_of_each(read(args, args.data, "test"), args.limit)
+    knowledge = Knowledge(args.knowledge) if args.knowledge else None
+    samples = read(args, args.data, "test", knowledge)
+    if knowledge:
+        knowledge.complete()
+    samples = first_of_each(samples, args.limit)
     configure(args.tasks, {sample.task for sample in samples})
     if args.predictions:
         originals = [Original(sample, load(sample)[1]) for sample in samples]
@@ -354,7 +361,10 @@ def main() -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     contact_sheet(samples, rows).save(out / "sheet.png")
     for name, part in confusions(result).items():
-        confusion_picture(part).save(out / f"confusion-{name}.png")
+        if len(part["labels"]) > CLASSES:
+            print(f"no confusion-{name}.png: {len(part['labels'])} classes, eval.json has their counts")
+        else:
+            confusion_picture(part).save(out / f"confusion-{name}.png")
 
 
 if __name__ == "__main__":

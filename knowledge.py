@@ -33,12 +33,13 @@ class Shown(Settings):
 
 
 class Knowledge:
-    """What --knowledge says. attach() gives it to samples."""
+    """What --knowledge says. attach() gives it to samples; complete(), once all have theirs, says what reached none."""
 
     def __init__(self, text: str):
         name, _, rest = text.partition(":")
         self.shown: Shown = settings.read(f"FILE:{rest}", "--knowledge", {"FILE": Shown})[1]
         self.name = one_line(name)
+        self.used: dict[str, set[str]] = {}  # part of the file -> options that have been given their line
         self.table: dict[str, dict[str, str]] | None = None
         if name != RECORDS:
             if not name.endswith(".json"):
@@ -47,8 +48,8 @@ class Knowledge:
 
     def attach(self, samples: list[Sample]) -> list[Sample]:
         """The samples with their blocks, in Sample.knowledge and around the query. InputError where an option has no
-        line, a line no option, and if no sample has options at all."""
-        found, blocks, used = [], {}, {}
+        line, or a record's own line no option."""
+        found, blocks = [], {}
         for sample in samples:
             options = getattr(sample.target, "options", None)
             if options is None:
@@ -58,16 +59,22 @@ class Knowledge:
             if self.table is None or (section, options) not in blocks:  # thousands of records ask the same
                 with named(sample.source), named(f"--knowledge {self.name}"):
                     blocks[section, options] = block(lines, options, section, self.shown.lines)
-            used.setdefault(section, set()).update(options)
+            if self.table is None and (idle := lines.keys() - options):
+                raise InputError(f"{sample.source}: {section}: {short(min(idle))} is none of the record's options")
+            self.used.setdefault(section, set()).update(options)
             told = blocks[section, options]
             around = (told, sample.query) if self.shown.at == "before" else (sample.query, told)
             found.append(replace(sample, query="\n".join(around), knowledge=told))
-        if not used:
+        return found
+
+    def complete(self) -> None:
+        """InputError if no sample, of training or evaluation, had options, or a line of the file was no one's option: a
+        slip in its name would go unnoticed. Parts of the file for other datasets than these stay unread."""
+        if not self.used:
             raise InputError(f"--knowledge {self.name} reaches no record: none has options; drop it")
-        for section, options in used.items() if self.table else ():
+        for section, options in self.used.items() if self.table else ():
             if idle := self.table[section].keys() - options:
                 raise InputError(f"--knowledge {self.name}: {section}: {short(min(idle))} is no option of any record")
-        return found
 
     def lines_of(self, sample: Sample) -> tuple[str, Mapping[str, str]]:
         """(the part of the file, or where else they are from; option -> line)."""

@@ -54,8 +54,7 @@ def recite(texts: list[str], scores: Scores, samples: list, n: int = 4, of: str 
 
 # Rewards beside the schedule's: name -> f(texts, scores, samples) -> (N,) tensor, any range. N answers, their
 # tasks.Scores and the data.Sample that each answers; a sample's `task`, `dataset` and `extra` can choose what is
-# rewarded. Under a negative weight it is a penalty, and an answer that cannot be read does not evade it: there it
-# counts at least 1, the most that one from 0 to 1 can be.
+# rewarded. Under a negative weight it is a penalty, which an answer that cannot be read does not evade: combine().
 REWARDS: dict[str, Callable[[list[str], Scores, list], Tensor]] = {
     "format": lambda texts, scores, samples: torch.tensor(
         [format_reward(text, valid) for text, valid in zip(texts, scores.valid.tolist(), strict=True)]
@@ -103,7 +102,7 @@ def other_rewards(weights: dict[str, float], texts: list[str], scores: Scores, s
                 f"reward {name!r} must give {len(texts)} finite numbers, one an answer; "
                 f"it gave {tuple(part.shape)}, {int((~part.isfinite()).sum())} of them not finite"
             )
-        parts[name] = part.where(scores.valid, part.clamp(min=1.0)) if weights[name] < 0 else part
+        parts[name] = part
     return parts
 
 
@@ -168,6 +167,8 @@ def combine(scores, schedules: Schedules, weights: dict[str, float], how: str = 
     (dataset, task), and the others, each normalised if there are norms, weighted and added. scores.parts gets the
     schedule's.
 
+    Under a negative weight an answer that cannot be read counts 1, the most that a reward from 0 to 1 can be, or what
+    the most in its group is: no penalty is evaded by breaking the form.
     how: "sum", as VLM-R1; "gdpo" takes each reward's advantage over its group before it is weighted, so that the one
     that spreads most does not rule (GDPO, arXiv 2601.05242; as there with --advantage batch).
     """
@@ -184,6 +185,8 @@ def combine(scores, schedules: Schedules, weights: dict[str, float], how: str = 
     terms = {name: scores.parts[name] for name in weights}
     if schedules.norms:
         terms = {name: schedules.norms.apply(name, term, valid, scores.keys) for name, term in terms.items()}
+    for name in (name for name, weight in weights.items() if weight < 0 and name != MAIN):
+        terms[name] = terms[name].where(valid, terms[name].amax(1, keepdim=True).clamp(min=1.0))
     if how == "gdpo":
         terms = {name: kernels.group_advantage(term, "std") for name, term in terms.items()}
     return sum(weight * terms[name] for name, weight in weights.items())

@@ -4,6 +4,7 @@ import math
 import re
 from collections import Counter
 
+THOUGHT = re.compile(r"<think>(.*?)(?:</think>|(?=<answer>)|\Z)", re.DOTALL)
 WORD = re.compile(r"[^\W_]+(?:[-'][^\W_]+)*")  # a word with its hyphens and apostrophes
 
 
@@ -13,9 +14,9 @@ def tokens(text: str) -> list[str]:
 
 
 def thought(text: str) -> str:
-    """What stands in the first <think> of an answer, also if it was cut off there; "" if there is none."""
-    _, tag, rest = text.partition("<think>")
-    return rest.partition("</think>")[0].strip() if tag else ""
+    """What stands in the <think> of an answer, up to its end, the <answer> or the text's; of several all, so that a
+    second one hides nothing. "" if there is none."""
+    return " ".join(THOUGHT.findall(text)).strip()
 
 
 def sentence_bleu(hypothesis: list[str], reference: list[str], n: int = 4) -> float:

@@ -269,10 +269,13 @@ def train(args, ending: ExitStack) -> None:
     args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
 
     bad = BadRecords(args.skip_bad)
-    given = args.allow_outside, args.clip_boxes, Knowledge(args.knowledge) if args.knowledge else None
+    knowledge = Knowledge(args.knowledge) if args.knowledge else None
+    given = args.allow_outside, args.clip_boxes, knowledge
     samples = load_samples(args.data, TASKS, args.seed, "train", bad, *given)
     held_out = args.val or held_out_phantoms(args.data)
     val = load_samples(held_out, TASKS, args.seed, "test", bad, *given) if held_out else []
+    if knowledge:
+        knowledge.complete()
     configure(args.tasks, {sample.task for sample in samples + val})
     planned, words = plan.settle(args, base, samples + val)
     ranks.print0(words)

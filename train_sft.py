@@ -154,10 +154,13 @@ def train(args, ending: ExitStack) -> None:
     policy.source = folder  # whose tokenizer goes with every checkpoint; the one that is gone on from may be pruned
     policy.compute_dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     bad = BadRecords(args.skip_bad)
-    given = args.allow_outside, args.clip_boxes, Knowledge(args.knowledge) if args.knowledge else None
+    knowledge = Knowledge(args.knowledge) if args.knowledge else None
+    given = args.allow_outside, args.clip_boxes, knowledge
     samples = load_samples(args.data, TASKS, args.seed, "train", bad, *given)
     held_out = args.val or held_out_phantoms(args.data)
     val = load_samples(held_out, TASKS, args.seed, "test", bad, *given) if held_out else []
+    if knowledge:
+        knowledge.complete()
     processor = Processor(folder, args.prompt, TASKS, policy.room(max_tokens), args.max_pixels)
     samples, val = processor.usable(samples, bad), processor.usable(val, bad, decode=True)
     for line in bad.lines():

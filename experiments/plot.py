@@ -179,6 +179,7 @@ def small_panels(runs: list[Run]) -> list[Panel]:
     rewards = sorted(keys, key=lambda key: (key != "reward_mean", key))  # the whole before its parts
     hits = {"hit_rate": "hit rate", "sigma": "sigma, its spread over groups"}
     bad = {"zero_spread": "groups of equal reward", "parse_failures": "not read", "truncated": "cut off"}
+    bad |= {"advantage_share": "of all datasets' |A|"}
     return [
         Panel("Over the window: hit rate and sigma", hits, (0, TOP), smooth=False),
         Panel("Over the window: margin", {"margin": "mean u - tau"}, (None, None), smooth=False),

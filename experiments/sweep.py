@@ -105,8 +105,8 @@ class Grid:
         if not isinstance(raw.get("seeds", []), list):
             raise InputError(f"{file}: seeds must be a list, got {raw['seeds']!r}")
         self.about, self.seeds, self.compare = raw.get("about", ""), raw.get("seeds", [0]), raw.get("compare", [])
-        # What is compared: metrics of an evaluation, DATASET/METRIC for one dataset's (none: those of boxes); and fields
-        # of metrics.jsonl, shown as their mean over all steps.
+        # What is compared: metrics of an evaluation, DATASET/METRIC for one dataset's (none: those of boxes); and
+        # fields of metrics.jsonl, shown as their mean over all steps.
         self.measures, self.watch = raw.get("measures", []), raw.get("watch", [])
         self.reuse = [file.parent / name for name in raw.get("reuse", [])]  # other grids' results.jsonl
         self.sets, self.rows = list(raw.get("sets", {})), list(raw.get("rows", {}))

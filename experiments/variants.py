@@ -1,4 +1,4 @@
-"""Schedules that were tried and are worth having: how to add one of your own without touching a file.
+"""Schedules and rewards that were tried and are worth having: how to add one of your own without touching a file.
 
     python experiments/variants.py --schedule=hull-soft --data phantoms:xray --out out      all else as train_grpo.py
 
@@ -12,8 +12,13 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules beside it
 
+import torch  # noqa: E402
+
 import errors  # noqa: E402
+import kernels  # noqa: E402
 import train_grpo  # noqa: E402
+from phantoms import phantom  # noqa: E402
+from rewards import REWARDS  # noqa: E402
 from scheduler import SCHEDULES, Decision, Kind, Schedule, Soft, Watch, by_step, medloc  # noqa: E402
 
 LOW, HIGH = 0.4, 0.6  # of the window's mean IoU: where GIoU begins to give way to IoU, and has
@@ -43,6 +48,20 @@ SCHEDULES |= {
         lambda s, u, parts: sigmoid(s, hull(s, u, parts)), lambda s: s.tau_start, medloc, Soft, part="giou"
     ),
     "quantile-50": Kind(lambda s, u, parts: sigmoid(s, u), lambda s: s.tau_start, median, Soft),
+}
+
+
+def elsewhere(texts: list[str], scores, samples: list) -> torch.Tensor:
+    """IoU with the box of ANOTHER phantom: what boxes teach beside where the lesion is (transfer.toml's control)."""
+    nowhere = [float("nan")] * 4
+    others = [phantom(s.media.kind, s.media.seed, s.media.index + 1, s.media.size).box for s in samples]
+    answers = torch.tensor([answer or nowhere for answer in scores.answers])
+    return kernels.box_iou(answers, torch.tensor(others, dtype=torch.float32))
+
+
+REWARDS |= {
+    "elsewhere": elsewhere,
+    "length": lambda texts, scores, samples: [float(len(text)) for text in texts],  # on a scale of its own (sums.toml)
 }
 
 if __name__ == "__main__":

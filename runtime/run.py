@@ -79,6 +79,20 @@ def begin(args, program: str, ending: ExitStack) -> tuple[Path, Path | None]:
     return out, saved[-1] if saved else None
 
 
+def by_dataset(metrics: Path, steps: int = 20) -> list[str]:
+    """Of a run with several (dataset, task) a line for each: u and share of |A| over the first and the last steps."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    lines = []
+    for key in (name.removeprefix("u_mean/") for name in rows[-1] if name.startswith("u_mean/")):
+        words = []
+        for name in ("u_mean", "advantage_share"):
+            ends = ([row.get(f"{name}/{key}") for row in part] for part in (rows[:steps], rows[-steps:]))
+            means = [fmean([value for value in end if value is not None] or [0.0]) for end in ends]
+            words.append(f"{means[0]:.3f} -> {means[1]:.3f}")
+        lines.append(f"{key}: u {words[0]}, share of |A| {words[1]} (means of {min(steps, len(rows))} steps)")
+    return lines
+
+
 class Run:
     """What a GRPO run keeps beside the policy: counters, evaluations, files."""
 
@@ -315,5 +329,6 @@ class Run:
             if failures:
                 words = ", ".join(f"{n} x {r}" for r, n in failures.most_common())
                 ranks.print0(f"last step, answers that could not be read: {words}")
+        ranks.on_rank0(lambda: [ranks.print0(line) for line in by_dataset(self.out / "metrics.jsonl")])
         files = f"eval.json, metrics.jsonl, samples.jsonl, overlay-*.png, step-{self.args.steps:06d}/"
         ranks.print0(f"done: {self.out}/{files}")

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import torch
 
 from data import Record
+from errors import InputError, short
 from prompts import Prompt
 from settings import Settings, setting
-from tasks.label import ChoiceTask, options_named, plain, read_options
-from tasks.task import Scores, answer_text, require
+from tasks.label import ChoiceTask, denied, named_in, pattern_of, plain, read_options, stated
+from tasks.task import Scores, require
 
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?!\w)")
 MOST = 1000  # grades
@@ -69,6 +70,7 @@ class GradeTask(ChoiceTask):
         "no grade": "no grade is named",
         "out of range": "a number that is no grade",
         "several grades": "more than one grade is named: hedging is no answer",
+        "denied": "the one that is named is named to be denied",
     }
 
     def read(self, record: Record) -> Grade:
@@ -76,6 +78,10 @@ class GradeTask(ChoiceTask):
         value = record["grades"]
         if isinstance(value, list):
             names = read_options(record, "grades", 2)
+            for i, name in enumerate(names):  # a number in an answer is an index
+                if NUMBER.fullmatch(plain(name)) and float(plain(name)) != i:
+                    where = f"field '{record.names['grades']}[{i}]' is {short(name)}"
+                    raise InputError(f"{where}, but a number in an answer is an index; write a word, as 'grade {name}'")
         else:
             rule = f"a count from 2 to {MOST}, or a list of names"
             require(type(value) is int and 2 <= value <= MOST, record, "grades", rule)
@@ -96,7 +102,7 @@ class GradeTask(ChoiceTask):
         u, reasons, answers = [], [], []
         for text, prompt in zip(texts, prompts, strict=True):
             truth, names = prompt.target
-            grade, reason = read_grade(answer_text(text), tuple(names))
+            grade, reason = read_grade(stated(text), tuple(names))
             answers.append(grade)
             reasons.append(reason)
             u.append(0.0 if grade is None else self.settings.u(abs(grade - truth), len(names)))
@@ -126,21 +132,20 @@ class GradeTask(ChoiceTask):
 
 def read_grade(text: str, names: tuple[str, ...]) -> tuple[int | None, str]:
     """(grade, "") or (None, reason). By number, by name where there are names, or by both if they agree."""
-    text = plain(text)
-    grades, beyond = set(), False
+    text, found, beyond = plain(text), {}, False  # found: grade -> whether it is denied
     if names != tuple(str(i) for i in range(len(names))):
-        grades = set(options_named(text, names))
-        for name in sorted(map(plain, names), key=len, reverse=True):  # a name's own digits are no number
-            text = text.replace(name, " ")
-    for number in NUMBER.findall(text):
-        value = float(number)
+        found = named_in(text, names)
+        text = pattern_of(tuple(map(plain, names))).sub("/", text)  # a name's own digits are no number
+    for number in NUMBER.finditer(text):
+        value = float(number[0])
         if value in range(len(names)):
-            grades.add(int(value))
+            found[int(value)] = found.get(int(value), False) or denied(text, number.start())
         else:
             beyond = True
-    if len(grades) == 1 and not beyond:
-        return grades.pop(), ""
-    return None, "several grades" if grades else "out of range" if beyond else "no grade"
+    if len(found) != 1 or beyond:
+        return None, "several grades" if found else "out of range" if beyond else "no grade"
+    ((grade, no),) = found.items()
+    return (None, "denied") if no else (grade, "")
 
 
 def quadratic_kappa(pairs: list[tuple[int, int]]) -> float:

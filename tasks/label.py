@@ -4,9 +4,12 @@
      "label": "melanoma"}
 
 Answers are read tolerantly (case, punctuation, JSON, a sentence around it), but exactly ONE option must be named, or
-the answer cannot be read: hedging never pays. The question shows all options, and is a function of them alone.
+the answer cannot be read: hedging never pays. Nor does an option that is named to be denied ("not melanoma"); a denial
+is known by the word right before the option, in English and Chinese, so "melanoma is unlikely" does name melanoma.
+The question shows all options, and is a function of them alone.
 """
 
+import json
 import re
 import unicodedata
 from collections import Counter
@@ -25,6 +28,14 @@ from tasks.task import ANSWER, TRUTH, Scores, Task, answer_text, require
 
 THOUGHT = "I look for what tells the options apart and name the one that fits."
 EDGES = " \t\r\n.,;:!?\"'`*_()[]{}<>"  # around an answer, none of it
+FIELDS = ("label", "answer", "grade")  # of a JSON object, what states the answer
+HYPHENS = dict.fromkeys((0x2010, 0x2011, 0x2012, 0x2013, 0x2212), "-")  # as typography has them
+# What right before an option denies it, with words in between as in "no sign of a melanoma".
+DENIAL = re.compile(
+    r"(?:\b(?:no|not|non|never|neither|nor|without|cannot|rather than|instead of|rule[sd]? out|excludes?)|n['’]t)"
+    r"(?: (?:be|a|an|any|the|evidence|signs?|of|for))* \Z|(?:不|不是|并非|非|没有|无)\Z"
+)
+REACH = 60  # characters before an option in which it is looked for
 MOST = 1000  # options
 
 
@@ -36,12 +47,26 @@ class Choice(NamedTuple):
 
 
 def plain(text: str) -> str:
-    """As texts are compared: full-width letters as usual ones, small letters, single blanks, bare at its edges."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(EDGES)
+    """As texts are compared: full-width letters as usual ones, small letters, one kind of hyphen, single blanks, bare
+    at its edges."""
+    return " ".join(unicodedata.normalize("NFKC", text).translate(HYPHENS).casefold().split()).strip(EDGES)
+
+
+def stated(text: str) -> str:
+    """What an answer states: of a JSON object in it the values of FIELDS, else all that is no thought."""
+    text = answer_text(text)
+    try:
+        # An object is a tuple here, so that a field that is given twice is hedging too.
+        pairs = json.loads(re.sub(r"\A\s*```(?:json)?|```\s*\Z", "", text), object_pairs_hook=tuple)
+        values = [value for key, value in pairs if key.casefold() in FIELDS] if isinstance(pairs, tuple) else []
+        words = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values]
+    except (ValueError, RecursionError):
+        return text
+    return "; ".join(words) or text
 
 
 @lru_cache(maxsize=4096)
-def _pattern(options: tuple[str, ...]) -> re.Pattern:
+def pattern_of(options: tuple[str, ...]) -> re.Pattern:
     """Finds plain options as whole words, the longest first. A hyphen is part of a word: non-malignant is not
     malignant. Scripts that are written without blanks have no words to be whole."""
 
@@ -52,10 +77,26 @@ def _pattern(options: tuple[str, ...]) -> re.Pattern:
     return re.compile("|".join(whole(option) for option in sorted(options, key=len, reverse=True)))
 
 
-def options_named(text: str, options: tuple[str, ...]) -> list[int]:
-    """Indices of the options that a text names, each once, in their order there."""
-    known = [plain(option) for option in options]
-    return [known.index(name) for name in dict.fromkeys(_pattern(tuple(known)).findall(plain(text)))]
+def named_in(text: str, options: tuple[str, ...]) -> dict[int, bool]:
+    """Index of each option that a text names, in their order there -> whether it is denied there, once at least."""
+    text, known, found = plain(text), tuple(plain(option) for option in options), {}
+    for match in pattern_of(known).finditer(text):
+        index = known.index(match[0])
+        found[index] = found.get(index, False) or denied(text, match.start())
+    return found
+
+
+def denied(text: str, start: int) -> bool:
+    return bool(DENIAL.search(text[max(0, start - REACH) : start]))
+
+
+def read_option(text: str, options: tuple[str, ...]) -> tuple[int | None, str]:
+    """(index, "") or (None, reason)."""
+    found = named_in(text, options)
+    if len(found) != 1:
+        return None, "several options" if found else "no option"
+    ((index, no),) = found.items()
+    return (None, "denied") if no else (index, "")
 
 
 def read_options(record: Record, field: str, least: int) -> tuple[str, ...]:
@@ -153,6 +194,7 @@ class LabelTask(ChoiceTask):
         "": "an option",
         "no option": "none of the options is named",
         "several options": "more than one option is named: hedging is no answer",
+        "denied": "the one that is named is named to be denied",
     }
 
     def read(self, record: Record) -> Choice:
@@ -170,9 +212,9 @@ class LabelTask(ChoiceTask):
         u, reasons, answers = [], [], []
         for text, prompt in zip(texts, prompts, strict=True):
             label, options = prompt.target
-            found = options_named(answer_text(text), tuple(options))
-            answers.append(options[found[0]] if len(found) == 1 else None)
-            reasons.append("" if len(found) == 1 else "several options" if found else "no option")
+            index, reason = read_option(stated(text), tuple(options))
+            answers.append(None if index is None else options[index])
+            reasons.append(reason)
             u.append(float(answers[-1] == label))
         valid = torch.tensor([reason == "" for reason in reasons], dtype=torch.bool)
         return Scores(torch.tensor(u, dtype=torch.float32), valid, reasons, answers)

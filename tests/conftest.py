@@ -7,6 +7,7 @@ environment, which all processes share. `OMP_NUM_THREADS=4 pytest` takes another
 `python -m pytest -m gpu` leaves the interpreter off: it runs the real kernels, and needs a GPU.
 """
 
+import gc
 import importlib.util
 import os
 import signal
@@ -26,3 +27,9 @@ def pytest_configure(config):
         import interpreter_guard
 
         interpreter_guard.install()
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()

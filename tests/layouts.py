@@ -4,15 +4,14 @@ A picture is dark with one bright rectangle, so that a box can be held against t
 """
 
 import csv
-import io
 import json
 import re
 import zlib
 from argparse import Namespace
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 from PIL import Image
 
@@ -27,15 +26,7 @@ HAM = "HAM10000_metadata.csv"
 
 
 def run(script, *flags, expect: int = 0) -> str:
-    """A script as its __main__ block calls it -> stdout and stderr."""
-    output, code = io.StringIO(), 0
-    with redirect_stdout(output), redirect_stderr(output):
-        try:
-            errors.run(lambda: script.main([str(flag) for flag in flags]))
-        except SystemExit as end:
-            code = end.code
-    assert code == expect, output.getvalue()
-    return output.getvalue()
+    return programs.run(script, *map(str, flags), expect=expect)
 
 
 def refusal(work, *args, **named) -> str:

@@ -44,7 +44,7 @@ def measure(folder: Path, flags: list[str]) -> dict:
     ranks.start = ranks.end = lambda *device: None  # once for both runs
     if "--shard" in flags:  # rank 0 writes them whole, from the memory of the host: beside a GPU that is another one
         checkpoint.save = lambda *rest: ""
-    small = "--batch-size", "2", "--group-size", "2", "--max-tokens", "8"
+    small = "--steps", "1", "--batch-size", "2", "--group-size", "2", "--max-tokens", "8"
     train(str(folder / "warm"), *small, *{"--shard"}.intersection(flags))
     runs, settle = [], plan.settle
 

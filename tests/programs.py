@@ -2,7 +2,11 @@
 
 import io
 import json
+import multiprocessing
+import os
+import runpy
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -38,6 +42,28 @@ def run(script, *flags: str, expect: int = 0) -> str:
     return output.getvalue()
 
 
+def fork(log: Path, work: Callable[[], None]) -> multiprocessing.Process:
+    """work() in a process and a session of its own, which need not import torch again; what it says goes to `log`."""
+
+    def begin() -> None:
+        os.setsid()
+        with open(log, "w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        work()
+
+    process = multiprocessing.get_context("fork").Process(target=begin)
+    process.start()
+    return process
+
+
+def as_main(script: Path | str, *flags) -> None:
+    """A script as its user starts it."""
+    sys.argv = [str(word) for word in (script, *flags)]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
 def write_records(folder: Path, count: int = 12, **more) -> Path:
     """Phantoms as files and a JSONL, 84 x 84 pixels so that a step is quick; two prompts of unequal length."""
     with open(folder / "train.jsonl", "w") as file:
@@ -56,7 +82,7 @@ def records(tmp_path_factory) -> Path:
 
 
 def small(out: Path, records: Path) -> list[str]:
-    sizes = ["--batch-size", "4", "--group-size", "4", "--micro-batch", "2", "--eval-limit", "4"]
+    sizes = ["--batch-size", "4", "--group-size", "4", "--micro-batch", "2", "--eval-limit", "4", "--workers", "0"]
     return ["--data", str(records), "--val", str(records), "--out", str(out), *sizes]
 
 

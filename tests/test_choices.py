@@ -1,20 +1,24 @@
 """tasks/label.py and grade.py: what an answer names and earns, how a policy is measured, what a record must say."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from programs import run
 
+import eval as evaluation
+import train_sft
 from data import load_jsonl
 from errors import InputError
 from eval import Original, confusion_picture, confusions, metrics, score_rows
 from images import Sample
+from rewards import Schedules
 from tasks import TASKS, configure, summary
 from tasks.grade import Grade, Ordinal, quadratic_kappa, read_grade
-from tasks.label import Choice, options_named
-from tasks.task import answer_text
+from tasks.label import Choice, named_in, stated
 
 OPTIONS = ("nevus", "atypical nevus", "melanoma", "malignant", "no lesion", "黑色素瘤")
 NAMED = [  # answer -> options that it names
@@ -22,6 +26,12 @@ NAMED = [  # answer -> options that it names
     ("  **Melanoma**. ", [2]),
     ("The picture shows a MELANOMA, I think.", [2]),
     ('{"label": "Melanoma"}', [2]),
+    ('```json\n{"answer": "melanoma", "reason": "no nevus has these colours"}\n```', [2]),
+    ('{"label": "nevus", "label": "melanoma"}', [0, 2]),
+    ('{"label": ["nevus", "melanoma"]}', [0, 2]),
+    ('{"label": null, "note": "melanoma"}', []),
+    ('{"diagnosis": "melanoma"}', [2]),  # as a sentence
+    ('{"label": "melanoma"', [2]),
     ("<think> nevus or malignant? </think>\n<answer> melanoma </answer>", [2]),
     ("<answer>nevus</answer> no, wait: <answer>melanoma</answer>", [2]),
     ("<think> it is a nevus </think> melanoma", [2]),
@@ -34,6 +44,12 @@ NAMED = [  # answer -> options that it names
     ("答案是黑色素瘤。", [5]),  # a script without blanks
     ("No lesion", [4]),
     ("non-malignant", []),
+    ("non\u2010malignant", []),  # typography's hyphens
+    ("non\u2011malignant", []),
+    ("non\u2013malignant", []),
+    ("nevus/melanoma", [0, 2]),
+    ("no, melanoma", [2]),
+    ("I have no doubt: melanoma", [2]),
     ("melanomas", []),
     ("<think> melanoma, so", []),  # cut off in its thought
     ("<answer></answer> melanoma", []),
@@ -43,12 +59,28 @@ NAMED = [  # answer -> options that it names
 
 @pytest.mark.parametrize("text, indices", NAMED)
 def test_exactly_one_option_must_be_named(text, indices):
-    assert options_named(answer_text(text), OPTIONS) == indices
+    assert list(named_in(stated(text), OPTIONS)) == indices
     original = Original(Sample(None, "", None, "d", "label"), Choice("melanoma", OPTIONS))
     scores = TASKS["label"].score([text], [original])
     assert scores.u.tolist() == [float(indices == [2])] and scores.valid.tolist() == [len(indices) == 1]
     assert scores.reasons == ["" if len(indices) == 1 else "several options" if indices else "no option"]
     assert scores.answers == [OPTIONS[indices[0]] if len(indices) == 1 else None]
+
+
+@pytest.mark.parametrize(
+    "text",
+    "not melanoma|This is not a melanoma.|no evidence of melanoma|It isn't melanoma|It isn\u2019t a melanoma|"
+    "without melanoma|melanoma? No, not melanoma|rules out melanoma|\u4e0d\u662f\u9ed1\u8272\u7d20\u7624".split("|"),
+)
+def test_an_option_that_is_denied_is_no_answer(text):
+    for label in ("melanoma", "nevus", OPTIONS[5]):
+        original = Original(Sample(None, "", None, "d", "label"), Choice(label, OPTIONS))
+        scores = TASKS["label"].score([text], [original])
+        assert (scores.u.tolist(), scores.reasons, scores.answers) == ([0.0], ["denied"], [None])
+    assert read_grade("not mild", ("none", "mild")) == read_grade("not 2", tuple("012")) == (None, "denied")
+    assert read_grade("9" * 5000, tuple("012")) == (None, "out of range")
+    assert read_grade(stated("[" * 100_000), tuple("012")) == (None, "no grade")
+    assert read_grade("no lesion", ("no lesion", "mild"))[0] == 0  # a name's own word denies nothing
 
 
 def test_an_answer_that_names_many_options_never_pays():
@@ -68,6 +100,11 @@ GRADES = [  # answer -> grade of five, reason
     ('{"grade": 3}', 3, ""),
     ("<think>0, 1 or 2?</think><answer>3</answer>", 3, ""),
     ("3, grade 3", 3, ""),
+    ('{"grade": 3, "confidence": 0.9, "of": 5}', 3, ""),
+    ('{"grade": 3.0}', 3, ""),
+    ('{"grade": [2, 3]}', None, "several grades"),
+    ('{"grade": null}', None, "no grade"),
+    ("Grade 3 (90% sure)", None, "several grades"),
     ("a T2 image of grade 3", 3, ""),
     ("2.5", None, "out of range"),
     ("5", None, "out of range"),
@@ -82,7 +119,7 @@ GRADES = [  # answer -> grade of five, reason
 
 @pytest.mark.parametrize("text, grade, reason", GRADES)
 def test_exactly_one_grade_must_be_named(text, grade, reason):
-    assert read_grade(answer_text(text), tuple("01234")) == (grade, reason)
+    assert read_grade(stated(text), tuple("01234")) == (grade, reason)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +128,26 @@ def test_exactly_one_grade_must_be_named(text, grade, reason):
 )
 def test_grades_with_names_go_by_either(text, grade):
     assert read_grade(text, ("none", "mild", "stage 2"))[0] == grade
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        tuple("01234"),
+        ("none", "mild", "stage 2"),
+        ("grade 1", "grade 2", "grade 3"),  # the number of an answer is an index, the whole name a name
+        ("none", "non-proliferative", "proliferative"),
+        ("t", "T2", "t 3"),
+        ("low", "low to moderate", "moderate"),
+        ("0", "mild", "2"),
+    ],
+)
+def test_what_training_teaches_and_what_a_name_says_reads_as_the_grade(names):
+    for grade, name in enumerate(names):
+        original = Original(Sample(None, "", None, "d", "grade"), Grade(grade, names))
+        texts = [TASKS["grade"].answer(original.target, (1, 1), style, "") for style in ("answer", "think", "qwen")]
+        scores = TASKS["grade"].score([*texts, name, f"It is {name.upper()}.", f"{grade} {name}"], [original] * 6)
+        assert scores.answers == [grade] * 6 and scores.u.tolist() == [1.0] * 6
 
 
 def test_a_grade_is_worth_what_the_formulas_say():
@@ -159,6 +216,33 @@ def test_metrics_are_scikit_learns_and_numpys():
     u = np.where(told < 4, 4.0 ** -np.abs(truth - told), 0).mean()
     assert found["u"] == pytest.approx(u, abs=1e-6)
     assert quadratic_kappa([(2, 2), (2, 2)]) == 0.0 and quadratic_kappa([(0, 0), (1, 1)]) == 1.0
+
+
+def test_metrics_are_what_the_formulas_say():
+    """Written anew with numpy, of a confusion with a column for answers that cannot be read; no class is left out."""
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        k = int(rng.integers(2, 6))
+        truth, told = rng.integers(0, k, 30), rng.integers(0, k + 1, 30)  # k: cannot be read
+        table = np.zeros((k, k + 1), int)
+        np.add.at(table, (truth, told), 1)
+        there, hits = table.sum(1) > 0, np.diag(table)
+        f1 = 2 * hits / np.maximum(table.sum(1) + table[:, :k].sum(0), 1)
+        names = tuple(map(str, range(k)))
+        found = metrics(rows_of("grade", [(Grade(int(t), names), str(a)) for t, a in zip(truth, told, strict=True)]))
+        assert found["balanced_accuracy"] == pytest.approx((hits[there] / table.sum(1)[there]).mean(), abs=1e-6)
+        assert found["macro_f1"] == pytest.approx(f1[there].mean(), abs=1e-6)
+        kept = [i for i in range(k) if table[i].sum() + table[:, i].sum()]
+        assert found["confusion"]["labels"] == [names[i] for i in kept]
+        assert found["confusion"]["rows"] == table[np.ix_(kept, [*kept, k])].tolist()
+        filled = np.where(told == k, np.where(2 * truth > k - 1, 0, k - 1), told)
+        weight = (np.arange(k)[:, None] - np.arange(k)) ** 2
+        seen = np.zeros((k, k))
+        np.add.at(seen, (truth, filled), 1 / 30)
+        chance = np.outer(seen.sum(1), seen.sum(0))
+        kappa = 1 - (weight * seen).sum() / (weight * chance).sum()
+        assert found["kappa"] == pytest.approx(kappa, abs=1e-6)
+        assert found["mae"] == pytest.approx(np.abs(truth - filled).mean(), abs=1e-6)
 
 
 def test_the_confusion_is_a_picture_with_every_count_and_sums_stand_in_the_line():
@@ -238,6 +322,11 @@ def test_records_of_labels_and_grades(tmp_path):
         (GRADED | {"label": "bad"}, "field 'label' must be one of the grades 0, 1, 2, not 'bad'"),
         (GRADED | {"grades": 1}, "field 'grades' must be a count from 2 to 1000, or a list of names, not 1"),
         (GRADED | {"grades": ["a", "a"]}, "field 'grades' holds 'a' twice"),
+        (GRADED | {"grades": ["1", "2", "3"]}, r"field 'grades\[0\]' is '1', but a number in an answer is an index"),
+        (
+            GRADED | {"grades": ["0", "2.0", "x"]},
+            r"field 'grades\[1\]' is '2.0', but a number in an answer is an index",
+        ),
     ],
 )
 def test_a_record_that_is_wrong_is_one_sentence(record, words, tmp_path):
@@ -246,10 +335,57 @@ def test_a_record_that_is_wrong_is_one_sentence(record, words, tmp_path):
 
 
 def test_u_of_both_tasks_is_what_schedules_go_by():
-    """A threshold between two grades' u makes a hit of the exact one, or of neighbours too."""
-    from rewards import Schedules
-
+    """A threshold between two grades' u makes a hit of the exact one, or of neighbours too; and medloc's rises."""
     key = ("d", "grade")
     schedule = Schedules(["fixed:tau=.2"], [key], 10).of[key]
     u = torch.tensor([4.0**-d for d in range(3)]).tolist()
     assert [schedule.reward(x, True) for x in u] == [1.0, 1.0, 0.0]
+    medloc = "medloc:window=4,tau_start=.2,check_stability=off,check_margin=off"
+    medloc = Schedules([medloc], [key, ("d", "label")], 100)
+    before = {k: schedule.tau for k, schedule in medloc.of.items()}
+    for _ in range(8):  # every answer to a grade is one off, every label wrong: each goes by its own
+        medloc.observe(SimpleNamespace(by_key=lambda: {key: [[0.25] * 4] * 4, ("d", "label"): [[0.0] * 4] * 4}))
+    assert medloc.of[key].tau > before[key] and medloc.of["d", "label"].tau == before["d", "label"]
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_answers_of_another_model_are_measured_beside_the_majority(tmp_path):
+    records = [GRADED | {"label": label} for label in (0, 1, 1, 1)] + [RECORD] * 2
+    read(tmp_path, *records)
+    data, told, out = tmp_path / "train.jsonl", tmp_path / "told.jsonl", tmp_path / "out"
+    told.write_text("\n".join(json.dumps({"text": text}) for text in ("0", "2", "1", "?", "y z", "x")))
+    flags = ["--predictions", str(told), "--data", str(data), "--out", str(out)]
+    words = run(evaluation, *flags, "--train", str(data), "--tasks", "grade:ordinal=linear")
+    assert "1 x no grade" in words
+    found = json.loads((out / "eval.json").read_text())
+    grade, label = found["tasks"]["grade"], found["tasks"]["label"]
+    assert (grade["u"], grade["accuracy"], grade["mae"], label["accuracy"]) == (0.625, 0.5, 0.5, 0.5)
+    assert found["constant"]["tasks"]["grade"]["accuracy"] == 0.75
+    assert {file.name for file in out.glob("confusion-*")} == {"confusion-train-grade.png", "confusion-train-label.png"}
+    words = run(evaluation, *flags, "--knowledge", "records", expect=2)
+    assert "--knowledge changes nothing beside --predictions" in words
+    for flag, value in {"knowledge": "records", "tasks": "grade"}.items():
+        asked = ["--image", str(tmp_path / "a.png"), "--query", "it", f"--{flag}", value]
+        assert f"--{flag} changes nothing beside --image" in run(evaluation, *asked, expect=2)
+
+
+def test_a_confusion_of_very_many_classes_is_not_drawn(tmp_path):
+    names = [f"class {i}" for i in range(evaluation.CLASSES + 1)]
+    read(tmp_path, *(RECORD | {"options": names, "label": name} for name in names))
+    told = tmp_path / "told.jsonl"
+    told.write_text("\n".join(json.dumps({"text": name}) for name in names))
+    flags = ["--predictions", str(told), "--data", str(tmp_path / "train.jsonl"), "--out", str(tmp_path / "out")]
+    assert f"no confusion-train-label.png: {len(names)} classes" in run(evaluation, *flags)
+    assert not list((tmp_path / "out").glob("confusion-*"))
+
+
+def test_supervised_training_on_boxes_labels_and_grades(tmp_path):
+    box = {"image": "a.png", "query": "it", "bbox": [1, 2, 20, 30]}
+    read(tmp_path, RECORD, GRADED, box)
+    flags = ["--data", str(tmp_path / "train.jsonl"), "--val", str(tmp_path / "train.jsonl"), "--steps", "1"]
+    words = run(train_sft, *flags, "--batch-size", "3", "--workers", "0", "--out", str(tmp_path / "a"))
+    assert all(f"{task}: " in words for task in ("box", "label", "grade"))
+    words = run(train_sft, *flags, "--coarse", "--workers", "0", "--out", str(tmp_path / "b"), expect=2)
+    assert "--coarse is for boxes" in words

@@ -2,12 +2,10 @@
 
 import json
 import os
-import shutil
 import struct
 import tracemalloc
 import zlib
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +21,6 @@ from phantoms import KINDS, QUERIES, phantom
 from tasks import TASKS
 from tasks.task import Task, require
 
-DATA = Path(__file__).parents[2] / "shared" / "data"  # real images stay outside the repository
 SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>".split()
 IMAGE_ID = 256 + 5
 # What Qwen2.5-VL's own template says about one user turn, less its branches for video and for counting images.
@@ -104,6 +101,8 @@ def test_our_record_and_its_defaults(folder):
     assert first == replace(first) and hash(second) == hash(replace(second))
     path = write(folder, json.dumps(RECORD | {"query": "x\u2028y"}, ensure_ascii=False), RECORD)  # is no line's end
     assert [s.source for s in read(path)] == [f"{path}:1", f"{path}:2"]
+    twice = json.dumps(RECORD | {"x": 0}).replace("{", '{"bbox": 0, ').replace("0}", "[" * 900 + "]" * 900 + "}")
+    assert read(write(folder, twice, name="b"))[0].target == first.target  # of two fields of a name, the last
     two = folder / "two.jsonl"
     two.write_bytes(b"\xef\xbb\xbf" + json.dumps(RECORD).encode() + b"\r\n")  # as Windows editors save it
     assert [s.dataset for s in load_samples(f"{path}, {two}", TASKS, 0, "train")] == ["train", "train", "two"]
@@ -160,7 +159,7 @@ BAD = [  # words of the sentence, and lines or fields of a record that it is abo
     (r"not valid JSON in UTF-8 \(Expecting value: column 11 .*; write one JSON object per line", '{"image": '),
     ("not valid JSON in UTF-8 .maximum recursion depth", "[" * 100_000),
     ("not valid JSON in UTF-8 .*; write", json.dumps(RECORD) + "}", json.dumps(RECORD) * 2),
-    ("not valid JSON in UTF-8 .*value has 5000 digits.; write .*--skip-bad N", "9" * 5000),
+    ("not valid JSON in UTF-8 .*value has 5000 digits.; write .*--skip-bad N", "9" * 5000, "[1, " + "9" * 5000),
     ("a record must be a JSON object with image, query and a target, not 'text'", '"text"'),
     (r"field 'query' is missing, .* has \['image', 'bbox'\]", '{"image": "a.png", "bbox": [1, 2, 3, 4]}'),
     ("field 'image' is missing, add it", '{"query": "it", "bbox": [1, 2, 3, 4]}'),
@@ -186,7 +185,7 @@ BAD = [  # words of the sentence, and lines or fields of a record that it is abo
     ("field 'height' is missing", {"width": 60}),
     (r"field 'bbox' must be four finite numbers .* not \[1, 2, 3\]", {"bbox": [1, 2, 3]}),
     ("field 'bbox' must be four finite numbers", NESTED, {"bbox": {"x\n" * 500: 10**4000}}, {"bbox": [1, 2, "3", 4]})
-    + tuple({"bbox": box} for box in ("[1, 2, 3, 4]", [True, 2, 3, 4], [1, 2, float("nan"), 4], [1, 2, 10**400, 4])),
+    + tuple({"bbox": box} for box in ("[1, 2, 3, 4]", [True, 2, 3, 4], [1, 2, float("inf"), 4], [1, 2, 10**400, 4])),
     (r"field 'bbox' \[3, 2, 3, 4\] is an empty or inverted box; write x1 <", {"bbox": [3, 2, 3, 4]}),
     ("field 'bbox' .* is an empty or inverted box", {"bbox": [1, 5, 3, 4]}),
     (r"field 'bbox' \[1, 2, 60.5, 40\] reaches outside the 60x40 image; write pixels of", {"bbox": [1, 2, 60.5, 40]}),
@@ -254,10 +253,7 @@ def test_bad_files(folder):
         (write(folder, "", " ", name="a"), "/a: holds no usable records; write one"),
         (write(folder, "{", "{", name="b"), "/b: holds no usable records"),
         (write(folder / "new\nline", RECORD), r"/new\\nline/train.jsonl:1: field 'image' names .*/new\\nline \("),
-        (
-            write(folder, "[{}", "{}]", name="c"),
-            "/c: not valid JSON .*line 2 column 1.*; a file that begins with . must",
-        ),
+        (write(folder, "[{}", "{}]", name="c"), "/c: not valid JSON .*line 2 column 1.*; a file that begins with . mu"),
         (write(folder, "[]", name="d"), "/d: holds no usable records"),
     ]:
         refused(words, read, path, BadRecords(0 if "field" in words or "decode" in words else 9))
@@ -271,10 +267,8 @@ def test_bad_files(folder):
 
 def test_boxes_over_the_edge_are_cut_and_counted_where_that_is_asked_for(folder):
     for box, inside in [
-        ([-10, -5, 30, 35], (0, 0, 30, 35)),
-        ([50, 30, 99, 99.5], (50, 30, 60, 40)),
-        ([-1e8, 2, 1e8, 4.5], (0, 2, 60, 4.5)),
-    ]:
+        ([-10, -5, 30, 35], (0, 0, 30, 35)), ([50, 30, 99, 99.5], (50, 30, 60, 40)), ([-1e8, 2, 1e8, 4], (0, 2, 60, 4))
+    ]:  # fmt: skip
         turns = [TURN, {"value": f"<answer>{box}</answer>"}]
         path = write(folder, RECORD, RECORD | {"bbox": box}, {"image": "a.png", "conversations": turns})
         refused(":2: field 'bbox' .* reaches outside the 60x40 image; .* cut by --clip", read, path)
@@ -311,13 +305,6 @@ def test_a_picture_that_the_system_refuses_is_named(folder, monkeypatch):
     refused(f"^{path}:1: field 'image': image .*a.png cannot be read .Permission denied.", read, path)
 
 
-def test_a_path_may_lead_out_of_the_folder_where_that_is_allowed(folder):
-    (folder / "deep").mkdir()
-    path = write(folder / "deep", RECORD | {"image": "../a.png"}, RECORD | {"image": str(folder / "a.png")})
-    assert [s.size for s in load_samples(str(path), TASKS, 0, "train", outside=True)] == [(60, 40)] * 2
-    assert read(write(folder / "deep", RECORD), images=folder)[0].media == folder / "a.png"
-
-
 def png_with_late_exif(exif):
     """A 60x40 PNG whose EXIF stands behind the pixels, where some tools write it."""
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", 60, 40, 8, 0, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(61 * 40)))]
@@ -339,11 +326,15 @@ def test_the_size_from_the_header_is_the_size_of_the_picture(folder):
             assert sample.size == load(sample)[0].size == ((60, 40) if exif[0x0112] < 5 else (40, 60)), name
 
 
+def flipped(content):
+    half = len(content) // 2
+    return content[:half] + bytes([content[half] ^ 255]) + content[half + 1 :]
+
+
 def test_pixels_are_not_decoded_with_the_record_and_their_damage_is_named_later(folder):
-    for name in ("cut.png", "cut.jpg"):
+    for name, broken in ("cut.png", lambda b: b[:-999]), ("cut.jpg", lambda b: b[:-999]), ("bit.png", flipped):
         Image.open(folder / "a.png").save(folder / name)
-        whole = (folder / name).read_bytes()
-        (folder / name).write_bytes(whole[: len(whole) * 2 // 3])
+        (folder / name).write_bytes(broken((folder / name).read_bytes()))
         sample = read(write(folder, RECORD | {"image": name}))[0]
         assert sample.size == (60, 40)
         refused(f"^{sample.source}: image .*{name} cannot be read .*; replace it", load, sample)
@@ -384,29 +375,3 @@ def test_test_phantoms_are_held_out_and_the_same_for_every_seed():
         refused("unknown phantom kind .* dermoscopy, xray, ultrasound", load_samples, spec, TASKS, 0, "train")
     with pytest.raises(ValueError, match="'val'"):
         load_samples("phantoms", TASKS, 0, "val")
-
-
-# -------------------------------------------------------------------------------------------------------- real images
-
-
-def test_both_fixture_formats_give_the_same_samples(tmp_path):
-    fixtures = DATA / "fixtures"
-    if not fixtures.is_dir():
-        pytest.skip(f"real images are not here: {fixtures}")
-    native = read(fixtures / "native.jsonl")
-    for part in ("HAM10000_images_part_1", "HAM10000_images_part_2"):
-        (tmp_path / part).symlink_to(fixtures / "ham10000" / part)
-    vlmr1 = read(shutil.copy(fixtures / "vlmr1_rec.jsonl", tmp_path))
-    assert len(native) == 12
-    for a, b in zip(native, vlmr1, strict=True):
-        assert (a.query, a.target, a.media.name) == (b.query, b.target, b.media.name)
-        assert np.array_equal(load(a)[0], load(b)[0])
-
-
-@pytest.mark.parametrize("name", ["isic2017", "bccd", "fracatlas"])
-def test_real_sets_load(name):
-    if not (DATA / name).is_dir():
-        pytest.skip(f"real images are not here: {DATA / name}")
-    for sample in read(DATA / name / "val.jsonl")[:10]:
-        image, box = load(sample)
-        assert image.size == sample.size and box == sample.target and sample.dataset == name

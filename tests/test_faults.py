@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from programs import ROOT, lines, records, run, tiny_folder, tiny_trained, without_times  # noqa: F401
+from programs import ROOT, as_main, fork, lines, records, run, tiny_folder, tiny_trained, without_times  # noqa: F401
 from test_ranks import torchrun
 
 import config
@@ -38,7 +38,7 @@ from runtime.stream import Stream
 from tasks import TASKS
 
 SMALL = "--batch-size 2 --group-size 4 --micro-batch 1 --max-tokens 18 --eval-limit 2 --eval-every 5"
-SMALL += " --save-every 2 --workers 1 --schedule medloc:window=4,tau_start=.05 --lr 1e-3 --steps"
+SMALL += " --save-every 2 --workers 0 --schedule medloc:window=4,tau_start=.05 --lr 1e-3 --steps"
 
 
 def flags(records: Path, out: Path, more: str = "") -> list[str]:
@@ -255,7 +255,7 @@ def test_twenty_kills_of_four_ranks_change_nothing(records, tmp_path):
     """kill -9 of one rank after the other at random moments, every other one while a checkpoint is being written;
     torchrun ends the rest and starts all of them again, with the command line of the beginning."""
     straight, out, log, luck = tmp_path / "straight", tmp_path / "run", tmp_path / "log", random.Random(0)
-    torchrun(4, ROOT / "train_grpo.py", *flags(records, straight, "60 --batch-size 4"), timeout=900)
+    torchrun(4, ROOT / "train_grpo.py", *flags(records, straight, "60 --batch-size 4"), timeout=900, forks=False)
     command = "-m torch.distributed.run --nproc-per-node=4 --standalone --max-restarts=20".split()
     job = start(log, *command, ROOT / "train_grpo.py", *flags(records, out, "60 --batch-size 4"))
     metrics, inside, saving = out / "metrics.jsonl", 0, lambda: list(out.glob(".partial-step-*"))
@@ -284,10 +284,11 @@ LATER = [n if n == signal.SIGINT else pytest.param(n, marks=pytest.mark.slow) fo
 def test_a_signal_to_the_whole_group_is_quiet_and_the_run_goes_on_exactly(number, records, undisturbed, tmp_path):
     """As Ctrl-C and torchrun send it: also to the processes that read pictures."""
     out, log = tmp_path / "run", tmp_path / "log"
-    job = start(log, ROOT / "train_grpo.py", *flags(records, out, "10"), "--workers", "2")
+    job = fork(log, lambda: as_main(ROOT / "train_grpo.py", *flags(records, out, "10"), "--workers", "2"))
     wait_for(lambda: done(out) >= 3)
     os.killpg(job.pid, number)
-    assert job.wait(timeout=60) == 0 and "Traceback" not in log.read_text()
+    job.join(timeout=60)
+    assert job.exitcode == 0 and "Traceback" not in log.read_text()
     steps = done(out)
     assert f"stopped as asked: {out}/step-{steps:06d} has all that was learned" in log.read_text()
     assert f"python train_grpo.py --resume --out {out} goes on" in log.read_text()
@@ -443,7 +444,7 @@ def test_a_restart_by_torchrun_resumes_by_itself(records, straight, tmp_path, mo
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     out = tmp_path / "run"
     shutil.copytree(straight, out, ignore=shutil.ignore_patterns("step-00000[134]", "eval.json"))
-    output = run(train_grpo, *flags(records, out, FOUR))
+    output = run(train_grpo, *flags(records, out, FOUR), "--workers", "1")
     assert f"started again by torchrun: going on from {out}/step-000002" in output
     assert_same_run(straight, out)
     begun = tmp_path / "begun"

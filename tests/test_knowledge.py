@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from data import load_samples
 from errors import InputError
 from images import Sample
 from knowledge import Knowledge
-from rewards import REWARDS, other_rewards
+from norms import Normalise, Norms, Quartiles
+from rewards import REWARDS, Schedules, combine, other_rewards
 from tasks import TASKS
 from tasks.label import Choice
-from tasks.task import Scores
 from text import sentence_bleu, thought, tokens
 
 LINES = {"nevus": "round and brown", "melanoma": "ragged, many colours", "scar": "pale"}
@@ -35,7 +36,10 @@ def samples(folder, said: str, *records: dict, split="train", table=None) -> lis
     (folder / "k.json").write_text(json.dumps({"*": LINES} if table is None else table))
     (folder / "ham.jsonl").write_text("\n".join(map(json.dumps, records or [RECORD])))
     knowledge = Knowledge(said.replace("FILE", str(folder / "k.json")))
-    return load_samples(str(folder / "ham.jsonl"), TASKS, 0, split, knowledge=knowledge)
+    found = load_samples(str(folder / "ham.jsonl"), TASKS, 0, split, knowledge=knowledge)
+    if split == "train":
+        knowledge.complete()
+    return found
 
 
 def test_the_block_tells_of_all_options_wherever_it_stands(folder):
@@ -96,6 +100,33 @@ def test_knowledge_that_does_not_fit_is_one_sentence(said, table, words, folder)
     assert "\n" not in str(caught.value)
 
 
+def test_a_line_that_no_option_of_the_record_has_is_a_slip(folder):
+    with pytest.raises(InputError, match=r"ham.jsonl:1: field 'knowledge': 'wart' is none of the record's options"):
+        samples(folder, "records", RECORD | {"knowledge": LINES | {"wart": "x"}})
+
+
+def test_training_and_evaluation_are_held_against_the_lines_together(folder):
+    """Boxes to evaluate on, or a class that only one of the two has, are no slip."""
+    grade = {"image": "a.png", "query": "how?", "task": "grade", "grades": ["low", "high"], "label": 0}
+    box = {"image": "a.png", "query": "it", "bbox": [1, 2, 20, 30]}
+    (folder / "k.json").write_text(json.dumps({"*": LINES | {"low": "few", "high": "many"}}))
+    for name, records in {"label": [RECORD], "grade": [grade, box], "box": [box]}.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+    def complete(*names: str) -> None:
+        knowledge = Knowledge(str(folder / "k.json"))
+        for name in names:
+            load_samples(str(folder / f"{name}.jsonl"), TASKS, 0, "train", knowledge=knowledge)
+        knowledge.complete()
+
+    complete("label", "grade", "box")
+    complete("grade", "label")
+    with pytest.raises(InputError, match="'high' is no option of any record"):
+        complete("label", "box")
+    with pytest.raises(InputError, match="reaches no record"):
+        complete("box")
+
+
 def test_knowledge_that_reaches_no_record_is_refused(folder):
     with pytest.raises(InputError, match="reaches no record: none has options; drop it"):
         samples(folder, "FILE", {"image": "a.png", "query": "it", "bbox": [1, 2, 3, 4]})
@@ -132,6 +163,8 @@ def test_words_and_thoughts():
     assert tokens("Ill-defined, the patient's 3 LESIONS (!)") == "ill-defined the patient's 3 lesions".split()
     assert thought("<think> round </think> <answer>x</answer>") == "round"
     assert (thought("<think> cut off"), thought("none"), thought("<think></think>")) == ("cut off", "", "")
+    assert thought("<think> never closed <answer>x</answer>") == "never closed"
+    assert thought("<think></think><think>a</think> b <think>c</think>") == "a c"  # a second one hides nothing
 
 
 # ---------------------------------------------------------------------------------------------------------- recitation
@@ -170,17 +203,23 @@ def test_recitation_is_bleu_of_the_thought_against_the_block():
 
 
 def test_under_a_negative_weight_no_broken_answer_earns_more_than_any_answer():
-    found = rewards({"task": 1.0, "format": 1.0, "recite": -0.5})
-    u = torch.tensor([1.0, 1.0, 1.0, 0.0, 0, 0, 0, 0])
-    total = u + found["format"] - 0.5 * found["recite"]
+    """Nor with normalised rewards, nor with a reward that has no largest value, such as a thought's words."""
+    key, u = ("ham", "label"), [1.0, 1.0, 1.0, 0.0, 0, 0, 0, 0]
     valid = torch.tensor([valid for _, valid in SAID])
-    assert total[~valid].max() <= total[valid].min() and (total[~valid] == -0.5).all()
-    other = Scores(torch.zeros(2), torch.tensor([True, False]), ["", "no option"], [None, None])
-    REWARDS["count"] = lambda texts, scores, samples: [7.0, 3.0]  # of any range: what it says, if that is more
-    try:
-        assert other_rewards({"count": -1.0}, ["", ""], other, [None] * 2)["count"].tolist() == [7.0, 3.0]
-    finally:
-        del REWARDS["count"]
+    yes_or_no, spread = Quartiles(0.0, 1.0, 1.0, 100, zero_one=True), Quartiles(0.1, 0.2, 0.4, 100)
+    table = {(key, "task"): yes_or_no, (key, "format"): yes_or_no, (key, "recite"): spread, (key, "thought"): spread}
+    for norms in (None, Norms(table, Normalise(), "norms.json", "")):
+        for penalty in ("recite", "thought"):
+            weights = {"task": 1.0, "format": 1.0, penalty: -0.5}
+            parts = {name: part[None] for name, part in rewards(weights).items()}
+            told = {name: part.clone() for name, part in parts.items()}
+            reasons = torch.tensor([[int(not fine) for fine in valid]])
+            scores = SimpleNamespace(u=torch.tensor([u]), reason=reasons, keys=[key], parts=parts)
+            total = combine(scores, Schedules(["raw"], [key], 10, norms), weights)[0]
+            assert total[~valid].max() <= total[valid].min(), (norms, penalty)
+            assert all(parts[name].equal(told[name]) for name in told)  # what is logged is what was recited
+            if penalty == "recite":
+                assert (total[~valid] == -0.5).all()
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs

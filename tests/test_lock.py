@@ -133,12 +133,9 @@ def test_one_command_line_begins_a_run_and_goes_on_with_it(records, tmp_path):
     assert "--resume goes on with --lr 0.0001, not 0.1" in grpo(out, records, *line, "--lr", "0.1", expect=2)
 
 
-def test_every_process_that_a_test_starts_has_its_number_of_threads():
-    """And no test sets it, but for those that measure memory, of which each thread has some, and the cells recorded
-    with one thread."""
-    ask = "import torch; print(torch.get_num_threads())"
-    ran = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
-    assert int(ran.stdout) == torch.get_num_threads()
+def test_no_test_sets_the_number_of_threads_that_the_environment_has():
+    """But for those that measure memory, of which each thread has some, and the cells recorded with one thread."""
+    assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"])
     known = {"conftest.py", "test_lock.py", "test_hub.py", "measured_peak.py", "test_plan.py", "test_sweep.py"}
     words = "set_num_threads", '"OMP_NUM_THREADS":'
     found = {f.name for f in Path(__file__).parent.glob("*.py") if any(word in f.read_text() for word in words)}
@@ -259,7 +256,7 @@ def test_ranks_end_with_a_torchrun_that_is_killed(tmp_path):
 
 
 def sft_flags(records: Path, out: Path, *more: str) -> list[str]:
-    small = "--batch-size 4 --micro-batch 2 --warmup 3 --max-tokens 18 --workers 1 --steps 12 --save-every 2 --coarse"
+    small = "--batch-size 4 --micro-batch 2 --warmup 3 --max-tokens 18 --workers 0 --steps 12 --save-every 2 --coarse"
     return ["--data", str(records), "--val", str(records), "--out", str(out), *small.split(), *more]
 
 
@@ -279,7 +276,7 @@ def sft(records, tmp_path_factory) -> Path:
 def test_sft_killed_three_times_ends_as_undisturbed(records, sft, tmp_path):
     """In processes of their own, by kill -9: before the first checkpoint, between two, within a save."""
     out, log = tmp_path / "run", tmp_path / "log"
-    line = [ROOT / "train_sft.py", *sft_flags(records, out, "--resume")]
+    line = [ROOT / "train_sft.py", *sft_flags(records, out, "--resume", "--workers", "1")]
     moments = [
         lambda: done(out) >= 1,
         lambda: (out / "step-000004").exists() and done(out) >= 5,
@@ -309,9 +306,20 @@ def test_sft_that_is_asked_to_stop_loses_nothing(records, sft, tmp_path, monkeyp
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         strike(patch, train_sft, name, at)
-        words = run(train_sft, *sft_flags(records, out))
+        words = run(train_sft, *sft_flags(records, out, "--workers", "1"))
     what = f"{out}/step-{saved:06d} has all that was learned" if saved else "nothing was learned yet"
     assert f"stopped as asked: {what}; python train_sft.py --resume --out {out} goes on" in words
+    run(train_sft, "--resume", "--out", str(out))
+    assert_same_sft(sft, out)
+
+
+def test_sft_that_breaks_off_goes_on_from_its_last_checkpoint(records, sft, tmp_path, monkeypatch):
+    """As after kill -9, with a row behind it that is written again."""
+    out, answer = tmp_path / "run", train_sft.answer_of
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train_sft, "answer_of", lambda *a: answer(*a) if a[3] < 5 else 1 / 0)
+        run(train_sft, *sft_flags(records, out))
+    assert done(out) == 5 and not (out / "step-000005").exists()
     run(train_sft, "--resume", "--out", str(out))
     assert_same_sft(sft, out)
 

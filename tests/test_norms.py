@@ -17,6 +17,7 @@ from errors import InputError
 from norms import LEAST, Normalise, Norms, Quartiles, fingerprint, logistic, read_norms, rows_of, split
 from rewards import Schedules, combine, group_advantage
 from rollout import GroupScores
+from runtime.run import by_dataset
 from runtime.stream import Mixture, Sampler, sampler_of
 from tasks import TASKS
 from weights import NANO
@@ -300,7 +301,7 @@ def test_a_mixture_with_norms_resumes_bit_by_bit_in_the_middle_of_a_refresh(tmp_
     flags += ["--advantage", "batch", "--batch-size", "6", "--group-size", "4", "--eval-limit", "2", "--lr", "1e-3"]
     for out, steps in (("a", "4"), ("b", "2")):
         run(train_grpo, *flags, "--out", str(tmp_path / out), "--steps", steps)
-    run(train_grpo, "--resume", "--out", str(tmp_path / "b"), "--steps", "4")
+    said = run(train_grpo, "--resume", "--out", str(tmp_path / "b"), "--steps", "4")
     straight = lines(tmp_path / "a" / "metrics.jsonl")
     assert without_times(lines(tmp_path / "b" / "metrics.jsonl")) == without_times(straight)
     states = [json.loads((tmp_path / o / "step-000004" / "trainer.json").read_text())["norms"] for o in "ab"]
@@ -309,6 +310,13 @@ def test_a_mixture_with_norms_resumes_bit_by_bit_in_the_middle_of_a_refresh(tmp_
     assert (
         44 <= counts["phantoms-ultrasound"] <= 52 and counts["phantoms-xray"] == 99
     )  # 12 +- 1 groups; 20 to 28 answers
+    words = [
+        line for line in by_dataset(tmp_path / "a" / "metrics.jsonl", 2) if line.startswith("phantoms-xray/box: u ")
+    ]
+    first, last = (
+        np.mean([row["advantage_share/phantoms-xray/box"] for row in part]) for part in (straight[:2], straight[-2:])
+    )
+    assert f"share of |A| {first:.3f} -> {last:.3f} (means of 2 steps)" in words[0] and "share of |A|" in said
     row, ends = straight[-1], [f"phantoms-{kind}/box" for kind in ("xray", "ultrasound")]
     assert sum(row[f"advantage_share/{end}"] for end in ends) == pytest.approx(1)
     counts = [row[f"groups/{end}"] for end in ends]

@@ -305,7 +305,7 @@ def test_names_of_others_reach_the_terminal_as_printable_text_of_bounded_length(
         (tn3k, "trainval-image/\xb2.png", b"", "trainval-image: pictures are named by number"),
         (tn3k, "test-image/1.png", b"", "trainval-image: no pictures are there; --source must be the folder that"),
         (vlm_r1, "a.json", b"[" * 10**5, "a.json: not valid JSON in UTF-8 (maximum recursion"),
-        (yolo, "data.yaml", b"[" * 10**5, "data.yaml: is not valid YAML ("),
+        (yolo, "data.yaml", b"[" * 10**4, "data.yaml: is not valid YAML ("),
     ],
 )  # fmt: skip
 def test_files_that_are_wrong_in_odd_ways_are_one_sentence(tmp_path, script, name, content, why):

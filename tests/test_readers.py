@@ -19,10 +19,8 @@ from programs import ROOT, grpo, lines, records, run, without_times  # noqa: F40
 from test_data import refused
 
 import config
-import ranks
 import scheduler
 import train_grpo
-import train_sft
 from data import BadRecords, load_samples, phantom_samples
 from errors import InputError
 from images import ImageConfig
@@ -114,41 +112,12 @@ def test_what_is_drawn_does_not_depend_on_the_number_of_workers(folder, processo
         assert equal(got, expected) and left_out_too == left_out
 
 
-def test_ranks_are_dealt_the_same_stream(processor, monkeypatch):
-    """Place p belongs to rank p % size, with the uniforms that it has on a single one."""
-    samples = phantom_samples(None, 0, 0, 9, size=56)
-
-    def dealt(rank: int, size: int) -> dict:
-        monkeypatch.setattr(ranks, "rank", rank)
-        monkeypatch.setattr(ranks, "size", size)
-        stream, found = Stream(samples, processor, BadRecords(), 5, 2, 3, 1), {}
-        for step in range(3):
-            places = [p for p in range(stream.drawn, stream.drawn + 5) if p % size == rank]
-            prompts, uniforms = stream.draw(step, 5)
-            rows = zip([prompt.sample.source for prompt in prompts], uniforms.tolist(), strict=True)
-            found |= dict(zip(places, rows, strict=True))
-            stream.advance(5, [])
-        return found
-
-    alone = dealt(0, 1)
-    assert len(alone) == 15 and dealt(0, 2) | dealt(1, 2) == alone
-
-
 def test_no_picture_that_can_be_read_ends_the_run_in_words(folder, processor):
     broken = load_samples(str(folder / "train.jsonl"), TASKS, 0, "train")[4:5]
     stream = Stream(broken, processor, BadRecords(1), 2, 2, 3, 0)
     assert stream.draw(0, 2)[0] == [] and len(stream.failures) == 2
     with pytest.raises(InputError, match="no picture of --data can be read any more; the last one: .*4.jpg cannot be"):
         stream.advance(2, stream.failures)
-
-
-def test_sft_reads_ahead_too(records, tmp_path):  # noqa: F811
-    losses = []
-    for workers in "02":
-        flags = ("--data", str(records), "--steps", "3", "--batch-size", "5", "--workers", workers)
-        run(train_sft, *flags, "--out", str(tmp_path / workers))
-        losses.append([row["loss"] for row in lines(tmp_path / workers / "metrics.jsonl")])
-    assert losses[0] == losses[1] and len(losses[0]) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -283,21 +252,16 @@ def one_step(monkeypatch, processor, once: bool, schedule="raw", **options) -> t
     forward, looks = VisionTower.forward, []
     before = [p.detach().clone() for p in policy.parameters()]
     with monkeypatch.context() as patch:
-        patch.setattr(
-            VisionTower, "forward", lambda self, p, grids, *a: looks.extend(grids) or forward(self, p, grids, *a)
-        )
+        patch.setattr(VisionTower, "forward", lambda self, p, grids, *a: looks.extend(grids) or forward(self, p, grids))
         if not once:
             patch.setattr(Policy, "cache_image_tokens", lambda self, prompts: None)
-        schedules = Schedules([schedule], stream.keys, 10)
-        _, roll, *_ = train_grpo.step(
-            0, policy, actor, reference, optimizer, stream, schedules, train_grpo.algorithm(args)
-        )
+        rest = stream, Schedules([schedule], stream.keys, 10), train_grpo.algorithm(args)
+        _, roll, *_ = train_grpo.step(0, policy, actor, reference, optimizer, *rest)
     assert any((a != b).any() for a, b in zip(before, policy.parameters(), strict=True))
     return len(looks), len(roll.prompts), [roll.u, *(p.detach() for p in policy.parameters())]
 
 
 FROZEN = {
-    "trained": dict(inner_steps=3),
     "frozen": dict(freeze_vision=True, inner_steps=3),
     "recomputed": dict(freeze_vision=True, checkpointing=True),
     "one pass is the step": dict(freeze_vision=True, micro_batch=4),
@@ -310,9 +274,6 @@ FROZEN = {
 def test_a_frozen_tower_sees_an_image_once_a_step_and_every_number_stays(name, processor, monkeypatch):
     """Without it: rollout, reference and each inner step. Between them groups are dropped and batched anew."""
     looks, groups, numbers = one_step(monkeypatch, processor, True, **FROZEN[name])
-    if name == "trained":  # rollout, reference and inner steps look for themselves
-        assert groups == 4 and looks == 4 * (1 + 1 + 3)
-        return
     assert looks == groups >= 4 and (groups > 4) == (name == "groups replaced")
     more, _, expected = one_step(monkeypatch, processor, False, **FROZEN[name])
     assert more > looks

@@ -8,6 +8,7 @@ from layouts import names_of, read, run
 from PIL import Image
 
 from data import load_jsonl
+from images import load
 from prepare import coco, ham10000, masks, tn3k, vlm_r1, voc, yolo
 from tasks import TASKS
 
@@ -56,4 +57,7 @@ def test_real_pictures_of_each_layout(tmp_path):
     assert len(records(masks, "tn3k", *flags)) == 10
     for name, counts in {"isic2017": (2000, 150), "bccd": (248, 108), "fracatlas": (418, 73)}.items():
         for split, n in zip(splits, counts, strict=False):
-            assert len(load_jsonl(FIXTURES.parent / name / f"{split}.jsonl", TASKS)) == n
+            samples = load_jsonl(FIXTURES.parent / name / f"{split}.jsonl", TASKS)
+            assert len(samples) == n and {sample.dataset for sample in samples} == {name}
+        for image, box, sample in ((*load(sample), sample) for sample in samples[:10]):
+            assert image.size == sample.size and box == sample.target

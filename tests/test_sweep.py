@@ -534,3 +534,48 @@ def test_the_results_beside_the_papers_are_the_recorded_ones():
         runs = recorded(row, "dermoscopy", "main", "ablation")
         means = [fmean(run[field] for run in runs) for field in ("acc@0.5", "acc@0.8", "pmap", "tau")]
         assert found[row][1:] == [*(f"{100 * mean:.1f}" for mean in means[:3]), f"{means[3]:.2f}"]
+
+
+def test_a_grid_may_say_what_it_measures(tmp_path):
+    """Metrics of single datasets, means of fields of metrics.jsonl; a line, a table and the comparisons of each."""
+    (tmp_path / "own.toml").write_text("""
+about = "two datasets"
+seeds = [0, 1]
+measures = ["far/miou", "accuracy"]
+watch = ["share/far"]
+compare = [["b", "a"]]
+[flags]
+steps = 2
+[sets.both]
+data = ["x=1", "y=2"]
+[rows.a]
+schedule = "raw"
+[rows.b]
+schedule = "fixed"
+""")
+    grid, out = Grid(tmp_path / "own.toml"), tmp_path / "run"
+    assert grid.runs["both", "a", 0].words()[-4:] == ["--schedule", "raw", "--seed", "0"]
+    assert "--data x=1 y=2" in grid.runs["both", "a", 0].recipe()
+    results = []
+    for (one, row, seed), run in grid.runs.items():
+        value = {"a": 0.5, "b": 0.625}[row] + 0.125 * seed
+        final = {"n": 9, "parse_failures": 0, "accuracy": value / 2, "datasets": {"far": {"miou": value}}}
+        start = final | {"accuracy": 0.25, "datasets": {"far": {"miou": 0.125}}}
+        out.mkdir(exist_ok=True)
+        (out / "eval.json").write_text(json.dumps({"start": start, "final": final}))
+        (out / "config.json").write_text(json.dumps({"arguments": {}}))
+        steps = [
+            {"u_mean": 0.5, "share/far": 0.25, "seconds": 1.0},
+            {"u_mean": 0.75, "share/far": None, "seconds": 1.0},
+        ]
+        (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, steps)))
+        results.append(sweep.result((one, row, seed), run, out, grid.measures, grid.watch))
+    first = results[0]
+    assert first["measures"] == {"far/miou": 0.5, "accuracy": 0.25} and first["watch"] == {"share/far": 0.25}
+    assert first["start"] == {"far/miou": 0.125, "accuracy": 0.25} and first["step_u_mean"] == [0.5, 0.75]
+    tables.check_footing(results)
+    text = tables.table(grid, results)
+    assert "| a | 2 | 0.562 +- 0.088 (0.125) | 0.281 +- 0.044 (0.250) | 0.250 +- 0.000 |" in text
+    assert "| b - a | +0.125 [+0.125, +0.125]; 2 of 2 | +0.062 [+0.062, +0.062]; 2 of 2 |" in text
+    with pytest.raises(InputError, match="rows of a set must share start and evaluation"):
+        tables.check_footing([first, first | {"n": 8}])
