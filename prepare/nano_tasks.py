@@ -38,13 +38,13 @@ SEED, BATCH = 0, 16
 DATA_SEED = 20_261_127  # of its phantoms: a series that no GRPO run (seed 0, 1, 2 ...) draws from
 # What a batch's places ask, over and over: b a box, g a grade, k a kind, c a class with its block, n one without, t one
 # in the style think, l how its lesion looks. Reading takes longest to learn, and long prompts longest to compute.
-BEGIN, READ, ALL = "cclccgclccclccln", "ccgclcggcckcglcn", "cgtbcgtkcgtbcgtn"
+BEGIN, READ, ALL = "cclccgclccclccln", "ccgclcggcckcglcn", "cgtlcgckcgtbcgcn"
 FEW, SOME, MANY = (2,), (2, 3, 3, 4), (4, 6, 6)  # how many of the six classes a record has, over and over
 STAGES = (  # name, steps of BATCH, lr, places, options, how labels are made coarse
     ("two", 500, 1e-3, BEGIN, FEW, None),  # with few, reading begins
     ("more", 300, 1e-3, READ, SOME, None),
     ("read", 600, 1e-3, READ, MANY, None),
-    ("exact", 300, 5e-4, ALL, MANY, None),
+    ("exact", 900, 1e-3, ALL, MANY, None),
     ("coarse", 150, 3e-4, ALL, MANY, Coarse()),
 )
 OVERCALLED = (0.3, 0.4, 0.3)  # of coarse grades, the shares that are 0, 1 and 2 too high
