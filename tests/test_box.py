@@ -27,8 +27,6 @@ def prompt(target, scale=(1.0, 1.0), size=(100, 100), task="box"):
     return SimpleNamespace(target=target, scale=scale, size=size, sample=SimpleNamespace(task=task))
 
 
-# ------------------------------------------------------------------------------------------------------------- answers
-
 B = (10.0, 20.0, 30.0, 40.0)
 # Answers that say B, between bars.
 SAYS_B = """
@@ -138,9 +136,6 @@ def test_junk_takes_linear_time(text):
     assert time.process_time() - begin < 2.0
 
 
-# --------------------------------------------------------------------------------------------------- taught and framed
-
-
 QUERIES = ["levels 1, 2, 3, 4", "(10, 20), (30, 40)", 'x1: 1, y1: 2, x2: 3, y2: 4"', '"label": "[1,2,3,4]"']
 QUERIES += ["\\", '\\"', '", [1, 2, 3, 4]']
 TEXTS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40) | st.sampled_from(QUERIES)
@@ -228,9 +223,6 @@ def test_boxes_are_drawn_where_they_are_and_any_size_of_them():
     assert (np.asarray(image) == pixels).all()
 
 
-# --------------------------------------------------------------------------------------------------------- other tasks
-
-
 class Length(Task):
     """u is the share of an answer's letters that it should have."""
 
@@ -285,8 +277,6 @@ def test_an_evaluation_of_several_tasks_is_summed_up_by_task(monkeypatch):
     both = tasks.summary("final", {"n": 3, "tasks": {"box": boxes, "length": words}})
     assert both.startswith("final: box: mIoU 0.650 ") and "; length: u 1.000  u_standard_error 0.000  n 1" in both
 
-
-# ------------------------------------------------------------------------------------------------------------- rewards
 
 FORMATTED = """<think>hm</think><answer>[1, 2, 3, 4]</answer> | <think></think><answer>[1, 2, 3, 4]</answer> |
     <think>\nhm\n</think>\n\n<answer>\n```json\n[1, 2, 3, 4]\n```\n</answer>\n |

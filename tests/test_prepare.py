@@ -21,7 +21,6 @@ from PIL import Image
 
 import errors
 from data import load_jsonl
-from images import size_and_orientation
 from prepare import coco, common, ham10000, masks, nano, queries, tn3k, vlm_r1, voc, yolo
 from prepare.boxes import as_displayed
 
@@ -36,7 +35,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_empty_masks_parts_and_thresholds_are_flags_and_counted(tmp_path):
-    flags, out = pairs(tmp_path, a=[BOX], b=[], c=[(0, 0, 2, 2), BOX], d=[]), tmp_path / "all.jsonl"
+    flags, out = pairs(tmp_path, a=[], b=[]), tmp_path / "all.jsonl"
+    assert "no record came out" in run(masks, *flags, expect=2) and not out.exists()
+    mask(tmp_path / "masks" / "a_mask.png", BOX, value=1)
+    run(masks, *flags, "--threshold", 0)
+    bright(out)
+    pairs(tmp_path, a=[BOX], c=[(0, 0, 2, 2), BOX], d=[])
     for choice, what, found in [
         ("largest", "the largest is taken", [BOX, BOX]), ("drop", "left out", [BOX]),
         ("union", "the box is around all of them", [BOX, (0, 0, 30, 28)]),
@@ -45,11 +49,6 @@ def test_empty_masks_parts_and_thresholds_are_flags_and_counted(tmp_path):
         assert "left out, the mask is empty: 2 (masks/b_mask.png, masks/d_mask.png)" in said
         assert f"the mask has several parts: {what}: 1 (masks/c_mask.png)" in said and read(out, "bbox") == found
     assert "all.jsonl: 2 records of 2 pictures" in said
-    flags = pairs(tmp_path / "none", a=[])
-    assert "no record came out" in run(masks, *flags, expect=2) and not list((tmp_path / "none").glob("*.jsonl"))
-    mask(tmp_path / "none" / "masks" / "a_mask.png", BOX, value=1)
-    run(masks, *flags, "--threshold", 0)
-    bright(tmp_path / "none" / "all.jsonl")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -184,23 +183,20 @@ def test_coco_values_that_are_refused(tmp_path, part, change, why):
     assert like(f"coco.json..{why}", refusal(reader, coco, one_coco(tmp_path, first={part: change})))
 
 
-@pytest.mark.parametrize("case", """
-    annotations/instances_train2017.json train2017 train
-    annotations/instances_train2017.json images/train2017 train      annotations/instances_val.json images/valid val
-    annotations/instances_val2017.json images/val val                labels/train.json images/train train
-    annotations/instances_default.json images/default all            result.json images all
-    annotations/instances_default.json images all                    train/_annotations.coco.json train train
-    Annotations/test.json test test                                  train/x.coco.json train/images train
-""".split("  "))  # fmt: skip
+@pytest.mark.parametrize("case", [
+    "annotations/instances_train2017.json train2017 train", "labels/train.json images/train train",
+    "annotations/instances_train2017.json images/train2017 train", "annotations/instances_val.json images/valid val",
+    "annotations/instances_default.json images/default all", "annotations/instances_default.json images all",
+    "result.json images all", "train/_annotations.coco.json train train", "train/x.coco.json train/images train",
+])  # fmt: skip
 def test_coco_layouts(tmp_path, case):
     """Without --images: CVAT's, Label Studio's, Roboflow's, COCO's own. A picture's name elsewhere changes nothing."""
-    for file, folder, split in [case.split()] * bool(case.strip()):
-        picture(tmp_path / folder / "a.png")
-        picture(tmp_path / "other" / "a.png", SMALL)
-        write_coco(tmp_path / file, [("a.png", *SIZE)], [(0, 0, B)])
-        for source in (tmp_path, tmp_path / file)[: 1 if "train/" in file else 2]:
-            (entry,) = reader(coco, source)
-            assert entry.image == tmp_path / folder / "a.png" and (source != tmp_path or entry.split == split)
+    file, folder, split = case.split()
+    picture(tmp_path / folder / "a.png"), picture(tmp_path / "other" / "a.png", SMALL)
+    write_coco(tmp_path / file, [("a.png", *SIZE)], [(0, 0, B)])
+    for source in (tmp_path, tmp_path / file)[: 1 if "train/" in file else 2]:
+        (entry,) = reader(coco, source)
+        assert entry.image == tmp_path / folder / "a.png" and (source != tmp_path or entry.split == split)
 
 
 def test_coco_pictures_elsewhere_and_files_by_name(tmp_path):
@@ -224,19 +220,16 @@ def test_damaged_pictures_are_named_and_skipped_as_the_flag_says(tmp_path):
     names = ["a.jpg", "cut.jpg", "cut.png", "text.jpg", "gone.png", "out.jpg"]
     for name in names:
         noise.save(tmp_path / name)
-    for name in names[1:3]:  # the header is whole, so that only decoding finds it
-        assert size_and_orientation(damaged(tmp_path / name, 0.7))[0] == SIZE
+    damaged(tmp_path / "cut.jpg", 0.7), damaged(tmp_path / "cut.png", 0.7)  # behind the header: only decoding finds it
     (tmp_path / "text.jpg").write_text("this is no picture")
     (tmp_path / "gone.png").unlink()
     objects = [(i, c, B) for i in range(5) for c in range(2)] + [(5, 0, B), (5, 0, [1, 2, 99, 9]), (5, 0, [1, 2, 0, 0])]
     images = [(name, *SIZE) for name in (*names, "unmarked.png")]
     flags = ["--source", write_coco(tmp_path / "coco.json", images, objects)]
-    assert "(--skip-bad N leaves up to N such records out)" in run(coco, *flags, expect=2)
     assert "(this is bad record number 5, --skip-bad allows 4)" in run(coco, *flags, "--skip-bad", 4, expect=2)
     assert not list(tmp_path.glob("*.jsonl"))
     said = run(coco, *flags, "--skip-bad", 5)
-    for name in names[1:]:
-        why = {"gone.png": "is not there", "out.jpg": "pixels out of the"}.get(name, f"/{name} cannot be read")
+    for why in [*(f"/{name} cannot be read" for name in names[1:4]), "gone.png is not there", "pixels out of the"]:
         assert like(f"left out: ..{why}", said)
     assert "left out, nothing is marked in the picture: 1 (coco.json image 6)" in said and "less than a" not in said
     assert said.count("left out: ") == 5 and names_of(tmp_path / "all.jsonl") == ["a.jpg", "a.jpg"]
@@ -352,14 +345,13 @@ def test_copies_of_one_picture_in_two_splits(tmp_path):
 
 def test_groups_that_share_a_picture_are_one_group(tmp_path):
     """Lesions a and b share one, b and c another: none of their pictures may be apart, in whatever order they come."""
-    names = ("a", "ab", "ba", "bc", "cb", "c", "other")
-    files = {name: picture(tmp_path / f"{name}.png") for name in names}
-    for one, copy in (("ab", "ba"), ("bc", "cb")):
-        files[copy].write_bytes(files[one].read_bytes())
-    for a, b, c in permutations(range(3)):
-        lesion = dict(zip(names, (a, a, b, b, c, c, 3), strict=True))
-        groups = common.groups_of([common.Entry(files[name], "", group=f"lesion {n}") for name, n in lesion.items()])
-        assert [groups[files[name]] for name in names] == ["lesion 0"] * 6 + ["lesion 3"]
+    files = [picture(tmp_path / f"{name}.png") for name in ("a", "ab", "ba", "bc", "cb", "c", "other")]
+    for copy in (2, 4):
+        files[copy].write_bytes(files[copy - 1].read_bytes())
+    for a, b, c in permutations("012"):
+        lesions = zip(files, a + a + b + b + c + c + "3", strict=True)
+        groups = common.groups_of([common.Entry(file, "", group=f"lesion {n}") for file, n in lesions])
+        assert [groups[file] for file in files] == ["lesion 0"] * 6 + ["lesion 3"]
 
 
 def test_new_splits_are_repeatable_and_of_the_asked_size(tmp_path):
@@ -371,31 +363,31 @@ def test_new_splits_are_repeatable_and_of_the_asked_size(tmp_path):
     said = run(coco, "--source", one_coco(tmp_path), "--val", 0.5, expect=2)
     assert "--val 0.5 --test 0 leave nothing to train on: the pictures make 1 groups" in said
     assert "--val: must be at least 0 and below 1" in run(coco, "--source", tmp_path, "--val", 1, expect=2)
-    for split, words in {
-        "train": "instances_train2017 ISIC-2017_Training_Data", "val": "valid Validation", "test": "test-image",
-        "all": "testimony trainval-image train_val IMG",
+    for split, names in {
+        "train": ["instances_train2017", "ISIC-2017_Training_Data"], "val": ["valid", "Validation"],
+        "test": ["test-image"], "all": ["testimony", "trainval-image", "train_val", "IMG"],
     }.items():  # fmt: skip
-        for name in words.split():
-            assert common.split_of(name) == split
-            assert common.split_of("IMG", name, "test") == (split if split != "all" else "test")  # the nearest
+        assert {common.split_of(name) for name in names} == {split}
+        assert common.split_of("IMG", names[0], "test") == (split if split != "all" else "test")  # the nearest
 
 
 def test_phrases_of_classes_folders_and_a_file(tmp_path):
     table, image = tmp_path / "q.json", tmp_path / "Bad_Knee" / "train" / "images" / "a.png"
-    for query, phrase in {
-        "the {class}": "the heel spur", "the {folder} of it": "the bad knee of it", str(table): "the spur", "x": "x",
-        None: "Heel_Spur",
-    }.items():  # fmt: skip
-        table.write_text('{"Heel_Spur": "the spur"}')
-        assert common.phrase_of(query, tmp_path)(common.Entry(image, "", "Heel_Spur")) == phrase
-    assert [common.words(w) for w in ("WBC", "Heel_Spur", "left  Lung")] == ["WBC", "heel spur", "left lung"]
-    fields = "{class} and {folder} are the fields"
-    for content, query, why in [
-        ('["a"]', str(table), "must hold one object"), ('{"a": 1}', str(table), "must hold one object"),
-        ("{", str(table), "not valid JSON"), ("", "the {klass}", fields), ("", "{", fields), ("", " ", fields),
+    table.write_text('{"Heel_Spur": "the spur"}')
+    for query, label, phrase in [
+        ("the {class}", "WBC", "the WBC"), ("{class}", "left  Lung", "left lung"), (None, "Heel_Spur", "Heel_Spur"),
+        ("the {folder} of it", "", "the bad knee of it"), (str(table), "Heel_Spur", "the spur"), ("x", "y", "x"),
     ]:  # fmt: skip
+        assert common.phrase_of(query, tmp_path)(common.Entry(image, "", label)) == phrase
+    for query in ("the {klass}", "{", " "):
+        assert "{class} and {folder} are the fields" in refusal(common.phrase_of, query, tmp_path)
+    for content, why in [
+        ('["a"]', "must hold one object"),
+        ('{"a": 1}', "must hold one object"),
+        ("{", "not valid JS"),
+    ]:
         table.write_text(content)
-        assert why in refusal(common.phrase_of, query, tmp_path)
+        assert why in refusal(common.phrase_of, str(table), tmp_path)
     nameless = common.Entry(Path("/train/images/a.png"), "")
     assert "no folder's name says what is to be found" in refusal(common.phrase_of("the {folder}", tmp_path), nameless)
     table.write_text('{"spur": "the spur"}')
@@ -616,10 +608,9 @@ def test_yolo_labels(tmp_path, monkeypatch):
         ("train:\n  - HERE/train/images\nval: ../../valid/images/\n", ""),
         ("path: /\ntrain: train/images\nval: valid/images", ""),
         # A file of other people says which folders are walked and which pictures overlays show.
-        ("train: /", "train: /"), ("train: ..", "train: .."), ("train: ../elsewhere/images", "train: ../elsewhere"),
+        ("train: /", "train: /"), ("train: ..", "train: .."), ("path: ELSEWHERE\ntrain: images", "train: images"),
         ("train: [train/images, ../elsewhere/images]", "train: ../elsewhere/images"),
-        ("path: ELSEWHERE\ntrain: images", "train: images"), ("path: ..\ntrain: elsewhere/images", "train: elsewhere"),
-        ("train: ELSEWHERE/images", "train: ..elsewhere/images"), ("train: ELSEWHERE/list.txt", "train: ..here/list"),
+        ("train: ELSEWHERE/list.txt", "train: ..here/list"),
         ("train: list.txt", "list.txt:2: ../elsewhere/images/a"), ("train: full.txt", "full.txt:1: ..elsewhere/im"),
     ],
 )  # fmt: skip
@@ -664,20 +655,18 @@ BOMB = "a: &a {b: c}\n" + "".join(f"{c}: &{c} X{', '.join([f'*{b}'] * 10)}Y\n" f
         (f"names: [a]\n{BOMB.replace('X', '{<<: [').replace('Y', ']}')}", ["a"]),
         ("names: !!python/object/apply:os.system [a]", ["a"]),
         ("names: [a, [b]]", "names: '1: ['b']' is not a new class number and its name"),
-        ("names:\n  - a\n  -", "names: '1: ' is not a new class"), ("names:\n  a: b", "names: 'a: b' is not a n"),
-        ("names:\n  0: a\n  00: b", "names: '00: b' is not a new cl"), ("names: {\u00b2: a}", "'\u00b2: a' is not"),
-        ("names: {%s: a}" % ("9" * 500), "9: a' is not a new class number"),
+        ("names:\n  - a\n  -", "names: '1: ' is not a new class"), ("names: {\u00b2: a}", "'\u00b2: a' is not"),
+        ("names:\n  0: a\n  00: b", "'00: b' is not a new"), ("names: {%s: a}" % ("9" * 500), "9: a' is not a new cl"),
         ("names:\n  0: a\n  0: b", "data.yaml:2: is not valid YAML (a key stands there twice)"),
         ("names: &x [*x]", "data.yaml:1: is not valid YAML (found unconstructable recursive node)"),
-        ("names: [a, 'b]", "data.yaml:1: is not valid YAML (found unexpected end of stream)"),
         ("names: [\"\\UFFFFFFFF\"]", "data.yaml: is not valid YAML ("), ("train: \0", "is not valid YAML (spec"),
         ("- a", "data.yaml: must hold `key: value` lines, not ['a']"), ("", "data.yaml: must hold `key: value` lines"),
         ("#" * (2**20 + 1), "data.yaml: has more than 1048576 bytes"),
         ("train: nowhere\nnames: [a]", "data.yaml: train: nowhere is not there, from"),
         ("train: [[a]]\nnames: [a]", "data.yaml: train: must be a folder, a .txt file, or a list of these, not [["),
         (f"train: {'a' * 5000}\nnames: [a]", "data.yaml: train: ..aaa is not there"),
-        ("train: train/images\n", "names: must list the classes"), ("names: lesion\n", "names: must list the classes"),
-        ("names: []\n", "names: must list the classes"), ("nc: 3\nnames: [a, b]\n", "nc is 3, but names has 2 classes"),
+        *[(text, "names: must list the classes") for text in ("train: train/images", "names: lesion", "names: []")],
+        ("nc: 3\nnames: [a, b]\n", "nc is 3, but names has 2 classes"),
     ],
 )  # fmt: skip
 def test_yolo_what_a_data_yaml_says(tmp_path, text, names):

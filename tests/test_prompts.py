@@ -28,7 +28,6 @@ import prompts
 import train_grpo
 import train_sft
 from data import BadRecords, load_jsonl, phantom_samples
-from errors import InputError
 from images import ImageConfig, Picture, Sample, resized
 from prompts import STYLES, Processor, check_style, default_prompt, load_tokenizer, mrope_positions, prompt_style
 from tasks import TASKS
@@ -63,9 +62,6 @@ def render(tokenizer, style: str, query: str, **options) -> prompts.Prompt:
     sample = Sample(Path("a.png"), query, (0.0, 0.0, 9.0, 9.0), "test", size=(60, 60))
     picture = Picture(np.zeros((56, 56, 3), np.uint8), sample.size, sample.target)
     return processor_of(tokenizer, style, **options).prompt(sample, ImageConfig().view(picture))
-
-
-# -------------------------------------------------------------------------------------------------- the real tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +136,6 @@ def test_how_long_an_answer_with_one_box_is(qwen):
     answers = {s: TASKS["box"].answer((112, 104, 300, 340), (1, 1), s, "the skin lesion") for s in QUESTIONS}
     lengths = {style: len(qwen.encode(text, add_special_tokens=False)) + 1 for style, text in answers.items()}
     assert lengths == {"answer": 18, "think": 50, "qwen": 42, OWN: 18}
-
-
-# ------------------------------------------------------------------------------------------------------------- prompts
 
 
 @pytest.fixture(scope="module")
@@ -258,24 +251,6 @@ def test_a_saved_folder_asks_as_it_was_asked_and_texts_lose_their_special_tokens
     assert again.texts(torch.stack([ids, ids]), torch.tensor([len(ids), len(ids) - 2])) == ["a box", "a bo"]
 
 
-# ----------------------------------------------------------------------------------------------------------- positions
-
-
-def test_mrope_golden_values():
-    """Two words, an image of 4x6 patches (2x3 tokens), two words, an image of 2x2 patches (one token), one word."""
-    ids = torch.tensor([7, 7] + [9] * 6 + [7, 7] + [9] + [7])
-    positions, next_position = mrope_positions(ids, [(1, 4, 6), (1, 2, 2)], 9, 2)
-    assert positions.tolist() == [
-        [0, 1, 2, 2, 2, 2, 2, 2, 5, 6, 7, 8],
-        [0, 1, 2, 2, 2, 3, 3, 3, 5, 6, 7, 8],
-        [0, 1, 2, 3, 4, 2, 3, 4, 5, 6, 7, 8],
-    ]
-    assert next_position == 9
-    for grids in ([(1, 4, 6)], [(1, 4, 4), (1, 2, 6)], [(1, 4, 6), (1, 2, 2), (1, 2, 2)]):
-        with pytest.raises(ValueError, match="image tokens"):
-            mrope_positions(ids, grids, 9, 2)
-
-
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 6)), max_size=3), st.booleans())
 def test_mrope_equals_transformers(parts, more):
@@ -292,7 +267,13 @@ def test_mrope_equals_transformers(parts, more):
     assert next_position == len(ids) + int(delta)
 
 
-# ------------------------------------------------------------------------------------------------------ template files
+def test_places_and_image_tokens_must_be_equally_many():
+    """Two words, an image of 4x6 patches (2x3 tokens), two words, an image of 2x2 patches (one token), one word."""
+    ids = torch.tensor([7, 7] + [9] * 6 + [7, 7] + [9] + [7])
+    assert mrope_positions(ids, [(1, 4, 6), (1, 2, 2)], 9, 2)[1] == 9
+    for grids in ([(1, 4, 6)], [(1, 4, 4), (1, 2, 6)], [(1, 4, 6), (1, 2, 2), (1, 2, 2)]):
+        with pytest.raises(ValueError, match="image tokens"):
+            mrope_positions(ids, grids, 9, 2)
 
 
 def test_a_template_file_is_a_style(tmp_path, tokenizer):
@@ -354,9 +335,6 @@ def test_a_run_keeps_its_template(records, tmp_path):  # noqa: F811
     (out / "config.json").write_text((out / "config.json").read_text().replace('"At {query}:"', '"At it:"'))
     output = run(train_grpo, "--resume", "--out", str(out), expect=2)
     assert "config.json: --prompt: the question 'At it:' does not hold {query}" in output
-
-
-# -------------------------------------------------------------------------------- folders that never end, or are odd
 
 
 def nano_with(folder: Path, changes: dict | None = None, **settings) -> Path:  # noqa: F811
