@@ -87,10 +87,8 @@ def test_the_table_of_answers():
     assert {"", *REFUSED} == set(REASONS) == set(BOX.reasons)
 
 
-PIECES = (
-    '[ ] ( ) { } , （ ］ ， 、 ３ “label”：“ ” "label":" " <answer> </answer> "x1": y1= x2: \'y2\': 1 20 -3.5 1e5 1e999'
-)
-PIECES = [*PIECES.split(), *"nan inf -Infinity . e - _ ı ٣ ſ bbox_2d".split(), " ", "\n", "\0"]
+PIECES = '[ ] ( ) { } , （ ］ ， 、 ３ “label”：“ ” "label":" " <answer> </answer> "x1": y1= x2: \'y2\': 1 20 -3.5 1e5 '
+PIECES = [*(PIECES + "1e999 nan inf -Infinity . e - _ ı ٣ ſ bbox_2d").split(), " ", "\n", "\0"]
 
 
 @given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=40).map("".join)))
@@ -171,30 +169,18 @@ def test_answers_in_full():
 
 
 def test_u_is_the_iou_in_the_original_frame_and_failures_say_why():
-    target = (100.0, 40.0, 300.0, 80.0)  # the first answer's frame is smaller in x, larger in y; the others' the same
-    prompts = [prompt(target, (2.5, 0.5)), *[prompt(target)] * 4]
-    scores = BOX.score([*["[40, 80, 120, 160]"] * 2, "none", "[4, 4, 0, 0]", "[0, 0, inf, 4]"], prompts)
-    assert scores.answers == [[100, 40, 300, 80], [40, 80, 120, 160], None, None, None]
-    assert scores.u.tolist() == [1, 0, 0, 0, 0] and scores.valid.tolist() == [True, True, False, False, False]
-    assert scores.parts["giou"][0] == 1.0 and scores.parts["giou"][1] < 0 and not scores.parts["giou"][2:].any()
-    assert scores.reasons == ["", "", "no box", "inverted", "not finite"]
+    """The frame of the first two answers is smaller in x, larger in y; the others' is the same."""
+    target = (100.0, 40.0, 300.0, 80.0)
+    prompts = [*[prompt(target, (2.5, 0.5))] * 2, *[prompt(target)] * 4]
+    texts = ["[40, 80, 120, 160]", "[40, 80, 80, 160]", "[40, 80, 120, 160]", "none", "[4, 4, 0, 0]", "[0, 0, inf, 4]"]
+    scores = BOX.score(texts, prompts)
+    assert scores.answers == [[100, 40, 300, 80], [100, 40, 200, 80], [40, 80, 120, 160], None, None, None]
+    assert scores.u.tolist() == [1, 0.5, 0, 0, 0, 0] and scores.valid.tolist() == [True] * 3 + [False] * 3
+    assert scores.parts["giou"][0] == 1.0 and scores.parts["giou"][2] < 0 and not scores.parts["giou"][3:].any()
+    assert scores.reasons == ["", "", "", "no box", "inverted", "not finite"]
     assert scores.u.dtype == scores.parts["giou"].dtype == torch.float32
     empty = BOX.score([], [])
     assert empty.u.shape == empty.valid.shape == empty.parts["giou"].shape == (0,) and empty.answers == []
-
-
-def test_u_equals_counting_pixels():
-    corners = torch.randint(0, 8, (100, 2, 2, 2), generator=torch.Generator().manual_seed(0)).sort(2).values
-    corners[:, :, 1] += 1  # 100 answers and targets, two points each; width and height of at least one
-    answers, targets = corners.flatten(2).unbind(1)  # (100, 4) each, model and original frame
-    prompts = [prompt(tuple(map(float, target)), (3.0, 2.0)) for target in (targets * 2).tolist()]
-    scores = BOX.score([str(box) for box in answers.tolist()], prompts)
-    row, column = torch.arange(72)[:, None], torch.arange(72)[None, :]
-    for answer, target, iou in zip(answers.tolist(), (targets * 2).tolist(), scores.u.tolist(), strict=True):
-        a = (answer[0] * 3 <= column) & (column < answer[2] * 3) & (answer[1] * 2 <= row) & (row < answer[3] * 2)
-        b = (target[0] <= column) & (column < target[2]) & (target[1] <= row) & (row < target[3])
-        assert iou == pytest.approx(((a & b).sum() / (a | b).sum()).item(), abs=1e-6)
-    assert 20 < (scores.u > 0).sum() < 100
 
 
 @pytest.mark.parametrize("frame", OTHER_FRAMES)
@@ -258,13 +244,11 @@ def test_the_base_measures_sums_up_and_draws_in_words():
     told = task.summary(task.metrics(rows) | {"task": "length"})
     assert told == "u 0.438  u_standard_error 0.213  n 4  parse_failures 1"
     image = Image.new("RGB", (60, 60))
+    task.draw(image, 1.0, None, [None])
+    assert not np.asarray(image).any() and task.hint([], [], 0.0) == ""
     task.draw(image, 1.0, "left", [None, "right"])
-    pixels = np.asarray(image)
-    shown = [np.flatnonzero((pixels[..., i] > 150).any(1)) for i in (1, 0)]  # green, then red below it
+    shown = [np.flatnonzero((np.asarray(image)[..., i] > 150).any(1)) for i in (1, 0)]  # green, then red below it
     assert len(shown[0]) and len(shown[1]) and shown[0].max() < shown[1].min() < 26
-    blank = Image.new("RGB", (60, 60))
-    task.draw(blank, 1.0, None, [None])
-    assert not np.asarray(blank).any() and task.hint([], [], 0.0) == ""
     assert task.question("At {query}:") == "At {query}:"
     refused("--train: the task 'length' has no constant answer; drop it", task.constant, [])
 

@@ -198,8 +198,7 @@ def test_prompts_are_refused_never_cut_and_checked_without_their_pictures(folder
     fits, tight, less = (processor_of(tokenizer, max_prompt_tokens=most) for most in (n, n - 1, n - 20))
     assert len(fits.prompt(first).ids) == n == fits.check(replace(first, size=None))  # of no file: its picture is read
     words = f"train.jsonl:1: the prompt has {n} tokens .6 for field 'image', .* field 'query'., but {n - 1} are "
-    for refuse in (tight.prompt, tight.check):
-        refused(words + "allowed; lower --max-pixels or --max-tokens or shorten the query", refuse, first)
+    refused(words + "allowed; lower --max-pixels or --max-tokens or shorten the query", tight.prompt, first)
     for token in SPECIAL:
         words = "train.jsonl:1: field 'query' .* holds the special token .*; remove it"
         refused(words, fits.prompt, replace(first, query=f"the {token} lesion"))
@@ -329,9 +328,6 @@ def test_a_run_keeps_its_template(records, tmp_path):  # noqa: F811
     assert json.loads((out / "step-000002" / "medloc.json").read_text()) == {"prompt": "At {query}:"}
     text = lines(out / "samples.jsonl")[0]["prompt"]
     assert "<|vision_end|>At the " in text and ":<|im_end|>" in text
-    file.write_text("In {query}:")
-    output = run(train_grpo, "--resume", "--out", str(out), "--prompt", str(file), expect=2)
-    assert "--resume goes on with --prompt At {query}:, not In {query}:" in output
     (out / "config.json").write_text((out / "config.json").read_text().replace('"At {query}:"', '"At it:"'))
     output = run(train_grpo, "--resume", "--out", str(out), expect=2)
     assert "config.json: --prompt: the question 'At it:' does not hold {query}" in output
