@@ -166,28 +166,16 @@ def test_prompts_do_not_depend_on_who_wrote_the_folder(tmp_path):
     assert prompt.text == "<|vision_start|><|image_pad|><|vision_end|>the lesion:"
     assert prompt.grid == (1, 4, 4) and prompt.ids[:6].tolist() == [259] + [261] * 4 + [260]
     two = load_tokenizer(write_tokenizer(tmp_path / "two", template=short + "<|image_pad|>"))
-    refused("chat template writes 2 image tokens", render, two, "answer", "the lesion")
-
-
-class Kind(Task):
-    name = "kind"
-    questions = {"answer": "What is {query}?", "think": "Think: {query}", "qwen": "{query}"}
-
-    def read(self, record):
-        return record.text("kind")
+    refused("chat template writes 2 image tokens for one image; use the", render, two, "answer", "the lesion")
 
 
 def test_a_task_words_its_own_question_and_takes_a_text_as_it_is(folder, tokenizer):  # noqa: F811
-    tasks = TASKS | {"kind": Kind()}
-    samples = load_jsonl(write(folder, RECORD, RECORD | {"task": "kind", "kind": "xray"}), tasks)
-    for style, asked in [
-        ("answer", ["the lesion", "What is the lesion?"]),
-        ("At {query}:", ["At the lesion:", "At the lesion:"]),
-    ]:
-        found = [processor_of(tokenizer, style, tasks=tasks).prompt(sample) for sample in samples]
-        texts = [prompt.text.split("<|vision_end|>")[1] for prompt in found]
-        assert texts == [text + "<|im_end|>\n<|im_start|>assistant\n" for text in asked]
-        assert found[1].target == "xray"
+    (kind := Task()).questions = {"answer": "What is {query}?"}
+    sample = replace(load_jsonl(write(folder, RECORD), TASKS)[0], task="kind", target="xray")
+    for style, asked in [("answer", "What is the lesion?"), ("At {query}:", "At the lesion:")]:
+        prompt = processor_of(tokenizer, style, tasks=TASKS | {"kind": kind}).prompt(sample)
+        assert prompt.text.endswith(f"<|vision_end|>{asked}<|im_end|>\n<|im_start|>assistant\n")
+        assert prompt.target == "xray"
 
 
 def test_prompts_are_refused_never_cut_and_checked_without_their_pictures(folder, tokenizer):  # noqa: F811
@@ -276,8 +264,7 @@ def test_places_and_image_tokens_must_be_equally_many():
 
 
 def test_a_template_file_is_a_style(tmp_path, tokenizer):
-    file = tmp_path / "mine.txt"
-    file.write_text(f"\ufeff{OWN}\n\n", encoding="utf-8")  # an editor's mark, and its last line's end
+    (file := tmp_path / "mine.txt").write_text(f"\ufeff{OWN}\n\n", encoding="utf-8")  # an editor's mark and last line
     assert prompt_style(str(file)) == OWN and [prompt_style(name) for name in STYLES] == list(STYLES)
     text = render(tokenizer, OWN, "a {query} {0}").text
     asked = 'Find a {query} {0} and say where it is as {"bbox_2d": [x1, y1, x2, y2]}; a {query} {0} is there once.'
@@ -376,12 +363,9 @@ NANO_TEMPLATE = json.loads((NANO / "tokenizer_config.json").read_text())["chat_t
 
 
 def test_of_several_templates_the_default_is_taken_and_other_kinds_are_one_sentence(tmp_path):
-    folder = nano_with(tmp_path)  # noqa: F811
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-
     def with_template(template):
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
-        return load_tokenizer(folder)
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        return load_tokenizer(nano_with(tmp_path, chat_template=template))
 
     several = with_template([{"name": "default", "template": NANO_TEMPLATE}, {"name": "b", "template": "x"}])
     assert render(several, "think", "it").text == render(load_tokenizer(NANO), "think", "it").text
@@ -390,8 +374,8 @@ def test_of_several_templates_the_default_is_taken_and_other_kinds_are_one_sente
         refused(words, with_template, template)
     long = with_template("{{ messages[0].content[1].text }}{{ 'a' * 200000 }}")
     refused("chat template writes 200011 characters for a question", render, long, "answer", "the lesion.")
-    (folder / "chat_template.json").write_text('{"chat_template": "\\ud800"}')
-    half = load_tokenizer(folder)
+    (tmp_path / "model" / "chat_template.json").write_text('{"chat_template": "\\ud800"}')
+    half = load_tokenizer(tmp_path / "model")
     refused("chat template writes half a surrogate pair for a question", render, half, "answer", "the lesion.")
 
 
