@@ -97,34 +97,31 @@ def seg(polygons, **more) -> tuple:
     return 0, None, {"segmentation": dict(zip(("counts", "size"), polygons, strict=True)) if runs else polygons} | more
 
 
-@pytest.mark.parametrize(
-    "annotations, flags, found, why",
-    [
-        (THREE, "", [SMALL], "left out, one phrase for several objects (--all keeps them): 1 (a.png: the lesion)"),
-        (THREE, "--all", [BOX, (40, 10, 50, 20), SMALL], ""),
-        ([(0, B), (1, S)], "--query it", [], "one phrase for several objects (--all keeps them): 1 (a.png: it)"),
-        ([(0, B), (0, [10.001, 8, 20, 20])], "", [BOX], "left out, the same record again: 1 (coco.json annotation 1)"),
-        ([(0, B), (0, B, CROWD), (1, S)], "", [SMALL], "left out, a crowd in one box: 1 (..one phrase for several"),
-        ([(0, B), (0, B, CROWD), (1, S)], "--all", [BOX, SMALL], "a crowd in one box: 1 ("),
-        ([(0, B, CROWD)], "", [], "a crowd in one box: 1 ("),
-        # A slip of the mouse is no object: the other one of its phrase is still the only one.
-        *[([(0, B), (0, slip)], "", [BOX], "less than a pixel wide or high: 1 (coco.json annotation 1)")
-          for slip in ([10, 8, 0, 20], [10, 8, 20, 0.9], [10, 8, -5, 20], [64, 8, 1, 20], [-0.5, 8, 1, 20])],
-        ([(0, [-0.5, 8, 65.5, 40.7])], "", [(0, 8, 64, 48)], "cut at the picture's edge, by a pixel at most: 1 ("),
-        ([(0, [10, 8, 54.004, 40])], "", [(10, 8, 64, 48)], ""),
-        ([(0, [10, 8, 55.5, 20])], "", [], "its box [10.0, 8.0, 65.5, 28.0] reaches 1.5 pixels out of the 64x48"),
-        ([(0, [-10, 8, 99, 99])], "--clip-boxes", [(0, 8, 64, 48)], "edge (--clip-boxes): 1 (coco.json annotation 0)"),
-        ([(0, [64, 8, 20, 20])], "--clip-boxes", [], "its box [64.0, 8.0, 84.0, 28.0] has nothing inside the 64x48"),
-        ([(0, B), (0, [63.5, 8, 50, 20])], "--clip-boxes", [BOX], "(--clip-boxes): 1 (..less than a pixel wide"),
-        ([seg([SQUARE])], "", [BOX], "without bbox, the box is the extent of the segmentation: 1 ("),
-        *[([seg(polygons)], "", [BOX], "the extent of") for polygons in (
-            SQUARE, [["10", 8, "30", 8, 30, "28", 10, 28]], [[10, 8, 12, 8, 12, 9], [29.5, 27, 30, 28, 29, 28]],
-            (TEXT, N), ([488, *[20, 28] * 19, 20, 1652], N))],
-        ([(0, B), seg(([3072], N))], "", [BOX], "less than a pixel wide or high: 1 (coco.json annotation 1)"),
-        ([(1, B), seg((TEXT, N), iscrowd="1")], "", [BOX], "a crowd in one box: 1 (coco.json annotation 1)"),
-        ([(0, [" 10.0", "8e0", 20.0, "20"], {"iscrowd": "0"})], "", [BOX], ""),  # as tables have numbers
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("annotations, flags, found, why", [
+    (THREE, "", [SMALL], "left out, one phrase for several objects (--all keeps them): 1 (a.png: the lesion)"),
+    (THREE, "--all", [BOX, (40, 10, 50, 20), SMALL], ""),
+    ([(0, B), (1, S)], "--query it", [], "one phrase for several objects (--all keeps them): 1 (a.png: it)"),
+    ([(0, B), (0, [10.001, 8, 20, 20])], "", [BOX], "left out, the same record again: 1 (coco.json annotation 1)"),
+    ([(0, B), (0, B, CROWD), (1, S)], "", [SMALL], "left out, a crowd in one box: 1 (..one phrase for several"),
+    ([(0, B), (0, B, CROWD), (1, S)], "--all", [BOX, SMALL], "a crowd in one box: 1 ("),
+    ([(0, B, CROWD)], "", [], "a crowd in one box: 1 ("),
+    # A slip of the mouse is no object: the other one of its phrase is still the only one.
+    *[([(0, B), (0, slip)], "", [BOX], "less than a pixel wide or high: 1 (coco.json annotation 1)")
+      for slip in ([10, 8, 0, 20], [10, 8, 20, 0.9], [10, 8, -5, 20], [64, 8, 1, 20], [-0.5, 8, 1, 20])],
+    ([(0, [-0.5, 8, 65.5, 40.7])], "", [(0, 8, 64, 48)], "cut at the picture's edge, by a pixel at most: 1 ("),
+    ([(0, [10, 8, 54.004, 40])], "", [(10, 8, 64, 48)], ""),
+    ([(0, [10, 8, 55.5, 20])], "", [], "its box [10.0, 8.0, 65.5, 28.0] reaches 1.5 pixels out of the 64x48"),
+    ([(0, [-10, 8, 99, 99])], "--clip-boxes", [(0, 8, 64, 48)], "edge (--clip-boxes): 1 (coco.json annotation 0)"),
+    ([(0, [64, 8, 20, 20])], "--clip-boxes", [], "its box [64.0, 8.0, 84.0, 28.0] has nothing inside the 64x48"),
+    ([(0, B), (0, [63.5, 8, 50, 20])], "--clip-boxes", [BOX], "(--clip-boxes): 1 (..less than a pixel wide"),
+    ([seg([SQUARE])], "", [BOX], "without bbox, the box is the extent of the segmentation: 1 ("),
+    *[([seg(polygons)], "", [BOX], "the extent of") for polygons in (
+        SQUARE, [["10", 8, "30", 8, 30, "28", 10, 28]], [[10, 8, 12, 8, 12, 9], [29.5, 27, 30, 28, 29, 28]],
+        (TEXT, N), ([488, *[20, 28] * 19, 20, 1652], N))],
+    ([(0, B), seg(([3072], N))], "", [BOX], "less than a pixel wide or high: 1 (coco.json annotation 1)"),
+    ([(1, B), seg((TEXT, N), iscrowd="1")], "", [BOX], "a crowd in one box: 1 (coco.json annotation 1)"),
+    ([(0, [" 10.0", "8e0", 20.0, "20"], {"iscrowd": "0"})], "", [BOX], ""),  # as tables have numbers
+])  # fmt: skip
 def test_coco_objects(tmp_path, annotations, flags, found, why):
     said = run(coco, "--source", one_coco(tmp_path, *annotations), *flags.split(), expect=0 if found else 2)
     assert like(why, said.replace("\n", " ")) and (why or "out" not in said and "cut" not in said)
@@ -144,36 +141,33 @@ def test_coco_ids_and_sizes_as_other_tools_write_them(tmp_path):
 POINTS, RUNS = "a polygon must be three points or more [x1, y1, x2, y2, ...], not ", "'counts' must be lengths of runs"
 
 
-@pytest.mark.parametrize(
-    "part, change, why",
-    [
-        *[("images", change, f"image ..: fields 'width' and 'height' must be positive integers, not {why}")
-          for change, why in [({"width": "wide"}, "['wide', 48]"), ({"width": [64] * 10**5}, "[[64, 64,"),
-                              ({"width": 63.5}, ""), ({"height": -48}, "")]],
-        ("images", {"id": None}, "field 'id' must be a number or a text, and that of no other image"),
-        *[("images", {"file_name": name}, why) for name, why in [
-            ("a" * 10**6, "the picture ..aaa is not there"), ("\ud800.png", r"\ud800.png is not there, .. by --images"),
-            ("../b.png", "field 'file_name' '../b.png' leads out of"), (None, "field 'file_name' must be a text")]],
-        *[("annotations", {"image_id": odd}, "annotation 0: its 'image_id' is none of") for odd in (math.nan, [9])],
-        ("annotations", {"category_id": 1.5}, "annotation 0: field 'category_id' 1.5 is none of 'categories'"),
-        ("categories", {"id": 1}, "two of 'categories' have the id 1: lesion and nodule"),
-        *[("annotations", {"bbox": bad}, "annotation 0: field 'bbox' must be four finite numbers [x, y, width, height]")
-          for bad in ([1, 2, 3], ["1", 2, 3, "four"], "[1, 2, 3, 4]", {"x": 1}, [True, 1, 2, 3], [10**400, 1, 2, 3],
-                      [10, 8, "nan", 20], [10, 8, "9" * 400, 20], [10, 8, 1e999, 20], [[[[[]]]]] * 10**4)],
-        ("annotations", {"bbox": []}, "not [], and there is no 'segmentation' to take it from"),
-        *[("annotations", seg(polygons)[2] | {"bbox": None}, f"annotation 0: field 'segmentation': {why}")
-          for polygons, why in [
-              ([[10, 8, 30, 8]], POINTS + "[10, 8, 30, 8]"), (["10,8,30,28"], POINTS), ([[]], POINTS), (1, POINTS),
-              ([[10, 8, 30, 8, 30, 28, 10]], POINTS), ([[10, 8, 30, 8, 30, float("nan")]], POINTS), ("X?d0", POINTS),
-              ([10, 8, 30, 8, 30, [28]], POINTS), (([3072], None), "'size' must be [height, width] of the mask"),
-              (([0], [0, 64]), "'size' must be"), (([3072], [48.5, 64]), "'size' must"), (([9], [10**9, 64]), "'siz"),
-              (([3071], N), "'counts' are of 3071 pixels, but 'size' [48, 64] has 3072"), (([3073, -1], N), RUNS),
-              (([10**4000], N), "'counts' are of "), ((None, N), RUNS), (("é", N), "'counts' is no text of py"),
-              (("o" * 10**6, N), "'counts' is no text"), (("X?d", N), "'counts' ends within a number: X?d"),
-          ]],
-        ("annotations", seg(([2880], [48, 60]))[2] | {"bbox": None}, "its mask is of 60x48, its picture of 64x48; m"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("part, change, why", [
+    *[("images", change, f"image ..: fields 'width' and 'height' must be positive integers, not {why}")
+      for change, why in [({"width": "wide"}, "['wide', 48]"), ({"width": [64] * 10**5}, "[[64, 64,"),
+                          ({"width": 63.5}, ""), ({"height": -48}, "")]],
+    ("images", {"id": None}, "field 'id' must be a number or a text, and that of no other image"),
+    *[("images", {"file_name": name}, why) for name, why in [
+        ("a" * 10**6, "the picture ..aaa is not there"), ("\ud800.png", r"\ud800.png is not there, .. by --images"),
+        ("../b.png", "field 'file_name' '../b.png' leads out of"), (None, "field 'file_name' must be a text")]],
+    *[("annotations", {"image_id": odd}, "annotation 0: its 'image_id' is none of") for odd in (math.nan, [9])],
+    ("annotations", {"category_id": 1.5}, "annotation 0: field 'category_id' 1.5 is none of 'categories'"),
+    ("categories", {"id": 1}, "two of 'categories' have the id 1: lesion and nodule"),
+    *[("annotations", {"bbox": bad}, "annotation 0: field 'bbox' must be four finite numbers [x, y, width, height]")
+      for bad in ([1, 2, 3], ["1", 2, 3, "four"], "[1, 2, 3, 4]", {"x": 1}, [True, 1, 2, 3], [10**400, 1, 2, 3],
+                  [10, 8, "nan", 20], [10, 8, "9" * 400, 20], [10, 8, 1e999, 20], [[[[[]]]]] * 10**4)],
+    ("annotations", {"bbox": []}, "not [], and there is no 'segmentation' to take it from"),
+    *[("annotations", seg(polygons)[2] | {"bbox": None}, f"annotation 0: field 'segmentation': {why}")
+      for polygons, why in [
+          ([[10, 8, 30, 8]], POINTS + "[10, 8, 30, 8]"), (["10,8,30,28"], POINTS), ([[]], POINTS), (1, POINTS),
+          ([[10, 8, 30, 8, 30, 28, 10]], POINTS), ([[10, 8, 30, 8, 30, float("nan")]], POINTS), ("X?d0", POINTS),
+          ([10, 8, 30, 8, 30, [28]], POINTS), (([3072], None), "'size' must be [height, width] of the mask"),
+          (([0], [0, 64]), "'size' must be"), (([3072], [48.5, 64]), "'size' must"), (([9], [10**9, 64]), "'siz"),
+          (([3071], N), "'counts' are of 3071 pixels, but 'size' [48, 64] has 3072"), (([3073, -1], N), RUNS),
+          (([10**4000], N), "'counts' are of "), ((None, N), RUNS), (("é", N), "'counts' is no text of py"),
+          (("o" * 10**6, N), "'counts' is no text"), (("X?d", N), "'counts' ends within a number: X?d"),
+      ]],
+    ("annotations", seg(([2880], [48, 60]))[2] | {"bbox": None}, "its mask is of 60x48, its picture of 64x48; m"),
+])  # fmt: skip
 def test_coco_values_that_are_refused(tmp_path, part, change, why):
     assert like(f"coco.json..{why}", refusal(reader, coco, one_coco(tmp_path, first={part: change})))
 
@@ -261,25 +255,22 @@ def test_names_of_others_reach_the_terminal_as_printable_text_of_bounded_length(
     assert like("begin..remedy", common.plain("begin" + "x" * 10**6 + "remedy"))
 
 
-@pytest.mark.parametrize(
-    "script, name, content, why",
-    [
-        *[(voc, "a.xml", b'<?xml version="1.0" encoding="%s"?><annotation/>' % encoding, "is not XML that can be read")
-          for encoding in (b"foo", b"rot13", b"undefined", b"gb2312")],
-        (voc, "a.xml", b"<a>" * 10**4, "is not XML that can be read"), (voc, "a.xml", b"", "read (no element found"),
-        (voc, "a.xml", b"<annotation><filename>%s</filename></annotation>" % (b"a" * 5000), "no picture ..aaa is besi"),
-        (coco, "a.json", b"[" * 10**5, "a.json: is not valid JSON (maximum recursion"),
-        (coco, "a.json", b"[]", "a.json: must hold 'images', 'annotations' and 'categories', each a list of objects"),
-        (coco, "a.json", b'{"images": [1], "annotations": [], "categories": []}', "each a list of objects"),
-        (ham10000, HAM, b"lesion_id,image_id,dx\nL,I," + b"m" * 200_000, "csv:2: cannot be read (field larger than"),
-        (ham10000, HAM, b"lesion_id," + b"m" * 200_000, "csv:1: cannot be read (field larger than"),
-        (ham10000, HAM, b"x," * 50_000, "csv:1: column 'dx' is missing; it has "),
-        (tn3k, "trainval-image/\xb2.png", b"", "trainval-image: pictures are named by number"),
-        (tn3k, "test-image/1.png", b"", "trainval-image: no pictures are there; --source must be the folder that"),
-        (vlm_r1, "a.json", b"[" * 10**5, "a.json: not valid JSON in UTF-8 (maximum recursion"),
-        (yolo, "data.yaml", b"[" * 10**5, "data.yaml: is not valid YAML ("),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("script, name, content, why", [
+    *[(voc, "a.xml", b'<?xml version="1.0" encoding="%s"?><annotation/>' % encoding, "is not XML that can be read")
+      for encoding in (b"foo", b"rot13", b"undefined", b"gb2312")],
+    (voc, "a.xml", b"<a>" * 10**4, "is not XML that can be read"), (voc, "a.xml", b"", "read (no element found"),
+    (voc, "a.xml", b"<annotation><filename>%s</filename></annotation>" % (b"a" * 5000), "no picture ..aaa is besi"),
+    (coco, "a.json", b"[" * 10**5, "a.json: is not valid JSON (maximum recursion"),
+    (coco, "a.json", b"[]", "a.json: must hold 'images', 'annotations' and 'categories', each a list of objects"),
+    (coco, "a.json", b'{"images": [1], "annotations": [], "categories": []}', "each a list of objects"),
+    (ham10000, HAM, b"lesion_id,image_id,dx\nL,I," + b"m" * 200_000, "csv:2: cannot be read (field larger than"),
+    (ham10000, HAM, b"lesion_id," + b"m" * 200_000, "csv:1: cannot be read (field larger than"),
+    (ham10000, HAM, b"x," * 50_000, "csv:1: column 'dx' is missing; it has "),
+    (tn3k, "trainval-image/\xb2.png", b"", "trainval-image: pictures are named by number"),
+    (tn3k, "test-image/1.png", b"", "trainval-image: no pictures are there; --source must be the folder that"),
+    (vlm_r1, "a.json", b"[" * 10**5, "a.json: not valid JSON in UTF-8 (maximum recursion"),
+    (yolo, "data.yaml", b"[" * 10**5, "data.yaml: is not valid YAML ("),
+])  # fmt: skip
 def test_files_that_are_wrong_in_odd_ways_are_one_sentence(tmp_path, script, name, content, why):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(content)
@@ -594,21 +585,18 @@ def test_yolo_labels(tmp_path, monkeypatch):
     assert "read by PyYAML, which is not installed: pip install pyyaml" in refusal(reader, yolo, folder)
 
 
-@pytest.mark.parametrize(
-    "places, named",
-    [
-        ("train: ../train/images\nval: ../valid/images\n", ""),  # Roboflow's
-        ("path: /of/another/machine\ntrain: train/images\nval: [valid/images]\ntest:\n", ""),
-        ("path: /of/another/machine\ntrain: lists/train.txt\nvalid: valid.txt\n", ""),
-        ("train:\n  - HERE/train/images\nval: ../../valid/images/\n", ""),
-        ("path: /\ntrain: train/images\nval: valid/images", ""),
-        # A file of other people says which folders are walked and which pictures overlays show.
-        ("train: /", "train: /"), ("train: ..", "train: .."), ("path: ELSEWHERE\ntrain: images", "train: images"),
-        ("train: [train/images, ../elsewhere/images]", "train: ../elsewhere/images"),
-        ("train: ELSEWHERE/list.txt", "train: ..here/list"),
-        ("train: list.txt", "list.txt:2: ../elsewhere/images/a"), ("train: full.txt", "full.txt:1: ..elsewhere/im"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("places, named", [
+    ("train: ../train/images\nval: ../valid/images\n", ""),  # Roboflow's
+    ("path: /of/another/machine\ntrain: train/images\nval: [valid/images]\ntest:\n", ""),
+    ("path: /of/another/machine\ntrain: lists/train.txt\nvalid: valid.txt\n", ""),
+    ("train:\n  - HERE/train/images\nval: ../../valid/images/\n", ""),
+    ("path: /\ntrain: train/images\nval: valid/images", ""),
+    # A file of other people says which folders are walked and which pictures overlays show.
+    ("train: /", "train: /"), ("train: ..", "train: .."), ("path: ELSEWHERE\ntrain: images", "train: images"),
+    ("train: [train/images, ../elsewhere/images]", "train: ../elsewhere/images"),
+    ("train: ELSEWHERE/list.txt", "train: ..here/list"),
+    ("train: list.txt", "list.txt:2: ../elsewhere/images/a"), ("train: full.txt", "full.txt:1: ..elsewhere/im"),
+])  # fmt: skip
 def test_yolo_reads_nothing_out_of_its_folder_unless_it_may(tmp_path, places, named):
     elsewhere = picture(tmp_path / "elsewhere" / "images" / "a.png").parent.parent
     places = places.replace("ELSEWHERE", str(elsewhere)).replace("HERE", str(tmp_path / "set"))
@@ -638,32 +626,29 @@ NEXT = zip("abcdefgh", "bcdefghi", strict=True)
 BOMB = "a: &a {b: c}\n" + "".join(f"{c}: &{c} X{', '.join([f'*{b}'] * 10)}Y\n" for b, c in NEXT)
 
 
-@pytest.mark.parametrize(
-    "text, names",
-    [
-        ("names: ['RBC', \"WBC\", left lung]", ["RBC", "WBC", "left lung"]),
-        ("names:\n  0: 'it''s'  # a comment\n\n  2: no\n  1: 1:30", {0: "it's", 2: "no", 1: "1:30"}),
-        ("names:\n- a b\n- 'x: y'\n- c#d\nnc: 3 # three\n...\n", ["a b", "x: y", "c#d"]),
-        ("names: [\n 'ä',\n  0x10 ,]\r\nx: |\n  import os\n  [\nkpt_shape: [17, 3]", ["ä", "0x10"]),
-        # An alias is the thing itself, ten times ten times ..., and a tag makes no object.
-        (f"names: [a]\n{BOMB.replace('X', '[').replace('Y', ']')}", ["a"]),
-        (f"names: [a]\n{BOMB.replace('X', '{<<: [').replace('Y', ']}')}", ["a"]),
-        ("names: !!python/object/apply:os.system [a]", ["a"]),
-        ("names: [a, [b]]", "names: '1: ['b']' is not a new class number and its name"),
-        ("names:\n  - a\n  -", "names: '1: ' is not a new class"), ("names: {\u00b2: a}", "'\u00b2: a' is not"),
-        ("names:\n  0: a\n  00: b", "'00: b' is not a new"), ("names: {%s: a}" % ("9" * 500), "9: a' is not a new cl"),
-        ("names:\n  0: a\n  0: b", "data.yaml:2: is not valid YAML (a key stands there twice)"),
-        ("names: &x [*x]", "data.yaml:1: is not valid YAML (found unconstructable recursive node)"),
-        ("names: [\"\\UFFFFFFFF\"]", "data.yaml: is not valid YAML ("), ("train: \0", "is not valid YAML (spec"),
-        ("- a", "data.yaml: must hold `key: value` lines, not ['a']"), ("", "data.yaml: must hold `key: value` lines"),
-        ("#" * (2**20 + 1), "data.yaml: has more than 1048576 bytes"),
-        ("train: nowhere\nnames: [a]", "data.yaml: train: nowhere is not there, from"),
-        ("train: [[a]]\nnames: [a]", "data.yaml: train: must be a folder, a .txt file, or a list of these, not [["),
-        (f"train: {'a' * 5000}\nnames: [a]", "data.yaml: train: ..aaa is not there"),
-        *[(text, "names: must list the classes") for text in ("train: train/images", "names: lesion", "names: []")],
-        ("nc: 3\nnames: [a, b]\n", "nc is 3, but names has 2 classes"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("text, names", [
+    ("names: ['RBC', \"WBC\", left lung]", ["RBC", "WBC", "left lung"]),
+    ("names:\n  0: 'it''s'  # a comment\n\n  2: no\n  1: 1:30", {0: "it's", 2: "no", 1: "1:30"}),
+    ("names:\n- a b\n- 'x: y'\n- c#d\nnc: 3 # three\n...\n", ["a b", "x: y", "c#d"]),
+    ("names: [\n 'ä',\n  0x10 ,]\r\nx: |\n  import os\n  [\nkpt_shape: [17, 3]", ["ä", "0x10"]),
+    # An alias is the thing itself, ten times ten times ..., and a tag makes no object.
+    (f"names: [a]\n{BOMB.replace('X', '[').replace('Y', ']')}", ["a"]),
+    (f"names: [a]\n{BOMB.replace('X', '{<<: [').replace('Y', ']}')}", ["a"]),
+    ("names: !!python/object/apply:os.system [a]", ["a"]),
+    ("names: [a, [b]]", "names: '1: ['b']' is not a new class number and its name"),
+    ("names:\n  - a\n  -", "names: '1: ' is not a new class"), ("names: {\u00b2: a}", "'\u00b2: a' is not"),
+    ("names:\n  0: a\n  00: b", "'00: b' is not a new"), ("names: {%s: a}" % ("9" * 500), "9: a' is not a new cl"),
+    ("names:\n  0: a\n  0: b", "data.yaml:2: is not valid YAML (a key stands there twice)"),
+    ("names: &x [*x]", "data.yaml:1: is not valid YAML (found unconstructable recursive node)"),
+    ("names: [\"\\UFFFFFFFF\"]", "data.yaml: is not valid YAML ("), ("train: \0", "is not valid YAML (spec"),
+    ("- a", "data.yaml: must hold `key: value` lines, not ['a']"), ("", "data.yaml: must hold `key: value` lines"),
+    ("#" * (2**20 + 1), "data.yaml: has more than 1048576 bytes"),
+    ("train: nowhere\nnames: [a]", "data.yaml: train: nowhere is not there, from"),
+    ("train: [[a]]\nnames: [a]", "data.yaml: train: must be a folder, a .txt file, or a list of these, not [["),
+    (f"train: {'a' * 5000}\nnames: [a]", "data.yaml: train: ..aaa is not there"),
+    *[(text, "names: must list the classes") for text in ("train: train/images", "names: lesion", "names: []")],
+    ("nc: 3\nnames: [a, b]\n", "nc is 3, but names has 2 classes"),
+])  # fmt: skip
 def test_yolo_what_a_data_yaml_says(tmp_path, text, names):
     (path := tmp_path / "data.yaml").write_bytes(text.encode())
     if isinstance(names, str):
