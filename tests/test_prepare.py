@@ -344,7 +344,7 @@ def test_new_splits_are_repeatable_and_of_the_asked_size(tmp_path):
     entries = [common.Entry(Path(f"{i}.png"), "") for i in range(40)]
     groups = {entry.image: entry.image.stem for entry in entries}
     seeds = [[e.split for e in common.make_splits(entries, groups, 0.25, 0.1, seed)] for seed in (0, 0, 1, 2)]
-    assert {tuple(map(seeds[0].count, ("train", "val", "test"))) for splits in seeds} == {(26, 10, 4)}
+    assert {tuple(map(splits.count, ("train", "val", "test"))) for splits in seeds} == {(26, 10, 4)}
     assert seeds[0] == seeds[1] and seeds[0] != seeds[2] != seeds[3]
     said = run(coco, "--source", one_coco(tmp_path), "--val", 0.5, expect=2)
     assert "--val 0.5 --test 0 leave nothing to train on: the pictures make 1 groups" in said
@@ -367,13 +367,9 @@ def test_phrases_of_classes_folders_and_a_file(tmp_path):
         assert common.phrase_of(query, tmp_path)(common.Entry(image, "", label)) == phrase
     for query in ("the {klass}", "{", " "):
         assert "{class} and {folder} are the fields" in refusal(common.phrase_of, query, tmp_path)
-    for content, why in [
-        ('["a"]', "must hold one object"),
-        ('{"a": 1}', "must hold one object"),
-        ("{", "not valid JS"),
-    ]:
+    for content in ('["a"]', '{"a": 1}', '{"a": " "}'):
         table.write_text(content)
-        assert why in refusal(common.phrase_of, str(table), tmp_path)
+        assert "q.json: must hold one object of texts" in refusal(common.phrase_of, str(table), tmp_path)
     nameless = common.Entry(Path("/train/images/a.png"), "")
     assert "no folder's name says what is to be found" in refusal(common.phrase_of("the {folder}", tmp_path), nameless)
     table.write_text('{"spur": "the spur"}')
@@ -389,8 +385,7 @@ def test_phrases_of_classes_folders_and_a_file(tmp_path):
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     flags = ["--source", augmented(tmp_path, train=["a.png"], valid=["b.png"]), "--query"]
     run(coco, *flags, "it")
-    before = (tmp_path / "train.jsonl").read_bytes()
-    said = run(coco, *flags, "changed", expect=2)
+    before, said = (tmp_path / "train.jsonl").read_bytes(), run(coco, *flags, "changed", expect=2)
     assert f"{tmp_path}/train.jsonl is already there; name another --out, or give --overwrite" in said
 
     def full(path, *args, **named):
