@@ -260,22 +260,19 @@ def test_names_of_others_reach_the_terminal_as_printable_text_of_bounded_length(
       for encoding in (b"foo", b"rot13", b"undefined", b"gb2312")],
     (voc, "a.xml", b"<a>" * 10**4, "is not XML that can be read"), (voc, "a.xml", b"", "read (no element found"),
     (voc, "a.xml", b"<annotation><filename>%s</filename></annotation>" % (b"a" * 5000), "no picture ..aaa is besi"),
-    (coco, "a.json", b"[" * 10**5, "a.json: is not valid JSON (maximum recursion"),
     (coco, "a.json", b"[]", "a.json: must hold 'images', 'annotations' and 'categories', each a list of objects"),
     (coco, "a.json", b'{"images": [1], "annotations": [], "categories": []}', "each a list of objects"),
-    (ham10000, HAM, b"lesion_id,image_id,dx\nL,I," + b"m" * 200_000, "csv:2: cannot be read (field larger than"),
     (ham10000, HAM, b"lesion_id," + b"m" * 200_000, "csv:1: cannot be read (field larger than"),
     (ham10000, HAM, b"x," * 50_000, "csv:1: column 'dx' is missing; it has "),
     (tn3k, "trainval-image/\xb2.png", b"", "trainval-image: pictures are named by number"),
     (tn3k, "test-image/1.png", b"", "trainval-image: no pictures are there; --source must be the folder that"),
-    (vlm_r1, "a.json", b"[" * 10**5, "a.json: not valid JSON in UTF-8 (maximum recursion"),
     (yolo, "data.yaml", b"[" * 10**5, "data.yaml: is not valid YAML ("),
 ])  # fmt: skip
 def test_files_that_are_wrong_in_odd_ways_are_one_sentence(tmp_path, script, name, content, why):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(content)
     for allowed in (0, 5):
-        said = run(script, "--source", tmp_path / (name if script is vlm_r1 else ""), "--skip-bad", allowed, expect=2)
+        said = run(script, "--source", tmp_path, "--skip-bad", allowed, expect=2)
         assert like(why, said) and said.count("error: ") == 1 and max(map(len, said.splitlines())) < 600
 
 
@@ -520,11 +517,9 @@ def test_voc_pairs_by_name_and_files_that_are_wrong_somewhere(tmp_path):
     whole = xml(folder / "a.xml", "a.png", ("Nodule", *BOX)).read_text()
     for old, new, why in [
         (">a.png", ">b.png", "its <filename> is b.png, its own name tells of a.png, and both are there"),
-        ("<xmin>10</xmin>", "<xmin>ten</xmin>", "<bndbox><xmin> must be a number, not 'ten'"),
-        ("<ymax>28</ymax>", "", "<bndbox><ymax> must be a number, not None"),
-        ("<name>Nodule</name>", "<name> </name>", "<object> 1 has no <name>"),
-        ("<width>64</width>", "<width>?</width>", "<size><width> must be a number, not '?'"),
-    ]:
+        (">10<", ">ten<", "<bndbox><xmin> must be a number, not 'ten'"), (">Nodule<", "> <", "<object> 1 has no <na"),
+        (">64<", ">?<", "<size><width> must be a number, not '?'"), ("<ymax>28</ymax>", "", "<bndbox><ymax> must be"),
+    ]:  # fmt: skip
         (folder / "a.xml").write_text(whole.replace(old, new))
         assert f"a.xml: {why}" in refusal(reader, voc, tmp_path)
     xml(folder / "a.xml", "e.png", ("Nodule", *BOX)).rename(folder / "0.xml")
@@ -558,11 +553,10 @@ def test_yolo_labels(tmp_path, monkeypatch):
     label = yolo_folder(tmp_path) / "valid" / "labels" / "valid.txt"
     for line, why in [
         ("2 .5 .5 .1 .1", "class 2 is none of data.yaml's names"), ("0.5 .5 .5 .1 .1", "class 0.5 is none of"),
-        ("nan .5 .5 .1 .1", "class nan is none of"), ("1 .5 .5", "2 coordinates are neither"),
+        ("1 .5 .5", "2 coordinates are neither"), (f"1 {'x' * 10**5}", "...xxx"), ("nan .5 .5 .1 .1", "class nan is"),
         ("1 .5 .5 .1 .1 .9", "5 coordinates are neither a box (4) nor a polygon (6, 8, ...)"),
         ("WBC .5 .5 .1 .1", "could not convert string to float: 'WBC'; a line is a class number and coordinates"),
-        (f"1 {'x' * 10**5}", "...xxx"), ("1 .1 .1 .2 .5 inf .5", "coordinates must be finite numbers"),
-        ("1 .5 .5 nan .1", "coordinates must be finite numbers, not [0.5, 0.5, nan, 0.1]"),
+        *[(f"1 .5 .5 {odd} .1", "coordinates must be finite numbers, not [0.5, 0.5, ") for odd in ("nan", "inf")],
     ]:  # fmt: skip
         label.write_text(f"1 {shares(BOX)}\n\n{line}\n")
         assert f"{label}:3: {why}" in refusal(reader, yolo, tmp_path)
