@@ -151,6 +151,7 @@ POINTS, RUNS = "a polygon must be three points or more [x1, y1, x2, y2, ...], no
         ("../b.png", "field 'file_name' '../b.png' leads out of"), (None, "field 'file_name' must be a text")]],
     *[("annotations", {"image_id": odd}, "annotation 0: its 'image_id' is none of") for odd in (math.nan, [9])],
     ("annotations", {"category_id": 1.5}, "annotation 0: field 'category_id' 1.5 is none of 'categories'"),
+    ("annotations", {"category_id": "x" * 10**6}, "xxx is none of 'categories'"),
     ("categories", {"id": 1}, "two of 'categories' have the id 1: lesion and nodule"),
     *[("annotations", {"bbox": bad}, "annotation 0: field 'bbox' must be four finite numbers [x, y, width, height]")
       for bad in ([1, 2, 3], ["1", 2, 3, "four"], "[1, 2, 3, 4]", {"x": 1}, [True, 1, 2, 3], [10**400, 1, 2, 3],
@@ -177,6 +178,7 @@ def test_coco_values_that_are_refused(tmp_path, part, change, why):
     "annotations/instances_train2017.json images/train2017 train", "annotations/instances_val.json images/valid val",
     "annotations/instances_default.json images/default all", "annotations/instances_default.json images all",
     "result.json images all", "train/_annotations.coco.json train train", "train/x.coco.json train/images train",
+    "Annotations/test.json test test", "annotations/instances_val2017.json images/val val",
 ])  # fmt: skip
 def test_coco_layouts(tmp_path, case):
     """Without --images: CVAT's, Label Studio's, Roboflow's, COCO's own. A picture's name elsewhere changes nothing."""
