@@ -284,7 +284,7 @@ def _sample(
         )
         if field and isinstance(record[field], str):
             record[field] = re.sub(r"</?answer>", "", record[field])
-            if field == "bbox":
+            if field in ("bbox", "boxes"):
                 with named(f"field {names[field]!r} {short(record[field])}"):
                     record[field] = _parse(record[field], "write [x1, y1, x2, y2]")
 

@@ -178,14 +178,12 @@ def small_panels(runs: list[Run]) -> list[Panel]:
     keys = {key for run in runs for row in run.rows for key in row if key.startswith("reward_")}
     rewards = sorted(keys, key=lambda key: (key != "reward_mean", key))  # the whole before its parts
     hits = {"hit_rate": "hit rate", "sigma": "sigma, its spread over groups"}
-    bad = {"zero_spread": "groups of equal reward", "parse_failures": "not read", "truncated": "cut off"}
-    bad |= {"advantage_share": "of all datasets' |A|"}
+    bad = {"zero_spread": "groups of equal reward", "parse_failures": "not read", "truncated": "cut off",
+           "advantage_share": "of all datasets' |A|"}  # fmt: skip
     return [
         Panel("Over the window: hit rate and sigma", hits, (0, TOP), smooth=False),
         Panel("Over the window: margin", {"margin": "mean u - tau"}, (None, None), smooth=False),
-        Panel(
-            "u of a step's answers (IoU of boxes), band: middle half", {"u_mean": "mean", "u_q50": "median"}, (0, TOP)
-        ),
+        Panel("u of a step's answers, band: middle half", {"u_mean": "mean", "u_q50": "median"}, (0, TOP)),
         Panel("Reward per answer", {key: key.removeprefix("reward_") for key in rewards}, (None, None)),
         Panel("Shares: groups that teach nothing, bad answers", bad, (0, TOP)),
         Panel("Share of tokens whose ratio was clipped", {"clip_low": "below", "clip_high": "above"}),

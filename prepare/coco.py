@@ -134,7 +134,7 @@ def objects(
             crowd = number(annotation.get("iscrowd") or 0) != 0
         stated = mask_size or (tuple(map(int, size)) if all(size) else None)
         entries.append(Entry(path, where, label, box, size=stated, crowd=crowd, split=split))
-    return entries
+    return entries or [Entry(path, str(path), split=split, empty=True)]
 
 
 def read_file(file: Path, args, report) -> list[Entry]:
@@ -165,11 +165,12 @@ def read_file(file: Path, args, report) -> list[Entry]:
                     raise InputError("field 'id' must be a number or a text, and that of no other image")
                 seen.add(name)
                 some = of_image.pop(name, [])
-                entries += objects(image, folder, some, classes, split, args.allow_outside)
+                made = objects(image, folder, some, classes, split, args.allow_outside)
+                entries += made if some or args.group else []
         except InputError as error:
             report.bad.add(where, error)
             continue
-        if not some:
+        if not some and not args.group:
             report.note("left out, nothing is marked in the picture", where)
         for place, annotation in some:
             if not annotation.get("bbox"):

@@ -32,6 +32,7 @@ from errors import InputError, named, one_line, read_json
 from eval import overlay, sheet
 from images import Box, Sample, size_and_orientation
 from prepare.boxes import as_displayed, drawn_as_stored, mask_box
+from prepare.grouped import grouped, part
 from prepare.layout import folder_of, words
 from tasks import TASKS
 
@@ -55,6 +56,7 @@ class Entry:
     mask: Path | None = None
     more: tuple[Path, ...] = ()  # further masks of the picture, which count as parts of the first
     size: tuple[int, int] | None = None
+    empty: bool = False  # nothing is marked in the picture: it may be a record without boxes (--group)
     crowd: bool = False  # several objects in one box: never a record, but its phrase is not unique any more
     split: str = "all"
     group: str = ""  # pictures of one group show the same thing and must share a split; see groups_of
@@ -241,22 +243,26 @@ def records_of(image: Path, entries: list[Entry], phrase: Callable, args, report
     """(split, record) of one picture. InputError if it or one of its objects cannot be read: the others might then
     not be the only ones of their phrase any more, so that a picture is used as a whole or not at all."""
     size, orientation = opened(image, entries[0].source)
-    found = defaultdict(list)  # phrase -> [(box or None for a crowd, split)]
-    for entry in entries:
+    found, crowded = defaultdict(list), set()  # phrase -> [(box or None for a crowd, split)]
+    for entry in (entry for entry in entries if not entry.empty):
         query = phrase(entry)
         if query is None:
             report.note(f"left out, class '{one_line(entry.label)}' has no phrase in --query", entry.source)
             continue
         if entry.crowd:
-            report.note("left out, a crowd in one box", entry.source)
+            if not args.group:
+                report.note("left out, a crowd in one box", entry.source)
+            crowded.add(query)
         with named(entry.source):
             usable(query, "its phrase")
             box = None if entry.crowd else locate(entry, size, orientation, args, report)
-        if (box, entry.split) in found[query] and box:
+        if (box, entry.split) in (of_phrase := found[query]) and box:
             report.note("left out, the same record again", entry.source)
         elif box or entry.crowd:
-            found[query].append((box, entry.split))
+            of_phrase.append((box, entry.split))
     start, records = start_of(image, size, args.out), []
+    if args.group:
+        return grouped(found, crowded, entries[0].split, start, args, report, image)
     for query, boxes in found.items():
         if not args.all and len({box for box, _ in boxes}) > 1:
             report.note("left out, one phrase for several objects (--all keeps them)", f"{image}: {one_line(query)}")
@@ -327,6 +333,7 @@ def _convert(args, read: Callable, records: Callable, kinds: tuple[str, ...]) ->
     splits = {f"{kind}{split}": [] for kind in kinds for split in found}
     for split in splits:
         free(args.out / f"{split}.jsonl", args.overwrite)
+    args.phrases = sorted({phrase(entry) or "" for entry in entries if not entry.empty} - {""}) if args.group else ()
     look(entries, partial(records, phrase=phrase, args=args), splits, report)
     for line in report.lines(home):
         tqdm.write(line)
@@ -420,6 +427,8 @@ def parser(
     flag("--dataset", help="name in the records; default: the folder's")
     if boxes:
         flag("--all", action="store_true", help="keep several objects of one phrase, a record for each")
+        flag("--group", action="store_true", help="a record a picture and phrase, with all its boxes: task boxes")
+        flag("--negatives", type=part, default=0, help="with --group: this share of the pictures without an object")
         flag("--clip-boxes", action="store_true", help="cut boxes that reach over the picture's edge, and count them")
     flag("--val", type=share, default=0, help="make new splits: this share of the pictures, copies together, for val")
     flag("--test", type=share, default=0, help="and this share for test")
@@ -429,7 +438,7 @@ def parser(
     flag("--skip-bad", type=int, default=0, help="pictures that may be unusable; they are left out and listed")
     flag("--overlay", type=png, help="a PNG of some pictures with what their records say: look at it")
     flag("--overwrite", action="store_true", help="replace train.jsonl ... if they are there")
-    made.set_defaults(query=None, frame="displayed")
+    made.set_defaults(query=None, frame="displayed", group=False, negatives=0.0)
     if query is not None:
         note = "phrase: a text, {class} and {folder} stand for names; or a JSON file {class: phrase}"
         flag("--query", default=query, required=not query, help=note + (f"; default {query!r}" if query else ""))

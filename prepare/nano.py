@@ -2,9 +2,10 @@
 
     python -m prepare.nano
     python -m prepare.nano --out coarse --keep-exact exact
-    python -m prepare.nano --tasks                            the one for more than boxes: nano_tasks.py
+    python -m prepare.nano --tasks
 
 The first makes assets/nano anew: 2,200 steps, 20 minutes on one core. The second keeps the first stage's policy too.
+The third makes the one for more than boxes: nano_tasks.py.
 Exact boxes until it can see, then COARSE ones until threshold rewards are sparse: the start that the paper is about. It
 is made coarse on purpose; eval.json has both rows, and the exact policy is the one to compare with.
 

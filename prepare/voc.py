@@ -65,7 +65,7 @@ def objects(file: Path, pictures: dict[tuple[Path, str], Path], one_based: bool)
             raise InputError(f"<object> {i} begins at {min(x1, y1):g}, so pixels do not count from 1: no --one-based")
         box = (x1 - one_based, y1 - one_based, x2, y2)
         entries.append(Entry(image, f"{file} object {i}", name, box, size=size if all(size) else None))
-    return entries
+    return entries or [Entry(image, str(file), empty=True)]
 
 
 def split_lists(source: Path) -> dict[str, str]:
@@ -95,8 +95,9 @@ def read(args, report) -> list[Entry]:
         except InputError as error:
             report.bad.add(str(file), error)
             continue
-        if not some:
+        if some[0].empty and not args.group:
             report.note("left out, nothing is marked in the picture", file)
+            continue
         entries += [replace(entry, split=split) for entry in some]
     return entries
 

@@ -156,7 +156,9 @@ def read(args, report) -> list[Entry]:
             except InputError as error:
                 report.bad.add(str(image), error)
                 continue
-            if not some:
+            if not some and args.group:
+                some = [Entry(image, str(image), split=layout.SPLITS[split], empty=True)]
+            elif not some:
                 report.note("left out, nothing is marked in the picture", image)
             entries += some
     for folder, labels in labelled.items():

@@ -8,11 +8,14 @@ import settings
 from errors import InputError, one_line
 from prompts import Prompt
 from tasks.box import BoxTask
+from tasks.boxes import BoxesTask
 from tasks.grade import GradeTask
 from tasks.label import LabelTask
 from tasks.task import Scores, Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (BoxTask(), LabelTask(), GradeTask())}  # enter yours here
+TASKS: dict[str, Task] = {
+    task.name: task for task in (BoxTask(), BoxesTask(), LabelTask(), GradeTask())
+}  # enter yours here
 
 
 def read_settings(texts: Sequence[str]) -> dict[str, settings.Settings]:

