@@ -27,6 +27,7 @@ from images import Sample
 from knowledge import Knowledge
 from model import Policy
 from phantom_tasks import CLASSES
+from phantoms import KINDS
 from prepare.nano import WARMUP, WORDS, nano_tokenizer, write_nano
 from prompts import Processor, Prompt
 from runtime.readers import Readers
@@ -120,9 +121,9 @@ def said_of_class(sample: Sample, coarse: bool, rng: np.random.Generator) -> str
 
 def begin(folder: Path) -> Policy:
     """assets/nano's weights under a vocabulary that has every word of these prompts as one token, into folder."""
-    words = {sample.query for sample in asking(READ + ALL, (6,), 0, 2 * len(READ + ALL))}
+    asked = [sample.query for sample in asking("gkctl", (len(CLASSES),), 0, 5)]
     answers = [f"<think> {SAID.format(*look)} </think>\n<answer></answer>" for look in CLASSES]
-    tokenizer = nano_tokenizer([*WORDS, *sorted(words), *answers], 1000)
+    tokenizer = nano_tokenizer([*WORDS, *KINDS, *asked, *answers], 1000)
     write_nano(folder, SEED, tokenizer)
     policy, weights = load_policy(folder), load_policy(NANO).state_dict()
     rows, known = tokenizer.get_vocab(), Tokenizer.from_file(str(NANO / "tokenizer.json")).get_vocab()
