@@ -44,7 +44,7 @@ FEW, SOME, MANY = (2,), (2, 3, 3, 4), (4, 6, 6)  # how many of the six classes a
 STAGES = (  # name, steps of BATCH, lr, places, options, how labels are made coarse
     ("two", 500, 1e-3, BEGIN, FEW, None),  # with few, reading begins
     ("more", 300, 1e-3, READ, SOME, None),
-    ("read", 600, 1e-3, READ, MANY, None),
+    ("read", 800, 1e-3, READ, MANY, None),
     ("exact", 900, 1e-3, ALL, MANY, None),
     ("coarse", 150, 3e-4, ALL, MANY, Coarse()),
 )
