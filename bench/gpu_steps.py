@@ -174,6 +174,21 @@ def whole_step(sizes: Sizes) -> None:
     raise SystemExit(1)
 
 
+def flops_of(sizes: Sizes, run: plan.Run) -> float:
+    """Of a step, as bench.scale counts them, without what the run does not do: a frozen tower looks once for all and
+    has no backward pass, and with beta 0 there is no reference."""
+    reuse = run.micro >= sizes.case.prompts
+    parts = scale.step_flops(sizes.config, replace(sizes.case, prompts=1, reuse=reuse))
+    looks = 3 - reuse  # rollout and reference, and the update, where it starts anew
+    look = parts["vision"] / looks
+    total = sum(parts.values()) - (0 if run.reference else parts["reference"])
+    if run.freeze_vision:
+        total -= (looks - 1) * look + 2 * look
+    elif not run.reference:
+        total -= look
+    return sizes.case.prompts * total
+
+
 def measure_step(sizes: Sizes, run: plan.Run) -> None:
     flags = ["--micro-batch", str(run.micro), "--device", DEVICE, *["--freeze-vision"] * run.freeze_vision]
     args = scale.flags_of(sizes.case, *flags, *["--beta", "0"] * (not run.reference))
@@ -194,8 +209,7 @@ def measure_step(sizes: Sizes, run: plan.Run) -> None:
         say(f"step {number + 1}: {times[-1]:.2f} s, of it update {metrics['seconds_update']:.2f}")
     case = sizes.case
     made = case.prompts * case.group * case.completion
-    flops = sum(scale.step_flops(sizes.config, replace(case, prompts=1, reuse=run.micro >= case.prompts)).values())
-    rate = flops * case.prompts / min(times)
+    rate = flops_of(sizes, run) / min(times)
     each = f"{made / min(times):.0f} new tokens/s, {rate / 1e12:.3g} TFLOP/s as bench.scale counts"
     say(f"a step: {min(times):.2f} s, {each}")
     if CUDA:
