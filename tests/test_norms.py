@@ -17,6 +17,7 @@ from errors import InputError
 from norms import LEAST, Normalise, Norms, Quartiles, fingerprint, logistic, read_norms, rows_of, split
 from rewards import Schedules, combine, group_advantage
 from rollout import GroupScores
+from runtime.metrics import key_metrics
 from runtime.run import by_dataset
 from runtime.stream import Mixture, Sampler, sampler_of
 from tasks import TASKS
@@ -209,6 +210,34 @@ def test_the_batch_s_spread_is_that_of_all_rewards_and_flat_groups_are_0():
     assert group_advantage(torch.rand(0, 8), "batch").shape == (0, 8)
     order = torch.randperm(6)
     torch.testing.assert_close(group_advantage(reward[order], "batch"), found[order])
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_a_step_without_a_dataset_counts_as_none_of_its_share(tmp_path):
+    """Else the share of a rare one would be that of the steps that it is in."""
+    torch.manual_seed(0)
+    rows = []
+    for step, keys in enumerate(([EASY, EASY], [EASY, HARD], [HARD, HARD], [EASY, EASY]), 1):
+        everyone = scores(torch.rand(2, 4), keys)
+        everyone.reward, everyone.advantage = everyone.u, torch.ones(2, 4)
+        rows.append({"step": step} | key_metrics(everyone, [EASY, HARD]))
+    assert all(row.keys() == rows[0].keys() for row in rows)
+    assert [row["advantage_share/hard/box"] for row in rows] == [0.0, 0.5, 1.0, 0.0]
+    assert [row["groups/hard/box"] for row in rows] == [0, 1, 2, 0]
+    assert rows[0]["u_mean/hard/box"] is None and rows[0]["group_std/hard/box"] is None
+    assert key_metrics(everyone, [EASY]) == {}
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = dict(line.split(": ", 1) for line in by_dataset(file))
+    assert said["hard/box"].endswith("share of |A| 0.375 -> 0.375 (means of 4 steps)")
+    assert (
+        "share of |A| 0.000 -> 0.000 (means of 1 steps)" in by_dataset(file, 1)[1]
+        and "u - -> -" in by_dataset(file, 1)[1]
+    )
+    file.write_text("")  # lost, and the run had all of its steps
+    assert by_dataset(file) == []
 
 
 # ------------------------------------------------------------------------------------------------------------- mixture
