@@ -20,7 +20,7 @@ SCRIPT = Path(plot.__file__)
 drawn = pytest.mark.skipif(find_spec("matplotlib") is None, reason='needs matplotlib: pip install -e ".[plot]"')
 
 KEYS = (  # every key that a panel draws as it stands
-    "tau hit_rate sigma margin u_mean u_q50 reward_mean reward_iou reward_format zero_spread parse_failures "
+    "tau hit_rate sigma margin u_mean u_q50 reward_mean reward_iou reward_format group_std zero_spread parse_failures "
     "truncated advantage_share clip_low clip_high entropy kl loss grad_norm seconds_rollout seconds_update"
 ).split()
 RAISED = "hit rate .821 >= .800", "sigma .185 <= .200", "margin .173 >= .100"
