@@ -352,7 +352,7 @@ def main() -> None:
         knowledge.complete()
     samples = first_of_each(samples, args.limit)
     configure(args.tasks, {sample.task for sample in samples})
-    if args.write_norms:
+    if args.write_norms is not None:
         check_norms(args, samples)
     if args.predictions:
         originals = [Original(sample, load(sample)[1]) for sample in samples]
@@ -364,7 +364,7 @@ def main() -> None:
     print(summary(args.predictions or args.model, result))
     for name, part in result["datasets"].items():
         print(summary(f"  {name}", part))
-    if args.write_norms:
+    if args.write_norms is not None:
         measure_norms(args, policy, processor, samples)
     if reasons := Counter(row["reason"] for row in rows if row["reason"]):
         words = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())

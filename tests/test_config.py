@@ -72,6 +72,8 @@ def test_values_of_several_words_and_settings_behind_names():
     assert config.read_loss("dapo:kl=k3+,overlong=mask") == ("dapo", "k3+", "mask")
     assert parse("--loss=dr-grpo:overlong=mask").advantage == "none" and parse("--loss=dapo").advantage == "std"
     assert parse("--loss=dr-grpo", "--advantage=std").advantage == "std"
+    assert parse("--combine=gdpo", "--rewards=task=1,format=1").advantage == "batch"
+    parse("--rewards=task=0,format=1", "--normalise=n.json")  # without a word on the schedule, which does not count
     assert parse("--clip", ".1", ".3", "--inner-steps=2").clip == [0.1, 0.3]
     assert parse().checkpointing is None and parse("--no-checkpointing").checkpointing is False
 
@@ -129,6 +131,12 @@ REFUSED = {
     "nothing to recite": (["--rewards=task=1,recite=-.5"], "recite has nothing to recite without --knowledge"),
     "a setting of no task": (["--tasks", "grade:slope=2"], "--tasks grade: 'slope=2' is none of its settings"),
     "normalised hits": (["--normalise=n.json"], "--normalise is for --schedule raw: a reward of medloc is 0 or 1"),
+    "the temperature of greedy answers": (
+        ["--write-norms=n.json", "--samples=0", "--temperature=.9"],
+        "--temperature changes nothing beside --samples 0",
+        EVAL,
+    ),
+    "norms of answers that are there": (["--write-norms=", "--predictions=p"], "--write-norms asks a policy", EVAL),
     "a query of nothing": (["--image=a.png", "--query="], "--query: ", EVAL),
 }
 
