@@ -225,17 +225,24 @@ def measure_step(sizes: Sizes, run: plan.Run) -> None:
 
 def plain(sizes: Sizes) -> None:
     """As step_programs.Plain, for a GPU: bf16 throughout, a prompt's rows at a time, gradient checkpointing. (bf16
-    weights and moments, which fp32 ones do not fit beside: kinder to its time and memory than ours are to ours.)"""
+    weights and moments, which fp32 ones do not fit beside: kinder to its time and memory than ours are to ours.) What
+    is trained is what whole_step() tries first on this device."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     case, config = sizes.case, Qwen2_5_VLConfig.from_dict(sizes.raw)
+    words, run = next(iter(ways(sizes, plan.free_memory(DEVICE)).items()))
+    say(words)
     torch.manual_seed(0)
     warnings.simplefilter("ignore", FutureWarning)  # of a method's new name, which older versions do not have
     with torch.device(DEVICE):
-        policy, reference = (Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16) for _ in range(2))
+        made = (Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16) for _ in range(1 + run.reference))
+        policy, *reference = made
     policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    reference.requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+    for each in reference:
+        each.requires_grad_(False).eval()
+    policy.model.visual.requires_grad_(not run.freeze_vision)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0, fused=True)
     prompts, image, group = case.batch(sizes.config), sizes.config.image_token_id, case.group
     for prompt in prompts:  # some versions of transformers count pictures by this token
         prompt.ids = prompt.ids.clone()
@@ -262,10 +269,11 @@ def plain(sizes: Sizes) -> None:
         for prompt, own in zip(prompts, ids, strict=True):
             rows = rows_of([prompt] * group)
             with torch.no_grad():
-                logp_ref = step_programs.plain_logprobs(reference, rows, own)
+                logp_ref = [step_programs.plain_logprobs(each, rows, own) for each in reference]
             logp = step_programs.plain_logprobs(policy, rows, own)
+            logp_ref = logp_ref[0] if logp_ref else logp.detach()  # without one there is no KL
             (step_programs.plain_loss(logp, logp_ref, signs) / case.prompts).backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         return took
 
