@@ -48,7 +48,7 @@ def test_help_lists_each_flag_with_its_default_and_each_schedule_with_reasons(ca
     assert "(default 0.0001, paper's recipe 1e-06)" in " ".join(texts[0].split())
     assert "(default 0.0005)" in texts[1] and "(default out-eval)" in texts[2]
     assert all(f"{name}\n" in texts[3] for name in scheduler.SCHEDULES) and "min_margin=0.1  (s) Delta" in texts[3]
-    assert "\n--tasks\nbox\nlabel\ngrade\n  ordinal=power  " in texts[3]
+    assert "\n--tasks\nbox\nboxes\n  u=iou  " in texts[3] and "\nlabel\ngrade\n  ordinal=power  " in texts[3]
 
 
 def test_given_flags_go_before_the_recipe_and_that_before_the_rows():
