@@ -67,6 +67,7 @@ class Sft:
     seed: int
     coarse: Coarse | None = None  # None: exact targets
     name: str = "sft"
+    per_answer: bool = False  # the loss is the mean over answers, not tokens: short ones count as much as long ones
 
 
 def coarse_box(box: Box, width: int, height: int, rng: np.random.Generator, coarse: Coarse) -> Box:
@@ -132,7 +133,7 @@ def sft(
             lengths = torch.tensor([len(a) for a in part], device=device)[:, None]  # (B, 1): groups of one
             ids = torch.stack([F.pad(a, (0, int(lengths.max()) - len(a))) for a in part]).to(device)[:, None]
             logp = policy.logprobs(policy.prefix(collate(batch, device)), ids, lengths)
-            loss = -logp.sum() / tokens
+            loss = -(logp / lengths[..., None]).sum() / len(answers) if settings.per_answer else -logp.sum() / tokens
             loss.backward()
             loss_sum += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item()
