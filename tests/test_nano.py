@@ -10,12 +10,14 @@ import config
 import data
 from errors import run
 from knowledge import Knowledge
+from model import collate
 from phantom_tasks import ceiling, record
 from prepare import nano, nano_tasks
-from prompts import default_prompt
+from prompts import Processor, default_prompt
+from runtime.readers import Readers
 from tasks import TASKS
 from text import thought
-from train_sft import Coarse
+from train_sft import Coarse, Sft, adamw, answer_of, sft
 from weights import NANO, NANO_TASKS, load_policy, model_folder
 
 
@@ -131,3 +133,24 @@ def test_the_stages_of_the_second_policy_are_made_and_measured(tmp_path, monkeyp
     for file in ("config.json", "tokenizer.json", "preprocessor_config.json"):  # the stored one is of this very recipe
         stored, made = (json.loads((folder / file).read_text()) for folder in (NANO_TASKS, tmp_path / "tasks"))
         assert stored == made
+
+
+def test_the_loss_over_answers_counts_short_ones_as_much_as_long_ones():
+    """A grade of two tokens beside a box of sixteen; in micro-batches of one and of two."""
+    samples = data.phantom_samples(None, 1, 0, 1) + data.phantom_samples("grades", 1, 0, 1, tasks=TASKS)
+    policy, processor = load_policy(NANO), Processor(NANO, "answer", TASKS)
+    means = []
+    for sample in samples:
+        prompt = processor.prompt(sample)
+        text = answer_of(prompt, processor, Sft(1, 2, 2, 1e-9, 1, 0), 0, 0)
+        ids = torch.tensor([*processor.tokenizer.encode(text, add_special_tokens=False), policy.eos_ids[0]])
+        with torch.no_grad():
+            logp = policy.logprobs(policy.prefix(collate([prompt])), ids[None, None], torch.tensor([[len(ids)]]))
+        means.append((-logp.mean().item(), len(ids)))
+    (box, long), (grade, short) = means
+    for per_answer, loss in ((True, (box + grade) / 2), (False, (box * long + grade * short) / (long + short))):
+        for micro in (1, 2):
+            settings = Sft(1, 2, micro, 1e-9, 1, 0, per_answer=per_answer)
+            with Readers(0) as readers:
+                (row,) = sft(policy, processor, adamw(policy, 1e-9), samples, settings, readers)
+            assert abs(row["loss"] - loss) < 1e-4 * loss
