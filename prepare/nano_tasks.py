@@ -5,8 +5,8 @@
 
 It begins as assets/nano, with a vocabulary of its own, and is made as that one: EXACT answers until it grades and reads
 the block, then COARSE ones for a while. A coarse box is one of train_sft.py; a coarse grade is that of a rater who
-overcalls; a coarse class is one that shares the true one's colour, or any. They keep what can be seen and lose what it
-is called: the start of a GRPO run, made so on purpose. eval.json has the exact policy's row beside it.
+overcalls; a coarse class has the true one's colour, and mostly the other border. They keep what can be seen and lose
+what it is called: the start of a GRPO run, made so on purpose. eval.json has the exact policy's row beside it.
 
 The loss is a mean over answers, not tokens: a box of sixteen would drown a class of two, and reading is not learned.
 
@@ -51,7 +51,7 @@ STAGES = (  # name, steps of BATCH, lr, places, options, how labels are made coa
     ("coarse", 150, 3e-4, ALL, MANY, Coarse()),
 )
 OVERCALLED = (0.3, 0.4, 0.3)  # of coarse grades, the shares that are 0, 1 and 2 too high
-TRUE, SAME_COLOUR = 0.3, 0.5  # of coarse classes, the shares that are right, and that are one of the same colour
+TRUE, OTHER_BORDER = 0.3, 0.5  # of coarse classes, the shares that are right, and that have the colour alone
 MAX_TOKENS = {"answer": 24, "think": 80}
 LOOK = "how does the lesion look?"
 SAID = "the border is {} and the colour is {}"
@@ -110,8 +110,10 @@ def said_of_class(sample: Sample, coarse: bool, rng: np.random.Generator) -> str
     lines, (label, options) = sample.extra["knowledge"], sample.target
     if coarse and (chance := rng.random()) > TRUE:
         colour = lines[label].split()[1]
-        alike = [option for option in options if chance > TRUE + SAME_COLOUR or lines[option].split()[1] == colour]
-        label = alike[rng.integers(len(alike))]
+        others = [option for option in options if option != label and lines[option].split()[1] == colour]
+        if chance > TRUE + OTHER_BORDER or not others:
+            others = options
+        label = others[rng.integers(len(others))]
     if sample.query == LOOK:  # in the block's words: what it looks for there
         return lines[label]
     if "<think>" not in sample.query:

@@ -91,7 +91,7 @@ def test_the_policy_for_more_than_boxes_is_a_whole_checkpoint_that_reads_its_blo
 def test_a_coarse_answer_keeps_what_is_seen_and_loses_what_it_is_called():
     samples = nano_tasks.asking(nano_tasks.ALL, (2, 6), 0, 960)
     rng = np.random.default_rng(0)
-    classes = [sample for sample in samples if "<think>" not in sample.query and "knowledge" in sample.extra]
+    classes = [sample for sample in samples if sample.knowledge and "<think>" not in sample.query]
     assert {sample.target.options for sample in classes} == {("A", "B"), tuple("ABCDEF")}
     assert all(sample.extra["knowledge"].keys() == set(sample.target.options) for sample in classes)
     for sample in classes:  # the label's line still says what the picture shows
@@ -104,7 +104,7 @@ def test_a_coarse_answer_keeps_what_is_seen_and_loses_what_it_is_called():
         assert nano_tasks.said_of_class(sample, False, rng) == label
         said = nano_tasks.said_of_class(sample, True, rng)
         right, alike = right + (said == label), alike + (lines[said].split()[1] == lines[label].split()[1])
-    assert 0.4 < right / len(whole) < 0.75 and 0.75 < alike / len(whole) < 0.98
+    assert 0.2 < right / len(whole) < 0.5 and 0.75 < alike / len(whole) < 0.98  # .33 and .87 are meant
     thoughtful = [sample for sample in samples if "<think>" in sample.query]
     for sample in thoughtful[:50]:
         text = nano_tasks.said_of_class(sample, False, rng)
