@@ -2,7 +2,7 @@
 
     grades    ultrasound: how suspicious is the nodule, 0 to 4? It grows, its outline frays and bright specks in it
               become more with a severity that is its grade and noise: the best possible accuracy is ceiling(), not 1.
-    classes   dermoscopy: six classes, border x colour. Their names A to F say nothing and are dealt anew in EVERY
+    classes   dermoscopy: six classes, size x colour. Their names A to F say nothing and are dealt anew in EVERY
               record, and the record's own field "knowledge" says which is which: without it nobody beats 1/6.
     kinds     which of the three modalities is it? The easy one.
 
@@ -20,8 +20,6 @@ from errors import InputError
 from phantoms import PAINTERS, check_size, draw_box, lesion, phantom, rgb
 
 KINDS = ("grades", "classes", "kinds")
-LARGE = 0.32  # smallest lesion of a class, as a share of a side: a frayed outline must be seen to be frayed
-
 GRADES = 5
 SPREAD = 0.43  # std of a severity about its grade: neighbours overlap
 GROWN = (0.12, 0.5)  # sides of the smallest and the largest nodule, as shares of the picture's
@@ -29,9 +27,9 @@ SPECKS = 2  # more of them a grade
 SPECK = 1.5  # pixels, the std of a speck's blur
 APART = 4.0  # pixels between two specks at least, so that they can be counted
 
-BORDERS = ("smooth", "ragged")
+SIZES = {"small": (0.14, 0.24), "large": (0.4, 0.55)}  # smallest and largest side, as shares of the picture's
 COLOURS = {"brown": phantoms.BROWN, "red": (0.80, 0.34, 0.36), "blue": (0.40, 0.46, 0.62)}  # of light, what passes
-CLASSES = tuple((border, colour) for border in BORDERS for colour in COLOURS)
+CLASSES = tuple((size, colour) for size in SIZES for colour in COLOURS)
 NAMES = tuple("ABCDEF")
 
 FRAYING = np.arange(phantoms.ORDERS[-1] + 1, 13)  # angular frequencies of a frayed outline
@@ -65,9 +63,9 @@ def picture(kind: str, seed: int, index: int, size: int = 140) -> np.ndarray:
     if kind == "kinds":
         return phantom(look, seed, index, size).image
     if kind == "classes":
-        border, colour = look
-        box = draw_box(rng, size, size, LARGE)
-        alpha = lesion(rng, size, size, box, _fray(rng, MOST if border == "ragged" else 0.0))
+        extent, colour = look
+        box = draw_box(rng, size, size, *SIZES[extent])
+        alpha = lesion(rng, size, size, box)
         return rgb(PAINTERS["dermoscopy"](rng, alpha, box, COLOURS[colour]))
     share = min(max((look + 1.5) / (GRADES + 2), 0.0), 1.0)  # 1.5 beyond either end lies 3 stds out
     side = GROWN[0] + (GROWN[1] - GROWN[0]) * share

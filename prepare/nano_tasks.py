@@ -5,7 +5,7 @@
 
 It begins as assets/nano, with a vocabulary of its own, and is made as that one: EXACT answers until it grades and reads
 the block, then COARSE ones for a while. A coarse box is one of train_sft.py; a coarse grade is that of a rater who
-overcalls; a coarse class has the true one's colour, and mostly the other border. They keep what can be seen and lose
+overcalls; a coarse class has the true one's colour, and mostly the other size. They keep what can be seen and lose
 what it is called: the start of a GRPO run, made so on purpose. eval.json has the exact policy's row beside it.
 
 The loss is a mean over answers, not tokens: a box of sixteen would drown a class of two, and reading is not learned.
@@ -44,17 +44,17 @@ DATA_SEED = 20_261_127  # of its phantoms: a series that no GRPO run (seed 0, 1,
 BEGIN, READ, ALL = "cclccgclccblccln", "ccgclcbgcckcglcn", "cgtlcgckcgtbcgcn"
 FEW, SOME, MANY = (2,), (2, 3, 3, 4), (4, 6, 6)  # how many of the six classes a record has, over and over
 STAGES = (  # name, steps of BATCH, lr, places, options, how labels are made coarse
-    ("two", 500, 1e-3, BEGIN, FEW, None),  # with few, reading begins
-    ("more", 300, 1e-3, READ, SOME, None),
-    ("read", 800, 1e-3, READ, MANY, None),
-    ("exact", 600, 7e-4, ALL, MANY, None),
+    ("two", 400, 1e-3, BEGIN, FEW, None),  # with few, reading begins
+    ("more", 250, 7e-4, READ, SOME, None),
+    ("read", 500, 7e-4, READ, MANY, None),
+    ("exact", 500, 5e-4, ALL, MANY, None),
     ("coarse", 150, 3e-4, ALL, MANY, Coarse()),
 )
 OVERCALLED = (0.3, 0.4, 0.3)  # of coarse grades, the shares that are 0, 1 and 2 too high
-TRUE, OTHER_BORDER = 0.3, 0.5  # of coarse classes, the shares that are right, and that have the colour alone
+TRUE, OTHER_SIZE = 0.3, 0.5  # of coarse classes, the shares that are right, and that have the colour alone
 MAX_TOKENS = {"answer": 24, "think": 80}
 LOOK = "how does the lesion look?"
-SAID = "the border is {} and the colour is {}"
+SAID = "the lesion is {} and its colour is {}"
 
 
 def told(sample: Sample) -> Sample:
@@ -111,7 +111,7 @@ def said_of_class(sample: Sample, coarse: bool, rng: np.random.Generator) -> str
     if coarse and (chance := rng.random()) > TRUE:
         colour = lines[label].split()[1]
         others = [option for option in options if option != label and lines[option].split()[1] == colour]
-        if chance > TRUE + OTHER_BORDER or not others:
+        if chance > TRUE + OTHER_SIZE or not others:
             others = options
         label = others[rng.integers(len(others))]
     if sample.query == LOOK:  # in the block's words: what it looks for there

@@ -110,7 +110,7 @@ def test_a_coarse_answer_keeps_what_is_seen_and_loses_what_it_is_called():
         text = nano_tasks.said_of_class(sample, False, rng)
         assert text.endswith(f"<answer>{sample.target.label}</answer>")
         words = thought(text)
-        assert words.startswith("the border is") or words in sample.knowledge.replace("\n", " ")
+        assert words.startswith("the lesion is") or words in sample.knowledge.replace("\n", " ")
         assert sample.query.startswith(f"{sample.query.partition(chr(10))[0]}\nOptions: ")
 
 
