@@ -44,9 +44,9 @@ DATA_SEED = 20_261_127  # of its phantoms: a series that no GRPO run (seed 0, 1,
 BEGIN, READ, ALL = "cclccgclccblccln", "ccgclcbgcckcglcn", "cgtlcgckcgtbcgcn"
 FEW, SOME, MANY = (2,), (2, 3, 3, 4), (4, 6, 6)  # how many of the six classes a record has, over and over
 STAGES = (  # name, steps of BATCH, lr, places, options, how labels are made coarse
-    ("two", 400, 1e-3, BEGIN, FEW, None),  # with few, reading begins
-    ("more", 250, 7e-4, READ, SOME, None),
-    ("read", 500, 7e-4, READ, MANY, None),
+    ("two", 600, 1e-3, BEGIN, FEW, None),  # with few, reading begins
+    ("more", 300, 8e-4, READ, SOME, None),
+    ("read", 500, 8e-4, READ, MANY, None),
     ("exact", 500, 5e-4, ALL, MANY, None),
     ("coarse", 150, 3e-4, ALL, MANY, Coarse()),
 )
@@ -63,10 +63,15 @@ def told(sample: Sample) -> Sample:
 
 
 def fewer(sample: Sample, count: int) -> Sample:
-    """A class's record with `count` of its classes, the true one among them, under the first names."""
+    """A class's record with `count` of its classes, the true one among them, under the first names. Two differ in one
+    attribute, as often the size as the colour: with others either would do, and only that one is learned."""
     (label, options), lines = sample.target, sample.extra["knowledge"]
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(SEED, spawn_key=(sample.media.index,))))
-    others = rng.permutation([option for option in options if option != label])[: count - 1]
+    others = [option for option in options if option != label]
+    if count == 2:
+        attribute = int(rng.integers(2))
+        others = [o for o in others if lines[o].split()[attribute] == lines[label].split()[attribute]]
+    others = rng.permutation(others)[: count - 1]
     kept = [option for option in options if option == label or option in others]
     target = type(sample.target)(options[kept.index(label)], options[:count])
     query = TASKS["label"].phrase(sample.query.partition("\n")[0], target)
