@@ -261,7 +261,9 @@ def wrong_questions(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
     for name in ("samples", "temperature"):
         if name in explicit and args.write_norms is None:
             yield f"{option(name)} changes nothing without --write-norms; drop it"
-    if args.write_norms and (args.predictions or args.image):
+    if args.samples == 0 and "temperature" in explicit:
+        yield "--temperature changes nothing beside --samples 0: greedy answers have none; drop it"
+    if args.write_norms is not None and (args.predictions or args.image):
         yield "--write-norms asks a policy about --data: drop --predictions and --image"
     for name, beside, why in (
         ("knowledge", "image", "it asks for a box, which has no options"),
@@ -288,7 +290,7 @@ def wrong_grpo(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
         name, _ = rewards.read_schedule(text)
         if args.saved_steps not in (None, args.steps) and scheduler.SCHEDULES[name].by_share:
             yield f"--schedule {name} goes by the share of the steps: --steps must stay {args.saved_steps}"
-        if args.normalise and name != "raw":
+        if args.normalise and name != "raw" and counting.get(rewards.MAIN):
             yield f"--normalise is for --schedule raw: a reward of {name} is 0 or 1, or on a scale of its own already"
     if args.normalise:
         norms.split(args.normalise)

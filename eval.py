@@ -271,6 +271,23 @@ def ask(args, out: Path) -> None:
     overlay(sample, [row["answer"]], args.query, truth=False).save(out / "overlay.png")
 
 
+def check_norms(args, samples: list[Sample]) -> None:
+    """InputError, before hours go by, where --write-norms could not be written in the end."""
+    folder = Path(args.write_norms).parent
+    if not folder.is_dir() or Path(args.write_norms).is_dir():
+        raise InputError(f"--write-norms {one_line(args.write_norms)}: name a file in a folder that exists")
+    answers = {key: n * max(args.samples, 1) for key, n in Counter(sample.key for sample in samples).items()}
+    if few := [key for key, n in answers.items() if n < LEAST]:
+        has = f"{'/'.join(few[0])} has {answers[few[0]]} answers, quartiles want {LEAST}"
+        raise InputError(f"--write-norms: {has}; give more --data, or more --samples")
+
+
+def digest(samples: list[Sample]) -> str:
+    """sha256 of what the records ask for and of what is right; not of their pictures."""
+    asked = "\n".join(f"{s.source} {s.dataset} {s.task} {s.query} {s.target}" for s in samples)
+    return hashlib.sha256(asked.encode()).hexdigest()
+
+
 def measure_norms(args, policy: Policy, processor: Processor, samples: list[Sample]) -> None:
     """--write-norms: the quartiles of every reward, u under the name of the schedule's among them, of `samples` answers
     to each prompt; --samples 0: of the greedy one."""
@@ -289,25 +306,22 @@ def measure_norms(args, policy: Policy, processor: Processor, samples: list[Samp
         scores = by_task(texts, repeated)
         owners = [prompt.sample for prompt in repeated]
         found = {MAIN: scores.u} | other_rewards(dict.fromkeys(REWARDS, 1.0), texts, scores, owners)
-        for name, values in found.items():
-            for sample, value in zip(owners, values.tolist(), strict=True):
+        for name, values in found.items():  # not all of those of an answer that cannot be read are 0 by themselves
+            for sample, value in zip(owners, values.where(scores.valid, 0.0).tolist(), strict=True):
                 seen[sample.key, name].append(value)
         for sample, fine in zip(owners, scores.valid.tolist(), strict=True):
             valid[sample.key].append(fine)
-    if few := [key for key, fine in valid.items() if len(fine) < LEAST]:
-        answers = f"{'/'.join(few[0])} has {len(valid[few[0]])} answers, quartiles want {LEAST}"
-        raise InputError(f"--write-norms: {answers}; give more --data, or more --samples")
     table = {
         place: Quartiles.of(values, 1 - sum(valid[place[0]]) / len(valid[place[0]]))
         for place, values in sorted(seen.items())
     }
-    asked = "\n".join(f"{sample.source} {sample.dataset} {sample.task} {sample.query}" for sample in samples)
     write_norms(
         Path(args.write_norms),
         table,
         {
             "model": fingerprint(model_folder(args.model)),
-            "data": hashlib.sha256(asked.encode()).hexdigest(),
+            "data": digest(samples),
+            "tasks": sorted(args.tasks or ()),
             **{name: getattr(args, name) for name in ("prompt", "samples", "temperature", "max_tokens")},
             "versions": {"torch": torch.__version__},
         },
@@ -338,6 +352,8 @@ def main() -> None:
         knowledge.complete()
     samples = first_of_each(samples, args.limit)
     configure(args.tasks, {sample.task for sample in samples})
+    if args.write_norms is not None:
+        check_norms(args, samples)
     if args.predictions:
         originals = [Original(sample, load(sample)[1]) for sample in samples]
         rows = score_rows(originals, read_predictions(args.predictions, samples))
@@ -348,7 +364,7 @@ def main() -> None:
     print(summary(args.predictions or args.model, result))
     for name, part in result["datasets"].items():
         print(summary(f"  {name}", part))
-    if args.write_norms:
+    if args.write_norms is not None:
         measure_norms(args, policy, processor, samples)
     if reasons := Counter(row["reason"] for row in rows if row["reason"]):
         words = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import ranks
 import settings
 from errors import InputError, named, one_line, read_object, short
 from settings import Settings, setting
@@ -51,7 +52,7 @@ class Quartiles:
     p50: float
     p75: float
     n: int  # answers
-    invalid: float = 0.0  # share of them that could not be read
+    invalid: float = 0.0  # share of them that could not be read; not known of those that refresh has taken
     zero_one: bool = False  # all values are 0 or 1: not normalised
 
     @classmethod
@@ -74,13 +75,22 @@ class Norms:
     name: the file's, for messages; sha256: of its bytes, so that a resumed run cannot go on with others.
     """
 
-    def __init__(self, table: dict[tuple[Key, str], Quartiles], chosen: Normalise, name: str, sha256: str):
+    def __init__(
+        self,
+        table: dict[tuple[Key, str], Quartiles],
+        chosen: Normalise,
+        name: str,
+        sha256: str,
+        made_by: dict | None = None,
+    ):
         self.table, self.settings, self.name, self.sha256 = table, chosen, name, sha256
+        self.made_by = made_by or {}  # the settings that its answers were asked for with
         self.steps = 0  # since the quartiles were taken
         self.seen: dict[tuple[Key, str], list[float]] = {}  # values since then
 
-    def check(self, keys: list[Key], terms: list[str]) -> list[str]:
-        """InputError unless there are quartiles for each; -> what is to be said of those that stay as they are."""
+    def check(self, keys: list[Key], terms: list[str], run: dict[str, Any] | None = None) -> list[str]:
+        """InputError unless there are quartiles for each; -> what is to be said: of rewards that stay as they are, of
+        quartiles that lie too close, and where the run's settings are others than those of the file's answers."""
         for key in keys:
             for term in terms:
                 if (key, term) not in self.table:
@@ -88,8 +98,18 @@ class Norms:
                     missing = f"no quartiles of the reward {term!r} for dataset {key[0]!r}, task {key[1]!r}"
                     remedy = "write it anew by eval.py --write-norms on data that has both"
                     raise InputError(f"--normalise {self.name}: has {missing}; it has {have}; {remedy}")
-        kept = [f"{'/'.join(key)}: {term}" for key in keys for term in terms if self.table[key, term].zero_one]
-        return [f"not normalised, since it was 0 or 1 throughout: {', '.join(kept)}"] if kept else []
+        found = {f"{'/'.join(key)}: {term}": self.table[key, term] for key in keys for term in terms}
+        kept = [place for place, q in found.items() if q.zero_one]
+        close = [place for place, q in found.items() if not q.zero_one and q.p75 - q.p25 < self.settings.min_iqr]
+        greedy = ("temperature",) * (self.made_by.get("samples") == 0)
+        asked = {name: self.made_by[name] for name in (run or {}).keys() & self.made_by.keys() if name not in greedy}
+        other = [f"{name} {short(was)}, here {short(run[name])}" for name, was in asked.items() if was != run[name]]
+        said = {
+            "not normalised, since it was 0 or 1 throughout": kept,
+            f"min_iqr {self.settings.min_iqr:g} stands for p75 - p25, which is smaller": close,
+            f"warning: --normalise {self.name} is of answers under other settings": sorted(other),
+        }
+        return [f"{words}: {', '.join(places)}" for words, places in said.items() if places]
 
     def apply(self, term: str, values: Tensor, valid: Tensor, keys: list[Key]) -> Tensor:
         """values (N, G) of a reward, valid (N, G) bool, the groups' keys -> (N, G) fp32 in [0, 1]."""
@@ -109,7 +129,7 @@ class Norms:
             return
         for term, values in parts.items():
             for key, own in zip(keys, values.tolist(), strict=True):
-                if (key, term) in self.table and not self.table[key, term].zero_one:
+                if (key, term) in self.table:  # also one that was 0 or 1 throughout: the next answers may be others
                     self.seen.setdefault((key, term), []).extend(own)
         self.steps += 1
         if self.steps == self.settings.refresh:
@@ -130,10 +150,12 @@ class Norms:
             table, steps, seen = read_rows(state["table"]), state["steps"], state["seen"]
             if table.keys() != self.table.keys():
                 raise InputError(f"its table is not of the rows of {self.name}; restore it")
+            if not self.settings.refresh and table != self.table:
+                raise InputError(f"its table is not that of {self.name}, and without refresh it stays; restore it")
             if type(steps) is not int or not 0 <= steps < max(self.settings.refresh, 1):
                 raise InputError(f"steps must be from 0 to {self.settings.refresh} (refresh), not {short(steps)}")
             entries = isinstance(seen, list) and [
-                isinstance(entry, list) and len(entry) == 4 and isinstance(entry[3], list) for entry in seen
+                isinstance(entry, list) and [type(part) for part in entry] == [str, str, str, list] for entry in seen
             ]
             if entries is False or not all(entries):
                 raise InputError("seen must be a list of [dataset, task, reward, [value, ...]]")
@@ -151,7 +173,7 @@ def rows_of(table: dict[tuple[Key, str], Quartiles]) -> list[dict]:
 
 
 def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and bool(np.isfinite(value))
+    return type(value) in (int, float) and abs(value) < 1e100  # neither NaN nor what no difference can be taken of
 
 
 def read_rows(rows: Any) -> dict[tuple[Key, str], Quartiles]:
@@ -198,7 +220,21 @@ def read_norms(text: str, model: str) -> Norms:
             raise InputError(
                 f"its quartiles are those of another policy than --model; {remedy}, or say --normalise {name}:model=any"
             )
-    return Norms(table, chosen, name, hashlib.sha256(Path(file).read_bytes()).hexdigest())
+    return Norms(table, chosen, name, hashlib.sha256(Path(file).read_bytes()).hexdigest(), made_by)
+
+
+def read_alike(text: str, folder: Path) -> Norms:
+    """read_norms() on every rank, of its own copy of the policy in `folder`. InputError on all where one cannot, or has
+    another file: each computes all rewards, and they must be the same."""
+    found: list[Norms] = []
+
+    def read() -> str:
+        found.append(read_norms(text, fingerprint(folder)))
+        return found[0].sha256
+
+    if len(set(ranks.gather_objects(read))) > 1:
+        raise InputError(f"--normalise {found[0].name}: is not the same file on all ranks; give them one")
+    return found[0]
 
 
 def fingerprint(folder: Path) -> str:

@@ -149,7 +149,8 @@ class Schedules:
     def observe(self, scores) -> dict[tuple[str, str], Decision]:
         """A step's rollout.GroupScores, once combined; a schedule of which there is none sees that too."""
         if self.norms:
-            self.norms.observe(scores.keys, scores.parts)
+            valid = scores.reason == 0
+            self.norms.observe(scores.keys, {name: part.where(valid, 0.0) for name, part in scores.parts.items()})
         groups = scores.by_key()
         return {key: schedule.observe(groups.get(key, [])) for key, schedule in self.of.items()}
 

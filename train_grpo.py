@@ -33,7 +33,7 @@ from errors import read_object
 from knowledge import Knowledge
 from loss import BatchTotals, completion_mask, grpo_loss, mask_overlong
 from model import Policy, Prefix, collate
-from norms import fingerprint, read_norms
+from norms import read_alike
 from prompts import Processor, default_prompt
 from rewards import Schedules, combine, group_advantage, read_weights
 from rollout import GroupScores, Rollout, Rounds, sample, score, share
@@ -292,8 +292,9 @@ def train(args, ending: ExitStack) -> None:
     stream = Stream(samples, processor, bad, *sizes, args.seed, readers)
     grpo, norms = algorithm(args), None
     if args.normalise:
-        norms = read_norms(args.normalise, ranks.gather_objects(lambda: fingerprint(base))[0])
-        for words in norms.check(stream.keys, list(grpo.weights)):
+        norms = read_alike(args.normalise, base)
+        asked = {"tasks": sorted(args.tasks or ())} | {n: getattr(args, n) for n in ("prompt", "temperature")}
+        for words in norms.check(stream.keys, list(grpo.weights), asked):
             ranks.print0(words)
     schedules = Schedules(args.schedule, stream.keys, args.steps, norms)
     run = Run(args, out, policy, actor, processor, optimizer, stream, schedules, val, planned.evaluation, bad, ending)

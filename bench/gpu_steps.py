@@ -174,6 +174,21 @@ def whole_step(sizes: Sizes) -> None:
     raise SystemExit(1)
 
 
+def flops_of(sizes: Sizes, run: plan.Run) -> float:
+    """Of a step, as bench.scale counts them, without what the run does not do: a frozen tower looks once for all and
+    has no backward pass, and with beta 0 there is no reference."""
+    reuse = run.micro >= sizes.case.prompts
+    parts = scale.step_flops(sizes.config, replace(sizes.case, prompts=1, reuse=reuse))
+    looks = 3 - reuse  # rollout and reference, and the update, where it starts anew
+    look = parts["vision"] / looks
+    total = sum(parts.values()) - (0 if run.reference else parts["reference"])
+    if run.freeze_vision:
+        total -= (looks - 1) * look + 2 * look
+    elif not run.reference:
+        total -= look
+    return sizes.case.prompts * total
+
+
 def measure_step(sizes: Sizes, run: plan.Run) -> None:
     flags = ["--micro-batch", str(run.micro), "--device", DEVICE, *["--freeze-vision"] * run.freeze_vision]
     args = scale.flags_of(sizes.case, *flags, *["--beta", "0"] * (not run.reference))
@@ -194,8 +209,7 @@ def measure_step(sizes: Sizes, run: plan.Run) -> None:
         say(f"step {number + 1}: {times[-1]:.2f} s, of it update {metrics['seconds_update']:.2f}")
     case = sizes.case
     made = case.prompts * case.group * case.completion
-    flops = sum(scale.step_flops(sizes.config, replace(case, prompts=1, reuse=run.micro >= case.prompts)).values())
-    rate = flops * case.prompts / min(times)
+    rate = flops_of(sizes, run) / min(times)
     each = f"{made / min(times):.0f} new tokens/s, {rate / 1e12:.3g} TFLOP/s as bench.scale counts"
     say(f"a step: {min(times):.2f} s, {each}")
     if CUDA:
@@ -211,17 +225,24 @@ def measure_step(sizes: Sizes, run: plan.Run) -> None:
 
 def plain(sizes: Sizes) -> None:
     """As step_programs.Plain, for a GPU: bf16 throughout, a prompt's rows at a time, gradient checkpointing. (bf16
-    weights and moments, which fp32 ones do not fit beside: kinder to its time and memory than ours are to ours.)"""
+    weights and moments, which fp32 ones do not fit beside: kinder to its time and memory than ours are to ours.) What
+    is trained is what whole_step() tries first on this device."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     case, config = sizes.case, Qwen2_5_VLConfig.from_dict(sizes.raw)
+    words, run = next(iter(ways(sizes, plan.free_memory(DEVICE)).items()))
+    say(words)
     torch.manual_seed(0)
     warnings.simplefilter("ignore", FutureWarning)  # of a method's new name, which older versions do not have
     with torch.device(DEVICE):
-        policy, reference = (Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16) for _ in range(2))
+        made = (Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16) for _ in range(1 + run.reference))
+        policy, *reference = made
     policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    reference.requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+    for each in reference:
+        each.requires_grad_(False).eval()
+    policy.model.visual.requires_grad_(not run.freeze_vision)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0, fused=True)
     prompts, image, group = case.batch(sizes.config), sizes.config.image_token_id, case.group
     for prompt in prompts:  # some versions of transformers count pictures by this token
         prompt.ids = prompt.ids.clone()
@@ -248,10 +269,11 @@ def plain(sizes: Sizes) -> None:
         for prompt, own in zip(prompts, ids, strict=True):
             rows = rows_of([prompt] * group)
             with torch.no_grad():
-                logp_ref = step_programs.plain_logprobs(reference, rows, own)
+                logp_ref = [step_programs.plain_logprobs(each, rows, own) for each in reference]
             logp = step_programs.plain_logprobs(policy, rows, own)
+            logp_ref = logp_ref[0] if logp_ref else logp.detach()  # without one there is no KL
             (step_programs.plain_loss(logp, logp_ref, signs) / case.prompts).backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         return took
 

@@ -283,6 +283,8 @@ def step_of(
     signs[1::2] = -1
 
     def step() -> dict:
+        for prompt in prompts:
+            prompt.image_tokens = None  # a trainer's prompts are new in each step: a frozen tower looks at them again
         roll, prefix = sample(policy if grpo.one_pass else None, actor, processor, prompts, numbers, grpo)
         roll.advantage = signs.view(case.prompts, -1)
         metrics = update(policy, reference, optimizer, roll, prefix if case.reuse else None, grpo)

@@ -175,7 +175,7 @@ class Panel:
 
 def small_panels(runs: list[Run]) -> list[Panel]:
     """Row by row. What decisions were made on is never smoothed: it would cross its bound at another step."""
-    keys = {key for run in runs for row in run.rows for key in row if key.startswith("reward_")}
+    keys = {key for run in runs for row in run.rows for key in row if re.fullmatch("reward_[^/]+|group_std", key)}
     rewards = sorted(keys, key=lambda key: (key != "reward_mean", key))  # the whole before its parts
     hits = {"hit_rate": "hit rate", "sigma": "sigma, its spread over groups"}
     bad = {"zero_spread": "groups of equal reward", "parse_failures": "not read", "truncated": "cut off",

@@ -58,25 +58,26 @@ def rollout_metrics(everyone: GroupScores, taus: dict[tuple[str, str], float | N
             "tokens": int(everyone.length.sum()),
             "groups": len(everyone.u),
         }
-        | key_metrics(everyone)
+        | key_metrics(everyone, list(taus))
     )
 
 
-def key_metrics(everyone: GroupScores) -> dict:
+def key_metrics(everyone: GroupScores, keys: list[tuple[str, str]]) -> dict:
     """With several (dataset, task): what each has of the step, u_mean/ham10000/box and so on. advantage_share: of the
-    sum of |A|, so of what moves the policy."""
-    keys, row = sorted(set(everyone.keys)), {}
+    sum of |A|, so of what moves the policy. One that the step has no group of has 0 of it: left out, a mean over steps
+    would be one over those that it is in."""
+    row: dict = {}
     if len(keys) < 2:
         return row
     total = everyone.advantage.abs().sum().item()
     for key in keys:
         own, end = torch.tensor([other == key for other in everyone.keys]), "/" + "/".join(key)
-        reward = everyone.reward[own]
+        reward, some = everyone.reward[own], bool(own.any())
         row |= {
-            "u_mean" + end: everyone.u[own].mean().item(),
-            "reward_mean" + end: reward.mean().item(),
-            "group_std" + end: reward.std(1).mean().item(),
-            "zero_spread" + end: 1 - everyone.spread[own].float().mean().item(),
+            "u_mean" + end: everyone.u[own].mean().item() if some else None,
+            "reward_mean" + end: reward.mean().item() if some else None,
+            "group_std" + end: reward.std(1).mean().item() if some else None,
+            "zero_spread" + end: 1 - everyone.spread[own].float().mean().item() if some else None,
             "advantage_share" + end: everyone.advantage[own].abs().sum().item() / total if total else None,
             "groups" + end: len(reward),
         }

@@ -13,9 +13,10 @@ Nothing here decides what is learned. Numbers are global; times, memory, samples
 import json
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -53,6 +54,13 @@ from tasks import TASKS
 
 LINES = "metrics.jsonl", "samples.jsonl"
 SAMPLES_EVERY = 20  # steps between lines of samples.jsonl, each with an overlay; the first step has one too
+SUMMARY = {  # of each dataset at a run's end: metric -> in words
+    "u_mean": "u",
+    "reward_mean": "reward",
+    "group_std": "its std in a group",
+    "zero_spread": "dead groups",
+    "advantage_share": "share of |A|",
+}
 PATIENCE = 5  # steps with a non-finite loss or gradient in a row before the run stops
 
 
@@ -80,16 +88,19 @@ def begin(args, program: str, ending: ExitStack) -> tuple[Path, Path | None]:
 
 
 def by_dataset(metrics: Path, steps: int = 20) -> list[str]:
-    """Of a run with several (dataset, task) a line for each: u and share of |A| over the first and the last steps."""
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    """Of a run with several (dataset, task) a line for each: how SUMMARY was over the first and the last steps."""
+    with open(metrics, encoding="utf-8") as file:  # line by line: of a long run it may not fit into the memory
+        first = [json.loads(line) for line in islice(file, steps)]
+        last = deque(first, steps)
+        last.extend(map(json.loads, deque(file, steps)))
     lines = []
-    for key in (name.removeprefix("u_mean/") for name in rows[-1] if name.startswith("u_mean/")):
+    for key in (name.removeprefix("u_mean/") for name in (last or [{}])[-1] if name.startswith("u_mean/")):
         words = []
-        for name in ("u_mean", "advantage_share"):
-            ends = ([row.get(f"{name}/{key}") for row in part] for part in (rows[:steps], rows[-steps:]))
-            means = [fmean([value for value in end if value is not None] or [0.0]) for end in ends]
-            words.append(f"{means[0]:.3f} -> {means[1]:.3f}")
-        lines.append(f"{key}: u {words[0]}, share of |A| {words[1]} (means of {min(steps, len(rows))} steps)")
+        for name, said in SUMMARY.items():
+            ends = ([row.get(f"{name}/{key}") for row in part] for part in (first, last))
+            known = ([value for value in end if value is not None] for end in ends)
+            words.append(f"{said} " + " -> ".join(f"{fmean(values):.3f}" if values else "-" for values in known))
+        lines.append(f"{key}: {', '.join(words)} (means of {len(last)} steps)")
     return lines
 
 

@@ -101,7 +101,7 @@ class Mixture(Sampler):
 
 def sampler_of(samples: list[Sample], batch_size: int, seed: int) -> Sampler:
     """By the weights that --data gives its files, or of all samples alike. InputError if a dataset has two weights, or
-    only some have one."""
+    only some have one, or there is one dataset only: files of one name are one, unless their records name theirs."""
     weights: dict[str, float | None] = {}
     for sample in samples:
         if weights.setdefault(sample.dataset, sample.weight) != sample.weight:
@@ -110,6 +110,9 @@ def sampler_of(samples: list[Sample], batch_size: int, seed: int) -> Sampler:
         return Sampler(len(samples), batch_size, seed)
     if without := [name for name, weight in weights.items() if weight is None]:
         raise InputError(f"--data: dataset {without[0]!r} has no weight, others have; write FILE=WEIGHT for each")
+    if len(weights) == 1:
+        only = f"all records are of dataset {min(weights)!r}, so its weight changes nothing"
+        raise InputError(f"--data: {only}; drop it, or name the datasets apart (field 'dataset', or the files' names)")
     return Mixture([sample.dataset for sample in samples], weights, batch_size, seed)
 
 

@@ -48,7 +48,7 @@ def test_help_lists_each_flag_with_its_default_and_each_schedule_with_reasons(ca
     assert "(default 0.0001, paper's recipe 1e-06)" in " ".join(texts[0].split())
     assert "(default 0.0005)" in texts[1] and "(default out-eval)" in texts[2]
     assert all(f"{name}\n" in texts[3] for name in scheduler.SCHEDULES) and "min_margin=0.1  (s) Delta" in texts[3]
-    assert "\n--tasks\nbox\nlabel\ngrade\n  ordinal=power  " in texts[3]
+    assert "\n--tasks\nbox\nboxes\n  u=iou  " in texts[3] and "\nlabel\ngrade\n  ordinal=power  " in texts[3]
 
 
 def test_given_flags_go_before_the_recipe_and_that_before_the_rows():
@@ -72,6 +72,8 @@ def test_values_of_several_words_and_settings_behind_names():
     assert config.read_loss("dapo:kl=k3+,overlong=mask") == ("dapo", "k3+", "mask")
     assert parse("--loss=dr-grpo:overlong=mask").advantage == "none" and parse("--loss=dapo").advantage == "std"
     assert parse("--loss=dr-grpo", "--advantage=std").advantage == "std"
+    assert parse("--combine=gdpo", "--rewards=task=1,format=1").advantage == "batch"
+    parse("--rewards=task=0,format=1", "--normalise=n.json")  # without a word on the schedule, which does not count
     assert parse("--clip", ".1", ".3", "--inner-steps=2").clip == [0.1, 0.3]
     assert parse().checkpointing is None and parse("--no-checkpointing").checkpointing is False
 
@@ -129,6 +131,12 @@ REFUSED = {
     "nothing to recite": (["--rewards=task=1,recite=-.5"], "recite has nothing to recite without --knowledge"),
     "a setting of no task": (["--tasks", "grade:slope=2"], "--tasks grade: 'slope=2' is none of its settings"),
     "normalised hits": (["--normalise=n.json"], "--normalise is for --schedule raw: a reward of medloc is 0 or 1"),
+    "the temperature of greedy answers": (
+        ["--write-norms=n.json", "--samples=0", "--temperature=.9"],
+        "--temperature changes nothing beside --samples 0",
+        EVAL,
+    ),
+    "norms of answers that are there": (["--write-norms=", "--predictions=p"], "--write-norms asks a policy", EVAL),
     "a query of nothing": (["--image=a.png", "--query="], "--query: ", EVAL),
 }
 

@@ -149,6 +149,35 @@ def test_the_whole_step_is_planned_with_as_few_concessions_as_fit(monkeypatch):
     assert not last.reference and not last.fits(10 * plan.GB)
 
 
+def test_the_step_by_hand_trains_what_ours_would(monkeypatch, capsys):
+    sizes, counts, adamw = gpu_steps.sizes_of(True), [], torch.optim.AdamW
+    runs = gpu_steps.ways(sizes, 10 * plan.GB)
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda p, **said: counts.append(sum(x.numel() for x in p)) or adamw(p, **said)
+    )
+    monkeypatch.setattr(gpu_steps, "STEPS", 2)
+    for words, run in list(runs.items())[::2]:  # all trained, with a reference; neither
+        monkeypatch.setattr(gpu_steps, "ways", lambda *_, words=words, run=run: {words: run})
+        gpu_steps.plain(sizes)
+        assert capsys.readouterr().out.startswith(words)
+    n = plan.count(sizes.config)
+    assert counts == [n["all"], n["all"] - n["vision"]]
+
+
+@pytest.mark.parametrize("flags", [["--beta", "0"], ["--freeze-vision"], ["--freeze-vision", "--beta", "0"]])
+def test_a_step_is_counted_as_it_runs_the_second_one_too(flags):
+    """A frozen tower looks in every step, as at a trainer's prompts, which are new each time."""
+    sizes = gpu_steps.sizes_of(True)
+    frozen, reference = "--freeze-vision" in flags, "--beta" not in flags
+    run = plan.Run(sizes.config, 1, 1, 2, 2, 2, 4, 4, freeze_vision=frozen, reference=reference)
+    step, found = scale.trainer_step(sizes.case, *flags), []
+    for _ in range(2):
+        with scale.counted() as counter:
+            step()
+        found.append(counter.get_total_flops())
+    assert found[0] == found[1] == pytest.approx(gpu_steps.flops_of(sizes, run), rel=0.1)  # not of the pixels
+
+
 def test_a_plan_that_was_wrong_is_said_and_the_next_way_is_tried(monkeypatch, capsys):
     tried = []
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ from programs import grpo, lines, run, small, without_times  # noqa: F401
 
 import eval as evaluation
 import kernels
+import ranks
 import train_grpo
 from data import first_of_each, load_samples, parts_of, phantom_samples
 from errors import InputError
-from norms import LEAST, Normalise, Norms, Quartiles, fingerprint, logistic, read_norms, rows_of, split
+from norms import LEAST, Normalise, Norms, Quartiles, fingerprint, logistic, read_alike, read_norms, rows_of, split
 from rewards import Schedules, combine, group_advantage
 from rollout import GroupScores
+from runtime.metrics import key_metrics
 from runtime.run import by_dataset
 from runtime.stream import Mixture, Sampler, sampler_of
 from tasks import TASKS
@@ -97,6 +100,48 @@ def test_a_refresh_takes_the_quartiles_of_its_own_steps_and_resumes_in_the_middl
     assert whole.table[EASY, "format"].zero_one and frozen.table == TABLE
 
 
+def test_a_reward_that_was_0_or_1_for_a_while_is_normalised_once_it_is_neither():
+    """A hard dataset begins with nothing but zeros, and a policy may fall back there."""
+    table = {(HARD, "task"): Quartiles(0.0, 0.0, 0.0, 100, 0.0, True)}
+    made = norms("refresh=1", table)
+    for u, zero_one in ((torch.rand(4, 8), False), (torch.zeros(4, 8), True), (torch.rand(4, 8), False)):
+        made.observe([HARD] * 4, {"task": u})
+        assert made.table[HARD, "task"].zero_one == zero_one
+
+
+def test_quartiles_count_0_for_what_cannot_be_read():
+    """Its u is 0 by itself; the words that it recites are not."""
+    made = Schedules(["raw"], [EASY], 10, norms("refresh=9", TABLE | {(EASY, "recite"): Quartiles(0.1, 0.2, 0.3, 99)}))
+    step = scores(torch.tensor([[-1.0, 0.5]]), [EASY], recite=torch.tensor([[0.7, 0.4]]))
+    combine(step, made, {"task": 1.0, "recite": 1.0})
+    step.u = step.u.clamp(min=0)  # what says here that it cannot be read
+    made.observe(step)
+    assert made.norms.seen[EASY, "recite"] == [0.0, pytest.approx(0.4)]
+    assert made.norms.seen[EASY, "task"] == [0.0, 0.5]
+
+
+def test_other_settings_and_quartiles_too_close_are_said():
+    table = {(EASY, "task"): Quartiles(0.4, 0.6, 0.7, 100), (HARD, "task"): Quartiles(0.0, 0.0, 0.01, 100)}
+    made = norms("", table)
+    made.made_by = {"samples": 4, "temperature": 1.0, "prompt": "answer", "model": "m"}
+    run = {"temperature": 0.9, "prompt": "answer", "tasks": []}
+    assert made.check([EASY, HARD], ["task"], run) == [
+        "min_iqr 0.02 stands for p75 - p25, which is smaller: hard/box: task",
+        "warning: --normalise n.json is of answers under other settings: temperature 1.0, here 0.9",
+    ]
+    made.made_by["samples"] = 0  # greedy
+    assert made.check([EASY], ["task"], run) == []
+
+
+def test_a_file_that_is_another_on_one_rank_is_refused_on_all(tmp_path, monkeypatch):
+    file = tmp_path / "n.json"
+    file.write_text(json.dumps({"made_by": {"model": fingerprint(NANO)}, "table": rows_of(TABLE)}))
+    assert read_alike(str(file), NANO).table == TABLE
+    monkeypatch.setattr(ranks, "gather_objects", lambda work: [work(), "another"])
+    with pytest.raises(InputError, match="n.json: is not the same file on all ranks"):
+        read_alike(str(file), NANO)
+
+
 def test_a_state_of_another_file_or_run_is_refused():
     state = norms("refresh=3").state_dict()
     for changes, words in (
@@ -106,11 +151,17 @@ def test_a_state_of_another_file_or_run_is_refused():
         ({"seen": [["easy", "box", "task"]]}, "seen must be a list of"),
         ({"seen": [["easy", "box", "task", [float("nan")]]]}, "seen must hold finite numbers"),
         ({"seen": [["sea", "box", "task", [1.0]]]}, "seen must hold finite numbers of rows that are in the table"),
+        ({"seen": [[["easy"], "box", "task", [1.0]]]}, "seen must be a list of"),
+        ({"seen": [["easy", "box", "task", [10**400]]]}, "seen must hold finite numbers"),
         ({"table": state["table"][:1]}, "its table is not of the rows of n.json"),
         ({"table": [state["table"][0] | {"p25": 9.0}]}, "row 1 of 'table': p25, p50 and p75 must be rising"),
     ):
         with pytest.raises(InputError, match=f"t: field 'norms': .*{words}"):
             norms("refresh=3").load_state_dict(state | changes, "t")
+    other = [state["table"][0] | {"p25": 0.1}, *state["table"][1:]]
+    norms("refresh=3").load_state_dict(state | {"table": other}, "t")
+    with pytest.raises(InputError, match="its table is not that of n.json, and without refresh it stays"):
+        norms().load_state_dict(state | {"table": other}, "t")
     with pytest.raises(InputError, match="must hold sha256, steps, table and seen, not None"):
         norms().load_state_dict(None, "t")
 
@@ -122,6 +173,7 @@ def test_a_state_of_another_file_or_run_is_refused():
         ({"table": [{"p25": 1}]}, "", "row 1 of 'table': must have the fields dataset, task, reward, p25"),
         ({"table": "ROWS", "n": 29}, "", "row 1 of 'table': n must be at least 30 answers, not 29"),
         ({"table": "ROWS", "p75": float("nan")}, "", "p25, p50 and p75 must be rising finite numbers"),
+        ({"table": "ROWS", "p75": 10**400}, "", "p25, p50 and p75 must be rising finite numbers"),
         ({"table": "ROWS", "invalid": 2}, "", "row 1 of 'table': invalid must be from 0 to 1"),
         ({"table": "ROWS", "twice": True}, "", "easy/box/task is there twice"),
         ({"table": "ROWS", "made_by": {}}, "", "field 'made_by' must say of which model it is"),
@@ -211,6 +263,34 @@ def test_the_batch_s_spread_is_that_of_all_rewards_and_flat_groups_are_0():
     torch.testing.assert_close(group_advantage(reward[order], "batch"), found[order])
 
 
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_a_step_without_a_dataset_counts_as_none_of_its_share(tmp_path):
+    """Else the share of a rare one would be that of the steps that it is in."""
+    torch.manual_seed(0)
+    rows = []
+    for step, keys in enumerate(([EASY, EASY], [EASY, HARD], [HARD, HARD], [EASY, EASY]), 1):
+        everyone = scores(torch.rand(2, 4), keys)
+        everyone.reward, everyone.advantage = everyone.u, torch.ones(2, 4)
+        rows.append({"step": step} | key_metrics(everyone, [EASY, HARD]))
+    assert all(row.keys() == rows[0].keys() for row in rows)
+    assert [row["advantage_share/hard/box"] for row in rows] == [0.0, 0.5, 1.0, 0.0]
+    assert [row["groups/hard/box"] for row in rows] == [0, 1, 2, 0]
+    assert rows[0]["u_mean/hard/box"] is None and rows[0]["group_std/hard/box"] is None
+    assert key_metrics(everyone, [EASY]) == {}
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = dict(line.split(": ", 1) for line in by_dataset(file))
+    assert said["hard/box"].endswith("share of |A| 0.375 -> 0.375 (means of 4 steps)")
+    assert (
+        "share of |A| 0.000 -> 0.000 (means of 1 steps)" in by_dataset(file, 1)[1]
+        and "u - -> -" in by_dataset(file, 1)[1]
+    )
+    file.write_text("")  # lost, and the run had all of its steps
+    assert by_dataset(file) == []
+
+
 # ------------------------------------------------------------------------------------------------------------- mixture
 
 
@@ -248,6 +328,10 @@ def test_data_says_what_weighs_how_much(tmp_path):
     for spec, words in (
         ("phantoms:xray=1,phantoms:dermoscopy", "dataset 'phantoms-dermoscopy' has no weight, others have"),
         ("phantoms:xray=1,phantoms:xray=2", "dataset 'phantoms-xray' has two weights"),
+        (
+            "phantoms:xray=1,phantoms:xray=1",
+            "all records are of dataset 'phantoms-xray', so its weight changes nothing",
+        ),
     ):
         with pytest.raises(InputError, match=words):
             sampler_of(load_samples(spec, TASKS, 0, "train"), 4, 0)
@@ -287,7 +371,15 @@ def test_norms_are_those_of_the_sampled_answers(tmp_path):
     flags = ["--data", "phantoms:xray", "--limit", "2", "--out", out, "--write-norms", str(tmp_path / "few.json")]
     said = run(evaluation, *flags, expect=2)
     assert "phantoms-xray/box has 8 answers, quartiles want 30; give more --data, or more --samples" in said
-    assert not (tmp_path / "few.json").exists()
+    assert not (tmp_path / "few.json").exists() and not list((tmp_path / "e2").iterdir())  # before anything is asked
+    flags[-1] = str(tmp_path / "gone" / "n.json")
+    assert "n.json: name a file in a folder that exists" in run(evaluation, *flags, expect=2)
+
+
+def test_other_targets_are_other_data():
+    (sample,) = phantom_samples("xray", 0, 0, 1)
+    hashes = [evaluation.digest([replace(sample, **c)]) for c in ({}, {"target": (1.0, 2.0, 3.0, 4.0)}, {"query": "q"})]
+    assert len(set(hashes)) == 3 and evaluation.digest([replace(sample)]) == hashes[0]
 
 
 def test_a_mixture_with_norms_resumes_bit_by_bit_in_the_middle_of_a_refresh(tmp_path):

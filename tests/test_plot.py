@@ -20,7 +20,7 @@ SCRIPT = Path(plot.__file__)
 drawn = pytest.mark.skipif(find_spec("matplotlib") is None, reason='needs matplotlib: pip install -e ".[plot]"')
 
 KEYS = (  # every key that a panel draws as it stands
-    "tau hit_rate sigma margin u_mean u_q50 reward_mean reward_iou reward_format zero_spread parse_failures "
+    "tau hit_rate sigma margin u_mean u_q50 reward_mean reward_iou reward_format group_std zero_spread parse_failures "
     "truncated advantage_share clip_low clip_high entropy kl loss grad_norm seconds_rollout seconds_update"
 ).split()
 RAISED = "hit rate .821 >= .800", "sigma .185 <= .200", "margin .173 >= .100"
@@ -159,6 +159,10 @@ def test_recorded_names_are_todays_and_each_schedule_has_its_own_curves(tmp_path
     assert [run.name for run in runs] == ["two ham/box", "two isic/box"]
     assert [(run.rows[0]["tau"], run.rows[0]["loss"]) for run in runs] == [(0.3, 0.2), (0.45, 0.2)]
     assert runs[0].rows[0]["margin"] == 0.1 and "margin" not in runs[1].rows[0]
+    row |= {"reward_mean": 0.6, "reward_mean/ham/box": 0.7, "reward_mean/isic/box": 0.5}
+    runs = plot.by_key(plot.read_run(write(tmp_path / "mixed", [row]), "mixed"))
+    assert [run.rows[0]["reward_mean"] for run in runs] == [0.7, 0.5]
+    assert all("/" not in key for panel in plot.small_panels(runs) for key in panel.lines)  # each has its own alone
 
 
 @drawn

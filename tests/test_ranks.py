@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
+from norms import Quartiles, fingerprint, write_norms
 from runtime.stream import Sampler
+from weights import NANO
 
 SMALL = "--group-size 4 --max-tokens 18 --eval-limit 2 --workers 0 --lr 1e-3"
 EASY = "check_stability=off,check_margin=off,stages=0:.3:1/.6:.3:1/.75:.3:1"
@@ -161,6 +163,27 @@ def assert_same_run(one: Path, several: Path, size: int) -> None:
 @pytest.mark.parametrize("name", marked(CASES))
 def test_two_ranks_are_one(name, alone, two):
     assert_same_run(alone[name], two[name], 2)
+
+
+def test_a_mixture_with_norms_is_the_same_run_on_two_ranks(tmp_path):
+    """Which places are whose, quartiles taken anew, the batch's spread, groups that are replaced, each dataset's share
+    of |A|, which no rank has by itself."""
+    keys = [("phantoms-ultrasound", "box"), ("phantoms-xray", "box")]
+    table = {(key, "task"): Quartiles(0.15, 0.2, 0.3, 99) for key in keys}
+    write_norms(tmp_path / "n.json", table, {"model": fingerprint(NANO)})
+    said = "--data phantoms:xray=1 phantoms:ultrasound=3 --schedule raw --advantage batch --batch-size 5 --steps 3"
+    words = [*SMALL.split(), *said.split(), "--dynamic-sampling", "1", "--normalise", f"{tmp_path}/n.json:refresh=2"]
+    words += ["--group-size", "8", "--temperature", ".1"]
+    outs = []
+    for size in (1, 2):
+        (tmp_path / str(size)).mkdir()
+        outs += run_cases(size, [("mixture", words)], tmp_path / str(size)).values()
+    expected, found = (without_times(lines(out / "metrics.jsonl")) for out in outs)
+    for a, b in zip(expected, found, strict=True):
+        assert b == {key: pytest.approx(v, rel=1e-9, abs=1e-9) if isinstance(v, float) else v for key, v in a.items()}
+    assert expected[-1]["drawn"] > 15 and "advantage_share/phantoms-xray/box" in expected[0]
+    one, two = (json.loads((out / "step-000003" / "trainer.json").read_text())["norms"] for out in outs)
+    assert one == two and one["steps"] == 1 and [row["n"] for row in one["table"]] != [99, 99]
 
 
 def test_the_cases_are_what_they_are_meant_to_be(alone, two):
