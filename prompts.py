@@ -6,6 +6,7 @@ tests/ holds both. What a question says is its task's to decide (tasks/); here i
 Left out: several pictures a prompt, augmentation. Nothing is truncated: a prompt that is too long is an InputError.
 """
 
+import faulthandler
 import json
 import math
 import os
@@ -180,6 +181,7 @@ def _limit(seconds: int, memory: int) -> None:
     import resource  # not on Windows
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a thread per core would take memory of its own
+    faulthandler.disable()  # of pytest's, which would tell of the child's end on a copy of standard error
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)

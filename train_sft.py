@@ -103,7 +103,7 @@ def answer_of(prompt: Prompt, processor: Processor, settings: Sft, step: int, in
 
 def sft(
     policy: Policy, processor: Processor, optimizer: torch.optim.Optimizer, samples: list[Sample], settings: Sft,
-    readers: Readers, first: int = 0, say: Callable[..., str] = answer_of,
+    readers: Readers, first: int = 0, say: Callable[..., str] | None = None,
 ) -> Iterator[dict]:  # fmt: skip
     """Train the policy in place from step `first` on: AdamW, linear warm-up, cosine to a twentieth. -> each step's
     metrics, once it is done. Ends early, its step dropped, where errors.asked_to_stop. say: what stands in answer_of's
@@ -122,7 +122,7 @@ def sft(
         prompts, answers = [], []
         for index, view in islice(views, size):
             prompts.append(processor.prompt(samples[index], view))
-            text = say(prompts[-1], processor, settings, step, index)
+            text = (say or answer_of)(prompts[-1], processor, settings, step, index)
             answers.append(torch.tensor([*processor.tokenizer.encode(text, add_special_tokens=False), eos]))
         loss_sum, tokens = 0.0, sum(map(len, answers))
         optimizer.zero_grad(set_to_none=True)

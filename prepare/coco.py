@@ -166,11 +166,11 @@ def read_file(file: Path, args, report) -> list[Entry]:
                 seen.add(name)
                 some = of_image.pop(name, [])
                 made = objects(image, folder, some, classes, split, args.allow_outside)
-                entries += made if some or args.group else []
+                entries += made if some or args.grouped else []
         except InputError as error:
             report.bad.add(where, error)
             continue
-        if not some and not args.group:
+        if not some and not args.grouped:
             report.note("left out, nothing is marked in the picture", where)
         for place, annotation in some:
             if not annotation.get("bbox"):

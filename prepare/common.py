@@ -32,7 +32,7 @@ from errors import InputError, named, one_line, read_json
 from eval import overlay, sheet
 from images import Box, Sample, size_and_orientation
 from prepare.boxes import as_displayed, drawn_as_stored, mask_box
-from prepare.grouped import grouped, part
+from prepare.grouped import grouped, grouped_flags
 from prepare.layout import folder_of, words
 from tasks import TASKS
 
@@ -250,7 +250,7 @@ def records_of(image: Path, entries: list[Entry], phrase: Callable, args, report
             report.note(f"left out, class '{one_line(entry.label)}' has no phrase in --query", entry.source)
             continue
         if entry.crowd:
-            if not args.group:
+            if not args.grouped:
                 report.note("left out, a crowd in one box", entry.source)
             crowded.add(query)
         with named(entry.source):
@@ -261,7 +261,7 @@ def records_of(image: Path, entries: list[Entry], phrase: Callable, args, report
         elif box or entry.crowd:
             of_phrase.append((box, entry.split))
     start, records = start_of(image, size, args.out), []
-    if args.group:
+    if args.grouped:
         return grouped(found, crowded, entries[0].split, start, args, report, image)
     for query, boxes in found.items():
         if not args.all and len({box for box, _ in boxes}) > 1:
@@ -333,7 +333,7 @@ def _convert(args, read: Callable, records: Callable, kinds: tuple[str, ...]) ->
     splits = {f"{kind}{split}": [] for kind in kinds for split in found}
     for split in splits:
         free(args.out / f"{split}.jsonl", args.overwrite)
-    args.phrases = sorted({phrase(entry) or "" for entry in entries if not entry.empty} - {""}) if args.group else ()
+    args.phrases = sorted({phrase(entry) or "" for entry in entries if not entry.empty} - {""}) if args.grouped else ()
     look(entries, partial(records, phrase=phrase, args=args), splits, report)
     for line in report.lines(home):
         tqdm.write(line)
@@ -427,8 +427,7 @@ def parser(
     flag("--dataset", help="name in the records; default: the folder's")
     if boxes:
         flag("--all", action="store_true", help="keep several objects of one phrase, a record for each")
-        flag("--group", action="store_true", help="a record a picture and phrase, with all its boxes: task boxes")
-        flag("--negatives", type=part, default=0, help="with --group: this share of the pictures without an object")
+        grouped_flags(flag)
         flag("--clip-boxes", action="store_true", help="cut boxes that reach over the picture's edge, and count them")
     flag("--val", type=share, default=0, help="make new splits: this share of the pictures, copies together, for val")
     flag("--test", type=share, default=0, help="and this share for test")
@@ -438,7 +437,7 @@ def parser(
     flag("--skip-bad", type=int, default=0, help="pictures that may be unusable; they are left out and listed")
     flag("--overlay", type=png, help="a PNG of some pictures with what their records say: look at it")
     flag("--overwrite", action="store_true", help="replace train.jsonl ... if they are there")
-    made.set_defaults(query=None, frame="displayed", group=False, negatives=0.0)
+    made.set_defaults(query=None, frame="displayed", grouped=False, negatives=0.0)
     if query is not None:
         note = "phrase: a text, {class} and {folder} stand for names; or a JSON file {class: phrase}"
         flag("--query", default=query, required=not query, help=note + (f"; default {query!r}" if query else ""))

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+from collections.abc import Callable
 
 
 def part(text: str) -> float:
@@ -10,6 +11,12 @@ def part(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError("must be from 0 to 1")
     return value
+
+
+def grouped_flags(flag: Callable) -> None:
+    what = "a record a picture and phrase, with all its boxes: task boxes"
+    flag("--group", dest="grouped", action="store_true", help=what)
+    flag("--negatives", type=part, default=0, help="with --group: this share of the pictures without an object")
 
 
 def chosen(share: float, image: str, query: str, seed: int) -> bool:

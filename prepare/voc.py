@@ -95,7 +95,7 @@ def read(args, report) -> list[Entry]:
         except InputError as error:
             report.bad.add(str(file), error)
             continue
-        if some[0].empty and not args.group:
+        if some[0].empty and not args.grouped:
             report.note("left out, nothing is marked in the picture", file)
             continue
         entries += [replace(entry, split=split) for entry in some]

@@ -156,7 +156,7 @@ def read(args, report) -> list[Entry]:
             except InputError as error:
                 report.bad.add(str(image), error)
                 continue
-            if not some and args.group:
+            if not some and args.grouped:
                 some = [Entry(image, str(image), split=layout.SPLITS[split], empty=True)]
             elif not some:
                 report.note("left out, nothing is marked in the picture", image)

@@ -39,7 +39,7 @@ def refusal(work, *args, **named) -> str:
 
 def reader(script, source: Path, **flags) -> list[common.Entry]:
     """What a script reads; the first fault is an InputError."""
-    default = {"images": None, "allow_outside": False, "one_based": False, "fold": 0, "clip_boxes": False}
+    default = dict(images=None, allow_outside=False, one_based=False, fold=0, clip_boxes=False, grouped=False)
     return script.read(Namespace(source=source, **default | flags), common.Report())
 
 
