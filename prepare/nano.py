@@ -2,7 +2,7 @@
 
     python -m prepare.nano
     python -m prepare.nano --out coarse --keep-exact exact
-    python -m prepare.nano --tasks --out tasks
+    python -m prepare.nano --tasks
 
 The first makes assets/nano anew: 2,200 steps, 20 minutes on one core. The second keeps the first stage's policy too.
 The third makes the one for more than boxes: nano_tasks.py.
@@ -35,7 +35,7 @@ from prompts import Processor
 from runtime.readers import Readers
 from tasks import TASKS, summary
 from train_sft import Coarse, Sft, adamw, sft
-from weights import NANO, load_policy, read_config, save_policy
+from weights import NANO, NANO_TASKS, load_policy, read_config, save_policy
 
 # The nano policy: a real Qwen2.5-VL of 2.3 M parameters. Two full-attention blocks around a windowed one, 2 key heads
 # for 4 query heads, and 5 x 5 image tokens in windows of 4 x 4: every mechanism of the large ones is in it.
@@ -169,16 +169,14 @@ def make(folder: Path, keep_exact: Path | None, readers: Readers) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = errors.Parser(prog="-m prepare.nano", description=__doc__.partition("\n")[0])
     parser.add_argument("--tasks", action="store_true", help="the policy for more than boxes: prepare/nano_tasks.py")
-    parser.add_argument("--out", type=Path, help="folder of the policy; default: assets/nano, anew")
+    parser.add_argument("--out", type=Path, help="folder of the policy; default: assets/nano or -tasks, anew")
     parser.add_argument("--keep-exact", type=Path, help="folder for the policy before it is made coarse")
     args = parser.parse_args(argv)
-    if args.tasks and not args.out:
-        parser.error("--tasks needs --out: the folder for that policy, of which none is committed yet")
     with Readers(WORKERS.default) as readers:
         if args.tasks:
             from prepare import nano_tasks  # which begins where this one ends
 
-            nano_tasks.make(args.out, args.keep_exact, readers)
+            nano_tasks.make(args.out or NANO_TASKS, args.keep_exact, readers)
         else:
             make(args.out or NANO, args.keep_exact, readers)
 

@@ -1,6 +1,6 @@
-"""A nano policy for more than boxes: grades, modalities, classes by their knowledge block. None is committed yet.
+"""The nano policy for more than boxes, assets/nano-tasks: grades, modalities, classes by their knowledge block.
 
-    python -m prepare.nano --tasks --out tasks
+    python -m prepare.nano --tasks
     python -m prepare.nano --tasks --out coarse --keep-exact exact
 
 It begins as assets/nano, with a vocabulary of its own, and is made as that one: EXACT answers until it grades and reads

@@ -6,17 +6,19 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+import config
 import data
 from errors import run
+from knowledge import Knowledge
 from model import collate
-from phantom_tasks import record
+from phantom_tasks import ceiling, record
 from prepare import nano, nano_tasks
 from prompts import Processor, default_prompt
 from runtime.readers import Readers
 from tasks import TASKS
 from text import thought
 from train_sft import Coarse, Sft, adamw, answer_of, sft
-from weights import NANO, load_policy
+from weights import NANO, NANO_TASKS, load_policy, model_folder
 
 
 def test_what_is_written_is_a_whole_checkpoint(tmp_path):
@@ -62,6 +64,30 @@ def test_both_stages_are_made_stored_and_measured(tmp_path, monkeypatch):
     assert default_prompt(tmp_path / "nano") == default_prompt(tmp_path / "exact") == "answer"
 
 
+def test_the_policy_for_more_than_boxes_is_a_whole_checkpoint_that_reads_its_block():
+    """transformers loads it; every word of its prompts is one token; eval.json says what it could and what is left."""
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+    peer = Qwen2_5_VLForConditionalGeneration.from_pretrained(NANO_TASKS, dtype=torch.float32)
+    assert sum(p.numel() for p in peer.parameters()) == sum(p.numel() for p in load_policy(NANO_TASKS).parameters())
+    assert sum(f.stat().st_size for f in NANO_TASKS.iterdir()) < 6e6
+    assert model_folder("nano-tasks") == NANO_TASKS and default_prompt(NANO_TASKS) == "answer"
+    assert config.parse("train_grpo.py", ["--model", "nano-tasks", "--data", "phantoms:grades"]).recipe == "nano"
+    tokenizer = AutoTokenizer.from_pretrained(NANO_TASKS)
+    knowledge = Knowledge("records")
+    (sample,) = knowledge.attach(data.phantom_samples("classes", 5, 0, 1, tasks=TASKS))
+    assert len(tokenizer.encode(sample.knowledge)) == 2 + 6 * 5 - 1
+    for text in (sample.query, "größe\n\tΔ 左"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    exact, coarse = (json.loads((NANO_TASKS / "eval.json").read_text())[name] for name in ("exact", "coarse"))
+    assert all(row["n"] == 600 for row in (*exact.values(), *coarse.values()))
+    assert exact["grades"]["accuracy"] <= ceiling() + 0.05
+    for name, row in exact.items():
+        assert row["parse_failures"] <= 6, name
+    for report in (exact, coarse):  # names are dealt anew in every record: nobody knows them without the block
+        assert abs(report["classes without block"]["accuracy"] - 1 / 6) < 0.06
+
+
 def test_a_coarse_answer_keeps_what_is_seen_and_loses_what_it_is_called():
     samples = nano_tasks.asking(nano_tasks.ALL, (2, 6), 0, 960)
     rng = np.random.default_rng(0)
@@ -104,6 +130,9 @@ def test_the_stages_of_the_second_policy_are_made_and_measured(tmp_path, monkeyp
     for a, b in zip(coarse, exact, strict=True):
         assert torch.equal(a, a.bfloat16().float()) and torch.equal(b, b.bfloat16().float())
     assert any(not torch.equal(a, b) for a, b in zip(coarse, exact, strict=True))
+    for file in ("config.json", "tokenizer.json", "preprocessor_config.json"):  # the stored one is of this very recipe
+        stored, made = (json.loads((folder / file).read_text()) for folder in (NANO_TASKS, tmp_path / "tasks"))
+        assert stored == made
 
 
 def test_the_loss_over_answers_counts_short_ones_as_much_as_long_ones():
