@@ -81,10 +81,12 @@ def test_the_policy_for_more_than_boxes_is_a_whole_checkpoint_that_reads_its_blo
         assert tokenizer.decode(tokenizer.encode(text)) == text
     exact, coarse = (json.loads((NANO_TASKS / "eval.json").read_text())[name] for name in ("exact", "coarse"))
     assert all(row["n"] == 600 for row in (*exact.values(), *coarse.values()))
-    assert all(row["parse_failures"] <= 12 for row in (*exact.values(), *coarse.values()))
     assert exact["classes"]["accuracy"] > 0.9 and 0.55 < exact["grades"]["accuracy"] <= ceiling() + 0.05
     assert 0.1 < coarse["grades"]["accuracy"] < 0.4 and coarse["classes"]["accuracy"] < 0.5
     assert coarse["boxes"]["miou"] < 0.3 < exact["boxes"]["miou"]
+    for name, row in exact.items():
+        cut_off = 12 if name == "classes by a thought" else 6  # a thought may be longer than its tokens
+        assert row["parse_failures"] <= cut_off, name
     for report in (exact, coarse):  # names are dealt anew in every record: nobody knows them without the block
         assert abs(report["classes without block"]["accuracy"] - 1 / 6) < 0.06
 
