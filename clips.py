@@ -77,8 +77,12 @@ def opened(path: Path) -> Iterator[tuple[Any, Any, Any]]:
         only = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
         with av.open(f"file:{path}", options=only) as container:
             if not container.streams.video:
-                raise InputError(f"video {one_line(path)} has no pictures, only sound or text; name a video")
+                raise InputError(
+                    f"video {one_line(path)} has no pictures, only sound or text, or is cut off; name a video"
+                )
             stream = container.streams.video[0]
+            if stream.codec_context is None:  # and without it no width
+                raise InputError(f"video {one_line(path)} is of a kind unknown here, or cut off; write it anew as mp4")
             if stream.width * stream.height > MOST_PIXELS:
                 raise InputError(f"video {one_line(path)} has frames of more than {MOST_PIXELS} pixels; scale it down")
             first = next(container.decode(stream), None)
@@ -122,12 +126,12 @@ def film_frames(clip: Clip) -> list[np.ndarray]:
                 return found
             shown, length = frame, (frame.duration or 0) * float(frame.time_base)
             until = time + (length or 1 / float(stream.average_rate or 1))
-    if shown is not None and stamps[-1] < until + CLOSE:
-        return found + [upright(shown, film.path)] * (clip.count - len(found))
-    raise InputError(
-        f"video {one_line(film.path)} ends at {until:.2f} seconds, but a frame at {stamps[-1]:.2f} is asked for; is it "
-        "cut off? give its true 'end'"
-    )
+        if shown is not None and stamps[-1] < until + CLOSE:
+            return found + [upright(shown, film.path)] * (clip.count - len(found))
+        raise InputError(
+            f"video {one_line(film.path)} ends at {until:.2f} seconds, but a frame at {stamps[-1]:.2f} is asked for; is "
+            "it cut off? give its true 'end'"
+        )
 
 
 def frames_from(start: float, container: Any, stream: Any, zero: float) -> Iterator[Any]:
