@@ -139,7 +139,7 @@ def constant(train: list[Sample], samples: list[Sample]) -> dict:
     for sample in samples:
         image, target = load(sample)
         originals.append(Original(sample, target))
-        texts.append(answers[sample.task](image.size))
+        texts.append(answers[sample.task](image.size, target))
     return metrics(score_rows(originals, texts))
 
 
