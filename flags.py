@@ -37,7 +37,9 @@ def switch(help: str, free: bool = False, default: bool | None = False) -> Flag:
 
 
 ANSWERED = "answer, think, qwen, or a text file with {query} in it; none: what the policy was trained with, else think"
-MODEL = Flag("nano", "checkpoint folder, nano, nano-tasks, or org/name of the Hugging Face Hub")  # runs anywhere
+MODEL = Flag(
+    "nano", "checkpoint folder, nano, nano-tasks, nano-video, or org/name of the Hugging Face Hub"
+)  # runs anywhere
 DATA = Flag(
     "phantoms",
     "JSONL files, or phantoms[:dermoscopy|xray|ultrasound|grades|classes|kinds|clips|tubes]; FILE=WEIGHT: a mixture",
@@ -73,7 +75,9 @@ TRAINER = {  # title of a group in --help -> its flags
         **RECORDS,
     ),
     "GRPO (formulas: loss.py)": dict(
-        recipe=Flag(None, "defaults: nano with --model nano or nano-tasks, else paper", choices=("nano", "paper")),
+        recipe=Flag(
+            None, "defaults: nano with --model nano, nano-tasks or nano-video, else paper", choices=("nano", "paper")
+        ),
         steps=whole(None, "rollouts", free=True),  # more is a longer run: the rate is constant after the warm-up
         batch_size=whole(None, "B, prompts per rollout, of all ranks together", most=10**5),
         group_size=whole(8, "G, completions per prompt", 2, 10**4),  # as in the paper
