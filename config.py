@@ -268,6 +268,7 @@ def wrong_questions(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
     for name, beside, why in (
         ("knowledge", "image", "it asks for a box, which has no options"),
         ("knowledge", "predictions", "the answers are there already"),
+        ("submission", "image", "that is one question, of no benchmark"),
         ("tasks", "image", "a box has no settings"),
     ):
         if getattr(args, name) and getattr(args, beside):

@@ -31,7 +31,7 @@ from tasks.span import SLACK, TIME, plain, second, seconds_of
 from tasks.task import Scores, Task
 
 MOST = 1000  # boxes of an answer or a record
-SHOWN = 4  # frames of a picture
+SHOWN = 3  # frames of a picture
 STAMP = re.compile(r"\d{1,6}\.\d")
 THRESHOLDS = (0.3, 0.5)
 THOUGHT = "I look for what the question names at each of the seconds and frame it."
