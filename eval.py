@@ -396,7 +396,8 @@ def main() -> None:
     if args.submission is not None:
         submission.write(args.submission, samples, rows)
         print(f"{one_line(args.submission)}: {len(rows)} answers, {len(rows) - result['n']} of them without a truth")
-    print(summary(args.predictions or args.model, result))
+    if result["n"]:
+        print(summary(args.predictions or args.model, result))
     for name, part in result["datasets"].items():
         print(summary(f"  {name}", part))
     if args.write_norms is not None:
