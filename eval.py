@@ -176,7 +176,7 @@ def overlay(sample: Sample, answers: list[Any], caption: str, side: int = 280, t
     width = side // len(images)
     scale = width / images[0].width
     size = width, max(1, round(images[0].height * scale))
-    canvas = Image.new("RGB", (width * len(images), size[1]))
+    canvas = Image.new("RGB", (width * len(images), size[1] + TASKS[sample.task].bar * (1 + len(answers))))
     for i, image in enumerate(images):
         canvas.paste(image.resize(size, Image.Resampling.BICUBIC), (i * width, 0))
     TASKS[sample.task].draw(canvas, scale, target if truth else None, answers)
