@@ -129,8 +129,8 @@ def film_frames(clip: Clip) -> list[np.ndarray]:
         if shown is not None and stamps[-1] < until + CLOSE:
             return found + [upright(shown, film.path)] * (clip.count - len(found))
         raise InputError(
-            f"video {one_line(film.path)} ends at {until:.2f} seconds, but a frame at {stamps[-1]:.2f} is asked for; is "
-            "it cut off? give its true 'end'"
+            f"video {one_line(film.path)} ends at {until:.2f} seconds, but a frame at {stamps[-1]:.2f} is asked for; "
+            "is it cut off? give its true 'end'"
         )
 
 

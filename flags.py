@@ -40,14 +40,16 @@ ANSWERED = "answer, think, qwen, or a text file with {query} in it; none: what t
 MODEL = Flag("nano", "checkpoint folder, nano, nano-tasks, or org/name of the Hugging Face Hub")  # runs anywhere
 DATA = Flag(
     "phantoms",
-    "JSONL files, or phantoms[:dermoscopy|xray|ultrasound|grades|classes|kinds]; FILE=WEIGHT ...: a mixture",
+    "JSONL files, or phantoms[:dermoscopy|xray|ultrasound|grades|classes|kinds|clips|tubes]; FILE=WEIGHT: a mixture",
     joined=True,
 )
 DEVICE = Flag(CUDA, "cpu or cuda; bfloat16 on CUDA, float32 on a CPU, trained weights float32 on both", free=True)
 OUTSIDE = switch("records may name pictures outside the folder of their file: absolute paths, and with ..", free=True)
 CLIP_BOXES = switch("cut boxes that reach over the picture's edge, and count them")  # they may be in another frame
 SKIP_BAD = whole(0, "records that may be unusable; they are left out and listed", 0, free=True)
-MAX_PIXELS = whole(None, "largest picture that the policy sees, 784 pixels a token; none: its folder's", most=10**12)
+MAX_PIXELS = whole(
+    None, "largest picture or frame that the policy sees, 784 pixels a token; none: its folder's", most=10**12
+)
 SEED = whole(0, "of data order, phantoms and sampling", 0, 2**63 - 1)
 KNOWLEDGE = Flag(None, "FILE.json or records[:at=before,used=train,lines=shuffled]: a line on each option")
 TASK_SETTINGS = Flag(None, "settings of tasks: grade:ordinal=linear ...; --help-schedules has them", count="+")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from full_rows import full_logprobs
 from PIL import Image
+from programs import grpo, lines
 from test_data import refused
 from test_model import IMAGE, assert_same, backward, in_float64, random_completions, save_peer
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -17,7 +18,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import clips
 import phantom_clips
 from clips import Clip, Film, frames_between
-from data import load_jsonl
+from data import load_jsonl, load_samples, phantom_samples
 from images import (
     CLIP_PICTURES,
     ImageConfig,
@@ -29,6 +30,7 @@ from images import (
 )
 from model import collate
 from prompts import Processor, Prompt, mrope_positions
+from runtime.plan import longest_prompt
 from runtime.readers import Readers
 from tasks import TASKS
 from weights import NANO, load_policy, save_policy
@@ -59,7 +61,7 @@ def test_positions_are_vllms(fps):
 
 
 def test_time_is_the_exact_one_rounded_down_wherever_fp32_can_tell():
-    for hundredths in range(10, 1000):
+    for hundredths in range(10, 1000, 7):
         fps = Fraction(hundredths, 100)
         positions, _ = mrope_positions(torch.full((96,), 9), [(96, 2, 2)], (9,), 2, [float(4 / fps)])
         exact = [i * 4 / fps for i in range(96)]
@@ -240,6 +242,84 @@ def test_frames_share_the_pixels_of_a_clip():
         assert t * gh * gw // 4 == limits.tokens((84, 84), clip.frames) and view.scale == (84 / 14 / gw, 84 / 14 / gh)
         assert view.seconds == 2.0 and len(view.patches) == t * gh * gw
     assert small.tokens((84, 84), 8) == 16
+
+
+# ------------------------------------------------------------------------------------------------------------ phantoms
+
+
+def test_a_phantom_clip_is_what_its_record_says():
+    """Lit frames are told by their colour alone, at patches' borders; the lesion of a tube is where its boxes are."""
+    rates, starts = set(), set()
+    for index in range(12):
+        record, frames = phantom_clips.record("clips", 3, index), np.stack(phantom_clips.frames("clips", 3, index))
+        assert frames.shape == (record["frames"], 84, 84, 3) and 8 <= len(frames) <= 16 and len(frames) % 2 == 0
+        assert np.array_equal(frames, np.stack(phantom_clips.frames("clips", 3, index)))
+        ((start, end),) = record["segments"]
+        first, last = (round(value * record["fps"]) for value in (start, end))
+        assert first % 2 == last % 2 == 0 and 0 <= first < last <= len(frames)
+        light = np.sort((frames[..., 1] - 0.9 * frames[..., 2].astype(float)).reshape(len(frames), -1))[:, -60:].mean(1)
+        lit = np.isin(np.arange(len(frames)), np.arange(first, last))
+        assert lit.all() or light[lit].min() > light[~lit].max(), index
+        rates.add(record["fps"])
+        starts.add(first)
+    assert rates == set(phantom_clips.RATES) and len(starts) > 2
+    for index in range(6):
+        record, frames = phantom_clips.record("tubes", 3, index), phantom_clips.frames("tubes", 3, index)
+        assert len(record["tube"]) == 3
+        for stamp, (x1, y1, x2, y2) in record["tube"].items():
+            others = [f for k, f in enumerate(frames) if k != round(float(stamp) * record["fps"])]
+            here = frames[round(float(stamp) * record["fps"])].astype(int)
+            moved = np.abs(here - np.median(others, axis=0)).sum(-1) > 60  # the skin stands still
+            rows, columns = np.nonzero(moved)
+            inside = (rows >= y1 - 3) & (rows < y2 + 3) & (columns >= x1 - 3) & (columns < x2 + 3)
+            assert y1 >= 2 and x1 >= 2 and y2 <= 82 and x2 <= 82
+            assert len(rows) == 0 or inside.mean() > 0.3
+    assert 0.4 < phantom_clips.blind(3, 400) < 0.55
+    refused("unknown phantom clip 'x': use one of clips, tubes", phantom_clips.record, "x", 0, 0)
+    refused("must not be negative", phantom_clips.record, "clips", -1, 0)
+
+
+def test_phantom_clips_differ_in_nothing_but_positions_where_they_differ_in_rate():
+    samples, processor = phantom_samples("clips", 3, 0, 3, tasks=TASKS), Processor(NANO, "answer", TASKS)
+    for sample in samples:
+        prompt = processor.prompt(sample)
+        assert "seconds" not in prompt.text and sample.key == ("phantoms-clips", "span") and sample.extra == {}
+        told = replace(sample, media=replace(sample.media, fps=4 * sample.media.fps))
+        other = processor.prompt(told)
+        assert torch.equal(prompt.ids, other.ids) and torch.equal(prompt.patches, other.patches)
+        assert torch.equal(prompt.positions[1:, :30], other.positions[1:, :30])
+        assert prompt.target.seconds == sample.frames / sample.media.fps
+    tube = phantom_samples("tubes", 3, 0, 1, tasks=TASKS)[0]
+    assert "Seconds: " in processor.prompt(tube).text and tube.task == "tube"
+    assert load_samples("phantoms:clips", TASKS, 0, "test")[0].media != samples[0].media
+
+
+def test_memory_is_planned_for_the_longest_clip():
+    samples = phantom_samples("clips", 3, 0, 40, tasks=TASKS)
+    text, patches, words = longest_prompt(NANO, samples, "answer", None)
+    assert patches == 8 * 36 and "72 of its picture" in words
+    processor = Processor(NANO, "answer", TASKS)
+    assert text + 72 == max(map(processor.check, samples))
+
+
+def test_a_run_on_clips_and_pictures(tmp_path):
+    """Both tasks in one file; a frozen tower, several inner steps, readers, an evaluation, a resumed run."""
+    with open(tmp_path / "train.jsonl", "w") as file:
+        for i in range(4):
+            record = phantom_clips.record("clips", 0, i)
+            names = [f"{i}-{k}.png" for k in range(record["frames"])]
+            for name, frame in zip(names, phantom_clips.frames("clips", 0, i), strict=True):
+                Image.fromarray(frame).save(tmp_path / name)
+            print(json.dumps(record | {"frames": names}), file=file)
+            print(json.dumps({"image": names[0], "query": "the skin lesion", "bbox": [10, 10, 40, 40]}), file=file)
+    flags = "--freeze-vision --inner-steps 2 --steps 1 --workers 1 --schedule raw".split()
+    grpo(tmp_path / "out", tmp_path / "train.jsonl", *flags)
+    grpo(tmp_path / "out", tmp_path / "train.jsonl", "--resume", "--steps", "2")
+    assert [row["skipped"] for row in lines(tmp_path / "out" / "metrics.jsonl")] == [0, 0]
+    tasks = json.loads((tmp_path / "out" / "eval.json").read_text())["final"]["tasks"]
+    assert set(tasks) == {"box", "span"} and list((tmp_path / "out").glob("overlay-*.png"))
+    again = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "out" / "step-000002")
+    assert again.config.video_token_id == 6 and again.config.vision_config.tokens_per_second == 2
 
 
 # ------------------------------------------------------------------------------------------------------------- records
@@ -424,11 +504,10 @@ def test_bad_films_are_one_sentence(folder):
     ]:  # fmt: skip
         refused(f"train.jsonl:1: .*{words}", read, folder, **film | fields)
     sample = read(folder, **film)
-    for share, words in (
-        (0.6, r"ends at \d.\d\d seconds, but a frame at 4.00 is asked for; is it cut off|cannot be rea"),
-    ):
-        (folder / "a.mp4").write_bytes(whole[: int(share * len(whole))])
-        refused(f"train.jsonl:1: field 'video': video .*a.mp4 ({words})", load_frames, sample)
+    longer = replace(sample, media=Clip(Film(folder / "a.mp4", 0.0, 9.0), 1.0, 9))
+    refused("ends at 4.0. seconds, but a frame at 8.00 is asked for; is it cut off", load_frames, longer)
+    (folder / "a.mp4").write_bytes(whole[: int(0.6 * len(whole))])
+    refused("train.jsonl:1: field 'video': video .*a.mp4 cannot be read .*; is it cut off", load_frames, sample)
     (folder / "a.mp4").write_bytes(whole[:200])
     refused("train.jsonl:1: field 'video': video .*a.mp4 .*cut off", read, folder, **film)
     playlist = "#EXTM3U\n#EXTINF:1,\na.mp4\n#EXT-X-ENDLIST\n"  # FFmpeg would open what it names
@@ -440,7 +519,7 @@ def test_bad_films_are_one_sentence(folder):
         sound.sample_rate = 8000
         out.mux([*stream.encode(sound), *stream.encode(None)])
     refused(
-        "video .*sound.mp4 has no pictures, only sound or text, or is cut off",
+        "video .*sound.mp4 has no pictures, only sound",
         read,
         folder,
         **film | {"video": "sound.mp4"},
