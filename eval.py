@@ -375,9 +375,8 @@ def main() -> None:
     if args.image:
         return ask(args, out)
     knowledge = Knowledge(args.knowledge) if args.knowledge else None
-    for task in TASKS.values():
-        task.unlabelled = args.submission is not None
-    samples = read(args, args.data, "test", knowledge)
+    with submission.unlabelled(args.submission is not None):
+        samples = read(args, args.data, "test", knowledge)
     if knowledge:
         knowledge.complete()
     samples = first_of_each(samples, args.limit)
@@ -407,7 +406,8 @@ def main() -> None:
         print(f"answers that cannot be read: {words}")
     if args.train:
         result["constant"] = constant(read(args, args.train, "train"), samples)
-        print(summary("constant answer", result["constant"]))
+        if result["n"]:
+            print(summary("constant answer", result["constant"]))
     (out / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
     with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)

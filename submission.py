@@ -6,12 +6,27 @@ Its test set comes without answers: there, and only there, records may lack thei
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from errors import InputError, one_line
 from images import Sample
 from tasks import TASKS
 from tasks.task import answer_text
+
+
+@contextmanager
+def unlabelled(allowed: bool) -> Iterator[None]:
+    """Inside, records may lack their answers, or may not."""
+    before = {task: task.unlabelled for task in TASKS.values()}
+    try:
+        for task in before:
+            task.unlabelled = allowed
+        yield
+    finally:
+        for task, value in before.items():
+            task.unlabelled = value
 
 
 def check(file: str, samples: list[Sample]) -> None:

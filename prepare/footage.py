@@ -22,6 +22,7 @@ from eval import overlay, sheet
 from images import Sample
 from prepare import common
 from prepare.common import Entry, Report
+from submission import unlabelled
 from tasks import TASKS
 
 Seconds = tuple[float, float]
@@ -86,19 +87,14 @@ def spans_in(what: dict[str, list[Seconds]], window: Seconds, question: str, whe
     return records
 
 
-def convert(args, read: Callable, unlabelled: bool = False) -> None:
+def convert(args, read: Callable) -> None:
     """Read the source, check every record, write --out, say what came out and what did not. read(args, report) -> a
-    list of Take; unlabelled: some may be without an answer."""
+    list of Take."""
     with common.printable():
-        before = {task: task.unlabelled for task in TASKS.values()}
-        try:
-            _convert(args, read, unlabelled)
-        finally:
-            for task, value in before.items():
-                task.unlabelled = value
+        _convert(args, read)
 
 
-def _convert(args, read: Callable, unlabelled: bool) -> None:
+def _convert(args, read: Callable) -> None:
     args.source = Path(os.path.realpath(args.source))
     if not os.path.exists(args.source):
         raise InputError(f"--source {args.source}: is not there")
@@ -121,9 +117,8 @@ def _convert(args, read: Callable, unlabelled: bool) -> None:
     samples, kept = [], {}
     try:
         for path, some in sorted(files.items()):
-            for task in TASKS.values():
-                task.unlabelled = unlabelled and path.name.startswith(QUESTIONS)
-            kept[path], found = checked(partial[path], some, args, report)
+            with unlabelled(path.name.startswith(QUESTIONS)):
+                kept[path], found = checked(partial[path], some, args, report)
             samples += found
         for line in report.lines(home):
             tqdm.write(line)

@@ -185,14 +185,14 @@ def take(record: Any, where: str, split: str, home: Path, report: Report) -> Tak
     return Take(Path(video), where, split=split, group=video, record=made, kind=fields["task"] if known else QUESTIONS)
 
 
-def read(args, report: Report, images: str | None) -> list[Take]:
+def read(args, report: Report, images: Path | None) -> list[Take]:
     if not args.source.is_file():
         raise InputError(f"--source {args.source}: must be the JSON file, not a folder")
     rows = read_json(args.source, most=MOST_BYTES)
     rows = list(rows.values()) if isinstance(rows, dict) else rows
     if not isinstance(rows, list):
         raise InputError(f"{args.source}: must hold a list of records, not {short(rows)}")
-    home = Path(images) if images else args.source.parent
+    home = images or args.source.parent
     split, takes = layout.split_of(args.source.stem), []
     for i, record in enumerate(rows, 1):
         where = f"{args.source} record {i}"
@@ -211,8 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", help="folder that the frames lie below; default: the file's")
     parser.add_argument("--clip-boxes", action="store_true", help="cut boxes that reach over the edge, and count them")
     args = parser.parse_args(argv)
-    images = args.images
-    footage.convert(args, partial(read, images=images and str(Path(images).resolve())), unlabelled=True)
+    footage.convert(args, partial(read, images=args.images and Path(args.images).resolve()))
 
 
 if __name__ == "__main__":

@@ -152,7 +152,9 @@ def test_questions_without_answers_go_to_the_leaderboard(tmp_path, monkeypatch, 
     said = capsys.readouterr().out
     assert "s.json: 4 answers, 3 of them without a truth" in said and "m_vIoU 0.500" in said
     assert json.loads((out / "eval.json").read_text())["n"] == 1
-    assert TASKS["tube"].read.__self__.unlabelled
+    assert not TASKS["tube"].unlabelled
+    said = run(evaluation, *argv[1:], "--write-norms", tmp_path / "n.json", expect=2)
+    assert "--write-norms wants answers that are known" in said
     monkeypatch.setattr(sys, "argv", [*map(str, argv[:5]), "--out", str(out)])
     with pytest.raises(InputError, match="field 'segments' is missing"):
         evaluation.main()
