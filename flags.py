@@ -202,6 +202,9 @@ EVAL = {
         tasks=TASK_SETTINGS,
         limit=whole(None, "evaluate the first N samples, of each dataset alike"),
         batch_size=whole(50, "answers at a time", most=10**5),
+        submission=Flag(
+            None, "FILE.json: also the answers as MedVidBench's leaderboard takes them; truths may be missing"
+        ),
         write_norms=Flag(None, "FILE.json: the quartiles of each reward by dataset and task, for --normalise"),
         samples=whole(4, "with --write-norms: answers to each prompt; 0: one, greedy", 0, 10**4),
         temperature=Flag(1.0, "with --write-norms: of sampling, as in the training", float, 0, 10**4),

@@ -92,6 +92,7 @@ class SpanTask(Task):
         "the same span twice": "a span that stands there more than once",
     }
     unit = "tIoU"
+    bar = 5
     field = "segments"
     questions = {
         "answer": "{query}",
@@ -164,7 +165,7 @@ class SpanTask(Task):
 
     def metrics(self, rows: list[dict]) -> dict[str, Any]:
         """miou: sum of tIoU over the best one-to-one pairs / the larger count, 0 for what cannot be read; r@t, the
-        share of answers where that is at least t; and the leaderboard's own (leaderboard()), which lie higher."""
+        share of answers where that is at least t; and the leaderboard's own (leaderboard())."""
         worth = [matched(row["answer"] or [], row["target"][0], tiou) for row in rows]
         base = super().metrics([row | {"u": value} for row, value in zip(rows, worth, strict=True)])
         values = {"miou": base["u"], "miou_standard_error": base["u_standard_error"]}
@@ -192,7 +193,7 @@ class SpanTask(Task):
 
     def draw(self, image: Image.Image, scale: float, target: Span | None, answers: list[Any]) -> None:
         """A bar each along the lower edge, whose width is the clip: the truth, then the answers."""
-        canvas, bar = ImageDraw.Draw(image), 5
+        canvas, bar = ImageDraw.Draw(image), self.bar
         ends = [end for spans in answers for _, end in spans or []]
         seconds = target[1] if target else max(ends, default=1.0)  # how long a clip lasts is its target's to know
         rows = [(target[0], TRUTH)] * bool(target) + [(spans or [], ANSWER) for spans in answers]

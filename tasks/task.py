@@ -42,6 +42,7 @@ class Task:
     parts: tuple[str, ...] = ()  # names in Scores.parts
     questions: dict[str, str] = {}  # style -> question with {query} in it
     unit = "u"  # what u is called on pictures
+    bar = 0  # pixels of height that draw() wants under a picture, for the truth and for each answer
     field: str | None = None  # of the record: what VLM-R1's kind of record has as its answer; None: read() needs others
     Settings: type[Settings] = Settings  # what --tasks NAME:key=value may set
     settings: Settings = Settings()  # as set (tasks.configure)

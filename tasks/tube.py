@@ -6,7 +6,8 @@ Spatio-temporal grounding, STG of MedGRPO (arXiv 2512.06581).
 
 Keys are seconds from the first frame with one decimal, boxes are in original pixels. The question lists the seconds
 that are asked for, which are the truth's; a box at any other one costs. u is vIoU, the sum of IoU over the seconds that
-both have / the number of seconds that one has. Boxes of answers are in pixels of the MODEL frame, as tasks/box.py's.
+both have / the number of seconds that one has. Boxes of answers are in pixels of the MODEL frame, as tasks/box.py's,
+unless --tasks tube:frame=original.
 """
 
 import re
@@ -31,7 +32,7 @@ from tasks.span import SLACK, TIME, plain, second, seconds_of
 from tasks.task import Scores, Task
 
 MOST = 1000  # boxes of an answer or a record
-SHOWN = 4  # frames of a picture
+SHOWN = 3  # frames of a picture
 STAMP = re.compile(r"\d{1,6}\.\d")
 THRESHOLDS = (0.3, 0.5)
 THOUGHT = "I look for what the question names at each of the seconds and frame it."
@@ -50,11 +51,26 @@ class Tube(NamedTuple):
     seconds: float  # of the clip
 
 
+class Place(NamedTuple):
+    """A box at one second, in a prompt's place."""
+
+    target: Box
+    scale: tuple[float, float]
+    size: tuple[int, int]
+
+
 @dataclass(frozen=True)
 class Tubes(Settings):
     u: str = setting(
         "viou", "vIoU; or the mean IoU over the truth's seconds, more of which cost nothing", "viou", "siou"
     )
+    frame: str = setting(
+        "model", "of an answer's pixels; MedVidBench's own models answer in the original", "model", "original"
+    )
+
+    def scale(self, scale: tuple[float, float]) -> tuple[float, float]:
+        """Original pixels per pixel of an answer, of those per pixel of the model frame."""
+        return scale if self.frame == "model" else (1.0, 1.0)
 
 
 class TubeTask(Task):
@@ -114,16 +130,17 @@ class TubeTask(Task):
         return f"{query}\nSeconds: {', '.join(target.boxes)}."
 
     def answer(self, target: Tube, scale: tuple[float, float], style: str, query: str) -> str:
-        """MedVidBench's form, in whole pixels of the model frame."""
-        words = written({stamp: to_model(box, scale) for stamp, box in target.boxes.items()})
+        """MedVidBench's form, in whole pixels."""
+        words = written({stamp: to_model(box, self.settings.scale(scale)) for stamp, box in target.boxes.items()})
         return f"<think> {THOUGHT} </think>\n<answer>{words}</answer>" if style == "think" else words
 
     def score(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> Scores:
         """All pairs of boxes of all answers go through the IoU kernel at once."""
         parsed = [parse_tube(text, prompt.target[1]) for text, prompt in zip(texts, prompts, strict=True)]
+        scales = [self.settings.scale(prompt.scale) for prompt in prompts]
         answers = [
-            found and {t: [v * s for v, s in zip(box, prompt.scale * 2, strict=True)] for t, box in found.items()}
-            for (found, _), prompt in zip(parsed, prompts, strict=True)
+            found and {t: [v * s for v, s in zip(box, scale * 2, strict=True)] for t, box in found.items()}
+            for (found, _), scale in zip(parsed, scales, strict=True)
         ]
         shares = viou([(answer or {}, prompt.target[0]) for answer, prompt in zip(answers, prompts, strict=True)])
         u = [volume if self.settings.u == "viou" else space for volume, space, _ in shares]
@@ -160,6 +177,18 @@ class TubeTask(Task):
         """At every second that is asked for the median box of all, as tasks/box.py's."""
         box = BoxTask().constant([(size, box) for size, target in train for box in target.boxes.values()])
         return lambda size, target: " ".join(f"{stamp} seconds: {box(size, None)}" for stamp in target[0])
+
+    def hint(self, prompts: list[Prompt], answers: list[list[Any]], u: float) -> str:
+        """As tasks/box.py's, of each box."""
+        pairs = [
+            (Place(prompt.target[0][t], self.settings.scale(prompt.scale), prompt.size), [box])
+            for prompt, group in zip(prompts, answers, strict=True)
+            for answer in group
+            for t, box in (answer or {}).items()
+            if t in prompt.target[0]
+        ]
+        places, boxes = [place for place, _ in pairs], [group for _, group in pairs]
+        return BoxTask().hint(places, boxes, u) if self.settings.frame == "model" else ""
 
     def told(self, row: dict) -> str:
         return written(row["answer"])

@@ -15,7 +15,7 @@ FLOORS = (
     "phantom_clips clips",
     "settings text layers vision generate model lora weights images data prompts scheduler knowledge norms",
     "tasks.task tasks.box tasks.boxes tasks.label tasks.grade tasks.span tasks.tube tasks rewards rollout flags config",
-    "eval runtime runtime.lock runtime.readers runtime.stream runtime.plan runtime.state runtime.checkpoint "
+    "eval submission runtime runtime.lock runtime.readers runtime.stream runtime.plan runtime.state runtime.checkpoint "
     "runtime.metrics runtime.diagnose runtime.run",
     "train_sft train_grpo",
 )

@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -316,6 +317,21 @@ def test_viou_is_that_of_brute_force_in_any_frame():
     configure(None, set())
 
 
+def test_answers_in_another_frame_are_recognised_or_asked_for():
+    """What MedVidBench's own models say: original pixels, of a picture that the policy sees at half its size."""
+    place = original(Tube({"1.0": A, "5.0": B}, CLIP), (2.0, 2.0))._asdict() | {"size": (40, 50)}
+    (prompt,), text = [SimpleNamespace(**place)], "1.0: [1,2,30,40] 5.0: [5,6,25,30]"
+    scores = TUBE.score([text], [prompt])
+    assert scores.u.item() < 0.25
+    hint = TUBE.hint([prompt], [[scores.answers[0], None]], scores.u.item())
+    assert "read as pixels of the ORIGINAL image their mean IoU would be 1.00" in hint
+    assert TUBE.hint([prompt], [[None]], 0.0) == ""
+    configure(["tube:frame=original"], {"tube"})
+    assert TUBE.score([text], [prompt]).u.item() == 1.0 and TUBE.hint([prompt], [scores.answers], 0.0) == ""
+    assert parse_tube(TUBE.answer(prompt.target, (2.0, 2.0), "qwen", ""), CLIP)[0] == prompt.target[0]
+    configure(None, set())
+
+
 def test_boxes_at_seconds_that_nobody_asked_for_cost():
     place = original(Tube({"1.0": A, "5.0": B}, CLIP))
     right = "1.0: [1,2,30,40] 5.0: [5,6,25,30]"
@@ -366,7 +382,7 @@ def test_records_answers_and_pictures_of_tubes():
     truth, answer = (np.flatnonzero((pixels == colour).all(2).any(0)) for colour in (TRUTH, ANSWER))
     assert (truth.min(), truth.max(), answer.min(), answer.max()) == (2, 80 + 49, 80 + 16, 80 + 39)
     long = Tube({f"{t}.0": A for t in range(10)}, 10.0)
-    assert TUBE.moments(long) == [0.0, 3.0, 6.0, 9.0] and TUBE.moments(target) == [1.0, 5.0]
+    assert TUBE.moments(long) == [0.0, 4.0, 9.0] and TUBE.moments(target) == [1.0, 5.0]
 
 
 @pytest.mark.parametrize(
