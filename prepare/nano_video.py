@@ -8,8 +8,9 @@ fast they are, so one clip is as many examples as there are rates: the tower loo
 that one comes up its rate is drawn anew, and with it M-RoPE's time row and the seconds of the answer.
 
 First EXACT answers, then for a while COARSE ones: spans that keep when something is lit and lose how long, as
-train_sft.py's boxes do. So a GRPO run has something to learn; eval.json has the exact policy's row beside it, and both
-policies' on clips that are told a wrong rate.
+train_sft.py's boxes do, only that they shrink: one that grows is soon the whole clip, which is right too often. So a
+GRPO run has something to learn. eval.json has the exact policy's row beside it, and both policies' on clips that are
+told a wrong rate.
 """
 
 import json
@@ -39,7 +40,7 @@ from weights import save_policy
 SEED, BATCH, MAX_TOKENS = 0, 32, 24
 DATA_SEED = 20_261_128  # of its phantoms: a series that no GRPO run (seed 0, 1, 2 ...) draws from
 CLIPS = 1000
-STAGES = (("exact", 450, 1.5e-3, None), ("coarse", 60, 5e-4, Coarse()))  # name, steps of BATCH, lr, labels
+STAGES = (("exact", 450, 1.5e-3, None), ("coarse", 60, 5e-4, Coarse(scale=-0.9)))  # name, steps of BATCH, lr, labels
 
 
 @torch.no_grad()

@@ -16,7 +16,6 @@ from prompts import Processor, default_prompt
 from runtime.readers import Readers
 from tasks import TASKS
 from tasks.span import Span, tiou
-from train_sft import Coarse
 from weights import NANO, NANO_VIDEO, load_policy, model_folder
 
 
@@ -68,13 +67,12 @@ def test_a_clip_at_another_rate_is_the_record_at_that_rate(processor):
 
 
 def test_a_coarse_span_knows_when_and_not_how_long():
-    rng, span = np.random.default_rng(0), Span(((8.0, 12.0),), 32.0)
-    made = [nano_video.coarse_span(span, rng, Coarse()) for _ in range(2000)]
-    ends = np.array([one.segments[0] for one in made])
+    rng, span, coarse = np.random.default_rng(0), Span(((8.0, 16.0),), 32.0), nano_video.STAGES[-1][-1]
+    ends = np.array([nano_video.coarse_span(span, rng, coarse).segments[0] for _ in range(2000)])
     assert ends.min() >= 0 and ends.max() <= 32 and (ends[:, 0] < ends[:, 1]).all() and (ends % 1 == 0).all()
-    assert abs(np.median(ends.mean(1)) - 10) < 0.5 and 8 < np.median(np.diff(ends)) < 10
-    assert 0.3 < np.mean([tiou(tuple(one), (8.0, 12.0)) for one in ends]) < 0.5
-    short = Span(((0.0, 1.0),), 4.0)
-    for _ in range(500):
-        ((start, end),) = nano_video.coarse_span(short, rng, Coarse()).segments
-        assert 0 <= start < end <= 4
+    assert abs(ends.mean() - 12) < 0.3 and 2.5 < np.median(np.diff(ends)) < 4.5
+    assert 0.25 < np.mean([tiou(tuple(one), (8.0, 16.0)) for one in ends]) < 0.45
+    for grown in (coarse, replace(coarse, scale=0.8)):
+        for _ in range(500):
+            ((start, end),) = nano_video.coarse_span(Span(((0.0, 1.0),), 4.0), rng, grown).segments
+            assert 0 <= start < end <= 4
