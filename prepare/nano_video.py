@@ -40,7 +40,7 @@ from weights import save_policy
 SEED, BATCH, MAX_TOKENS = 0, 32, 24
 DATA_SEED = 20_261_128  # of its phantoms: a series that no GRPO run (seed 0, 1, 2 ...) draws from
 CLIPS = 1000
-STAGES = (("exact", 450, 1.5e-3, None), ("coarse", 60, 5e-4, Coarse(scale=-0.9)))  # name, steps of BATCH, lr, labels
+STAGES = (("exact", 450, 1.5e-3, None), ("coarse", 150, 5e-4, Coarse(scale=-0.9)))  # name, steps of BATCH, lr, labels
 
 
 @torch.no_grad()
