@@ -5,6 +5,7 @@
     classes   dermoscopy: six classes, size x colour. Their names A to F say nothing and are dealt anew in EVERY
               record, and the record's own field "knowledge" says which is which: without it nobody beats 1/6.
     kinds     which of the three modalities is it? The easy one.
+    named     classes whose names stay as they are: what a block says of them can go into the weights.
 
 A record is drawn first and its picture from it, by two streams of random numbers, so that all that is asked is known
 before the picture is there, and nothing that is asked depends on the label.
@@ -19,7 +20,7 @@ import phantoms
 from errors import InputError
 from phantoms import PAINTERS, check_size, draw_box, lesion, phantom, rgb
 
-KINDS = ("grades", "classes", "kinds")
+KINDS = ("grades", "classes", "kinds", "named")
 GRADES = 5
 SPREAD = 0.43  # std of a severity about its grade: neighbours overlap
 GROWN = (0.12, 0.5)  # sides of the smallest and the largest nodule, as shares of the picture's
@@ -62,7 +63,7 @@ def picture(kind: str, seed: int, index: int, size: int = 140) -> np.ndarray:
     look, rng = _drawn(kind, seed, index)[1], _stream(kind, seed, index, 1)
     if kind == "kinds":
         return phantom(look, seed, index, size).image
-    if kind == "classes":
+    if kind in ("classes", "named"):
         extent, colour = look
         box = draw_box(rng, size, size, *SIZES[extent])
         alpha = lesion(rng, size, size, box)
@@ -81,8 +82,8 @@ def _drawn(kind: str, seed: int, index: int) -> tuple[dict[str, Any], Any]:
         grade = int(rng.integers(GRADES))
         asked = {"task": "grade", "query": "how suspicious is the nodule?", "grades": GRADES, "label": grade}
         return asked, grade + SPREAD * rng.standard_normal()
-    if kind == "classes":
-        dealt = [CLASSES[i] for i in rng.permutation(len(CLASSES))]
+    if kind in ("classes", "named"):
+        dealt = [CLASSES[i] for i in rng.permutation(len(CLASSES))] if kind == "classes" else CLASSES
         true = int(rng.integers(len(CLASSES)))
         lines = {name: " ".join(look) for name, look in zip(NAMES, dealt, strict=True)}
         asked = {"task": "label", "query": "what is the lesion?", "options": list(NAMES), "label": NAMES[true]}
