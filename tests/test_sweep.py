@@ -203,7 +203,8 @@ def test_a_variable_that_is_not_set_is_said_before_the_first_run(folder, monkeyp
 
 @pytest.mark.parametrize("name", [file.name for file in sorted(EXPERIMENTS.glob("*.toml"))])
 def test_the_grids_of_the_repository_ask_only_for_flags_that_exist(name, monkeypatch, tmp_path):
-    monkeypatch.setenv("ISIC", str(tmp_path))
+    for folder in ("ISIC", "BCCD", "FRACATLAS"):
+        monkeypatch.setenv(folder, str(tmp_path))
     grid = Grid(EXPERIMENTS / name)
     asked = {}  # one of each row's seeds is enough
     for run in grid.runs.values():
