@@ -224,7 +224,7 @@ def test_under_a_negative_weight_no_broken_answer_earns_more_than_any_answer():
     valid = torch.tensor([valid for _, valid in SAID])
     yes_or_no, spread = Quartiles(0.0, 1.0, 1.0, 100, zero_one=True), Quartiles(0.1, 0.2, 0.4, 100)
     table = {(key, "task"): yes_or_no, (key, "format"): yes_or_no, (key, "recite"): spread, (key, "thought"): spread}
-    for norms in (None, Norms(table, Normalise(), "norms.json", "")):
+    for norms in (None, Norms(table, Normalise(), "norms.json")):
         for penalty in ("recite", "thought"):
             weights = {"task": 1.0, "format": 1.0, penalty: -0.5}
             parts = {name: part[None] for name, part in rewards(weights).items()}

@@ -16,12 +16,13 @@ import ranks
 import train_grpo
 from data import first_of_each, load_samples, parts_of, phantom_samples
 from errors import InputError
-from norms import LEAST, Normalise, Norms, Quartiles, fingerprint, logistic, read_alike, read_norms, rows_of, split
+from norms import LEAST, Normalise, Norms, Quartiles, fingerprint, logistic, read_alike, read_norms, rows_of
 from rewards import Schedules, combine, group_advantage
 from rollout import GroupScores
 from runtime.metrics import key_metrics
 from runtime.run import by_dataset
 from runtime.stream import Mixture, Sampler, sampler_of
+from settings import behind_file
 from tasks import TASKS
 from weights import NANO
 
@@ -35,7 +36,7 @@ TABLE = {
 
 
 def norms(said: str = "", table: dict | None = None) -> Norms:
-    return Norms(dict(TABLE if table is None else table), split(f"n.json:{said}")[1], "n.json", "0" * 64)
+    return Norms(dict(TABLE if table is None else table), behind_file(f"n.json:{said}", "", Normalise)[1], "n.json")
 
 
 # --------------------------------------------------------------------------------------------------------------- norms
@@ -74,8 +75,9 @@ def test_answers_that_cannot_be_read_earn_exactly_0_and_zero_one_rewards_stay():
     assert raw.tolist() == [[1.0, 0.0], [0.0, 1.0]]
     said = norms().check([EASY, HARD], ["task", "format"])
     assert said == ["not normalised, since it was 0 or 1 throughout: easy/box: format, hard/box: format"]
-    with pytest.raises(InputError, match="no quartiles of the reward 'recite' for dataset 'easy', task 'box'; it has"):
-        norms().check([EASY], ["recite"])
+    with pytest.raises(InputError, match="no quartiles of .* 'recite' for dataset 'easy', task 'box'") as caught:
+        norms("", {(("d" * 90, f"{i}"), "task"): TABLE[EASY, "task"] for i in range(999)}).check([EASY], ["recite"])
+    assert len(str(caught.value)) < 400
 
 
 def test_a_refresh_takes_the_quartiles_of_its_own_steps_and_resumes_in_the_middle():
@@ -97,6 +99,7 @@ def test_a_refresh_takes_the_quartiles_of_its_own_steps_and_resumes_in_the_middl
     last = torch.cat([u[:3] for u in steps[3:6]])
     assert whole.table[EASY, "task"] == Quartiles.of(last.flatten().tolist())
     assert whole.table[HARD, "task"] == TABLE[HARD, "task"] and 3 * 8 < LEAST  # 24 answers are too few
+    assert whole.table[EASY, "task"].invalid is None  # not known, and not 0
     assert whole.table[EASY, "format"].zero_one and frozen.table == TABLE
 
 
@@ -145,7 +148,6 @@ def test_a_file_that_is_another_on_one_rank_is_refused_on_all(tmp_path, monkeypa
 def test_a_state_of_another_file_or_run_is_refused():
     state = norms("refresh=3").state_dict()
     for changes, words in (
-        ({"sha256": "1" * 64}, "n.json is not the file that the run began with"),
         ({"steps": 3}, "steps must be from 0 to 3"),
         ({"steps": -1}, "steps must be from 0"),
         ({"seen": [["easy", "box", "task"]]}, "seen must be a list of"),
@@ -162,7 +164,7 @@ def test_a_state_of_another_file_or_run_is_refused():
     norms("refresh=3").load_state_dict(state | {"table": other}, "t")
     with pytest.raises(InputError, match="its table is not that of n.json, and without refresh it stays"):
         norms().load_state_dict(state | {"table": other}, "t")
-    with pytest.raises(InputError, match="must hold sha256, steps, table and seen, not None"):
+    with pytest.raises(InputError, match="must hold steps, table and seen, not None"):
         norms().load_state_dict(None, "t")
 
 
@@ -409,6 +411,9 @@ def test_a_mixture_with_norms_resumes_bit_by_bit_in_the_middle_of_a_refresh(tmp_
         np.mean([row["advantage_share/phantoms-xray/box"] for row in part]) for part in (straight[:2], straight[-2:])
     )
     assert f"share of |A| {first:.3f} -> {last:.3f} (means of 2 steps)" in words[0] and "share of |A|" in said
+    (tmp_path / "n.json").write_text((tmp_path / "n.json").read_text() + " ")
+    words = run(train_grpo, "--resume", "--out", str(tmp_path / "b"), "--steps", "5", expect=2)
+    assert "refresh=3 is not the file that the run began with; restore it" in words
     row, ends = straight[-1], [f"phantoms-{kind}/box" for kind in ("xray", "ultrasound")]
     assert sum(row[f"advantage_share/{end}"] for end in ends) == pytest.approx(1)
     counts = [row[f"groups/{end}"] for end in ends]
@@ -425,6 +430,11 @@ def test_rewards_that_are_0_or_1_and_other_files_are_refused(tmp_path):
     flags = small(tmp_path / "o", tmp_path / "t.jsonl")
     assert "--normalise is for --schedule raw" in run(train_grpo, *flags, "--normalise", "n.json", expect=2)
     words = run(train_grpo, *flags, "--normalise", "gone.json", "--schedule", "raw", expect=2)
-    assert "gone.json" in words
+    assert "gone.json: does not exist" in words
+    table = {(("other", "box"), "task"): TABLE[EASY, "task"]}
+    (tmp_path / "n.json").write_text(json.dumps({"made_by": {"model": "any"}, "table": rows_of(table)}))
+    for norms, words in (("gone.json", "gone.json: does not exist"), ("n.json", "no quartiles of the reward 'task'")):
+        asked = [*flags, "--normalise", str(tmp_path / norms), "--schedule", "raw", "--estimate"]
+        assert words in run(train_grpo, *asked, expect=2)
     words = run(train_grpo, *flags, "--combine", "gdpo", expect=2)
     assert "--combine gdpo changes nothing beside --rewards task=1: only one counts" in words
