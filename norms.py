@@ -29,6 +29,7 @@ from settings import Settings, setting
 LEAST = 30  # answers from which quartiles are taken
 MOST = 30.0  # the exponent's bound: exp(30) is 1e13, and beyond nothing is told apart any more
 AT_ONCE = 2**24  # bytes read at a time
+ASKED = ("prompt", "temperature", "max_tokens", "knowledge")  # flags that decide what the answers are
 Key = tuple[str, str]  # (dataset, task)
 
 

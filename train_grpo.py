@@ -33,7 +33,7 @@ from errors import read_object
 from knowledge import Knowledge
 from loss import BatchTotals, completion_mask, grpo_loss, mask_overlong
 from model import Policy, Prefix, collate
-from norms import read_alike
+from norms import ASKED, read_alike
 from prompts import Processor, default_prompt
 from rewards import Schedules, combine, group_advantage, read_weights
 from rollout import GroupScores, Rollout, Rounds, sample, score, share
@@ -280,7 +280,7 @@ def train(args, ending: ExitStack) -> None:
     norms = None
     if args.normalise:
         norms = read_alike(args.normalise, None if args.estimate else base)
-        asked = {"tasks": sorted(args.tasks or ())} | {n: getattr(args, n) for n in ("prompt", "temperature")}
+        asked = {"tasks": sorted(args.tasks or ())} | {name: getattr(args, name) for name in ASKED}
         for words in norms.check(sorted({sample.key for sample in samples}), list(read_weights(args.rewards)), asked):
             ranks.print0(words)
     planned, words = plan.settle(args, base, samples + val)

@@ -16,7 +16,7 @@ import ranks
 import train_grpo
 from data import first_of_each, load_samples, parts_of, phantom_samples
 from errors import InputError
-from norms import LEAST, Normalise, Norms, Quartiles, fingerprint, logistic, read_alike, read_norms, rows_of
+from norms import ASKED, LEAST, Normalise, Norms, Quartiles, fingerprint, logistic, read_alike, read_norms, rows_of
 from rewards import Schedules, combine, group_advantage
 from rollout import GroupScores
 from runtime.metrics import key_metrics
@@ -361,7 +361,9 @@ def test_norms_are_those_of_the_sampled_answers(tmp_path):
     said = write_norms(tmp_path, "--data", "phantoms:xray", "--limit", "8", "--samples", "4")
     assert re.search(r"quartiles of phantoms-xray/box/task: 0\.\d+ 0\.\d+ 0\.\d+, n 32, cannot be read \d", said)
     content = json.loads((tmp_path / "n.json").read_text())
-    assert content["made_by"]["model"] == fingerprint(NANO) and content["made_by"]["samples"] == 4
+    assert content["made_by"]["model"] == fingerprint(NANO)
+    made_by = {name: content["made_by"][name] for name in ("samples", *ASKED)}
+    assert made_by == dict(samples=4, prompt="answer", temperature=1.0, max_tokens=24, knowledge=None)
     rows = {row["reward"]: row for row in content["table"]}
     assert rows["task"]["n"] == 32 and rows["format"]["zero_one"] and not rows["task"]["zero_one"]
     greedy = [json.loads(line)["u"] for line in (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()]
@@ -431,7 +433,7 @@ def test_rewards_that_are_0_or_1_and_other_files_are_refused(tmp_path):
     assert "--normalise is for --schedule raw" in run(train_grpo, *flags, "--normalise", "n.json", expect=2)
     words = run(train_grpo, *flags, "--normalise", "gone.json", "--schedule", "raw", expect=2)
     assert "gone.json: does not exist" in words
-    table = {(("other", "box"), "task"): TABLE[EASY, "task"]}
+    table = {(("other", "box"), "task"): TABLE[EASY, "task"]}  # of another policy, whose weights no estimate reads
     (tmp_path / "n.json").write_text(json.dumps({"made_by": {"model": "any"}, "table": rows_of(table)}))
     for norms, words in (("gone.json", "gone.json: does not exist"), ("n.json", "no quartiles of the reward 'task'")):
         asked = [*flags, "--normalise", str(tmp_path / norms), "--schedule", "raw", "--estimate"]
