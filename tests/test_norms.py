@@ -71,6 +71,8 @@ def test_answers_that_cannot_be_read_earn_exactly_0_and_zero_one_rewards_stay():
     assert found[0].tolist() == [pytest.approx(0.5), 0.0] and found[1, 0] == pytest.approx(0.5)
     assert 0.99 < found[1, 1] < 1
     assert found.dtype == torch.float32
+    found = norms("k=2,min_iqr=.5").apply("task", torch.tensor([[0.7]]), valid[:1, :1], [EASY])
+    assert found.item() == pytest.approx(1 / (1 + np.exp(-2 * 0.1 / 0.5)))
     raw = norms().apply("format", torch.tensor([[1.0, 1.0], [0.0, 1.0]]), valid, [EASY, HARD])
     assert raw.tolist() == [[1.0, 0.0], [0.0, 1.0]]
     said = norms().check([EASY, HARD], ["task", "format"])
@@ -107,8 +109,8 @@ def test_a_reward_that_was_0_or_1_for_a_while_is_normalised_once_it_is_neither()
     """A hard dataset begins with nothing but zeros, and a policy may fall back there."""
     table = {(HARD, "task"): Quartiles(0.0, 0.0, 0.0, 100, 0.0, True)}
     made = norms("refresh=1", table)
-    for u, zero_one in ((torch.rand(4, 8), False), (torch.zeros(4, 8), True), (torch.rand(4, 8), False)):
-        made.observe([HARD] * 4, {"task": u})
+    for u, zero_one in ((torch.rand(3, 10), False), (torch.zeros(3, 10), True), (torch.rand(3, 10), False)):
+        made.observe([HARD] * 3, {"task": u})  # of LEAST answers
         assert made.table[HARD, "task"].zero_one == zero_one
 
 
@@ -204,6 +206,19 @@ def test_norms_of_this_model_are_read_and_of_any_if_that_is_said(tmp_path):
     assert found.table == TABLE and found.settings == Normalise(k=2.0, refresh=9, model="any")
 
 
+def test_a_policy_is_known_by_its_weights_alone(tmp_path):
+    """Those of every shard, whatever else lies in its folder."""
+
+    def known(**files: bytes) -> str:
+        for name, content in files.items():
+            (tmp_path / f"{name}.safetensors").write_bytes(content)
+        return fingerprint(tmp_path)
+
+    first = known(model_1=b"ab", model_2=b"c")
+    assert known(optimizer=b"x") == first and known(model_2=b"d") != first != known(model_1=b"a", model_2=b"bc")
+    assert known(model_1=b"ab", model_2=b"c") == first
+
+
 # ------------------------------------------------------------------------------------------------- combine, advantage
 
 
@@ -214,12 +229,14 @@ def scores(u: torch.Tensor, keys: list, **parts: torch.Tensor) -> GroupScores:
 
 
 def test_rewards_are_normalised_before_they_are_added_and_u_is_observed_raw():
-    u, form = torch.tensor([[0.6, 0.7], [0.12, 0.2]]), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    u, form = torch.tensor([[0.6, 0.7, 0.4], [0.12, 0.2, 0.5]]), torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
     made = Schedules(["raw"], [EASY, HARD], 10, norms("refresh=1"))
     step = scores(u, [EASY, HARD], format=form)
     reward = combine(step, made, {"task": 2.0, "format": 0.5})
-    sigmoid = torch.tensor([[0.0, 3 * 0.1 / 0.3], [0.0, 3 * 0.08 / 0.15]]).sigmoid()
+    sigmoid = torch.tensor([[0.0, 3 * 0.1 / 0.3, -3 * 0.2 / 0.3], [0.0, 3 * 0.08 / 0.15, 3 * 0.38 / 0.15]]).sigmoid()
     torch.testing.assert_close(reward, 2 * sigmoid + 0.5 * form)
+    alike = [kernels.group_advantage(term, "std") for term in (sigmoid, form)]
+    torch.testing.assert_close(combine(step, made, {"task": 2.0, "format": 0.5}, "gdpo"), 2 * alike[0] + 0.5 * alike[1])
     assert torch.equal(step.parts["task"], u)
     plain = combine(scores(u, [EASY, HARD], format=form), Schedules(["raw"], [EASY, HARD], 10), {"task": 2.0})
     torch.testing.assert_close(plain, 2 * u)
