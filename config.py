@@ -28,7 +28,7 @@ import scheduler
 import settings
 import tasks
 import weights
-from data import check_text, held_out_phantoms
+from data import check_text, held_out_phantoms, parts_of
 from errors import InputError, named, one_line, read_object
 from flags import GONE, PROGRAMS, RECIPES, SWITCHES, Flag
 from knowledge import Knowledge
@@ -247,6 +247,10 @@ def wrong(args: argparse.Namespace, flags: dict[str, Flag], explicit: dict) -> I
         if "coarse" in flags and not args.coarse:
             for name in sorted(name for name in explicit if name.startswith("coarse_")):
                 yield f"{option(name)} changes nothing without --coarse; drop it, or give both"
+        for name in ("val", "train", "data" if "predictions" in flags else ""):
+            for part, weight in parts_of(getattr(args, name, None) or "", option(name)):
+                if weight is not None:
+                    yield f"{option(name)} {one_line(part)}={weight:g}: a weight is for data to train on; drop it"
         if "predictions" in flags:
             yield from wrong_questions(args, explicit)
         if "schedule" in flags:
@@ -293,7 +297,7 @@ def wrong_grpo(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
         if args.normalise and name != "raw" and counting.get(rewards.MAIN):
             yield f"--normalise is for --schedule raw: a reward of {name} is 0 or 1, or on a scale of its own already"
     if args.normalise:
-        norms.split(args.normalise)
+        settings.behind_file(args.normalise, "--normalise", norms.Normalise)
     if args.combine == "gdpo" and sum(weight != 0 for weight in counting.values()) < 2:
         yield f"--combine gdpo changes nothing beside --rewards {args.rewards}: only one counts; drop it"
     if not args.knowledge:

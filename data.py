@@ -142,8 +142,8 @@ def held_out_phantoms(spec: str) -> str:
     return ",".join(part for part, _ in parts_of(spec) if part.partition(":")[0] == "phantoms")
 
 
-def parts_of(spec: str) -> list[tuple[str, float | None]]:
-    """ "a.jsonl=2,phantoms" -> [("a.jsonl", 2.0), ("phantoms", None)]: what --data names, and the weights. A file whose
+def parts_of(spec: str, flag: str = "--data") -> list[tuple[str, float | None]]:
+    """ "a.jsonl=2,phantoms" -> [("a.jsonl", 2.0), ("phantoms", None)]: what a flag names, and the weights. A file whose
     own name ends like that is a file."""
     parts = []
     for part in spec.split(","):
@@ -156,7 +156,7 @@ def parts_of(spec: str) -> list[tuple[str, float | None]]:
         except ValueError:
             weight = -1.0
         if not name or not 0 < weight < 1e9:
-            raise InputError(f"--data {one_line(part)}: behind = stands a weight above 0")
+            raise InputError(f"{flag} {one_line(part)}: behind = stands a weight above 0")
         parts.append((name, weight))
     return parts
 

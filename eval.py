@@ -31,7 +31,7 @@ from errors import InputError, one_line, parse_json, read_text, short
 from images import Sample, load
 from knowledge import Knowledge
 from model import Policy, collate
-from norms import LEAST, Quartiles, fingerprint, write_norms
+from norms import ASKED, LEAST, Quartiles, fingerprint, write_norms
 from prompts import Processor, Prompt, default_prompt
 from rewards import MAIN, REWARDS, other_rewards
 from runtime.stream import uniforms
@@ -322,7 +322,7 @@ def measure_norms(args, policy: Policy, processor: Processor, samples: list[Samp
             "model": fingerprint(model_folder(args.model)),
             "data": digest(samples),
             "tasks": sorted(args.tasks or ()),
-            **{name: getattr(args, name) for name in ("prompt", "samples", "temperature", "max_tokens")},
+            **{name: getattr(args, name) for name in ("samples", *ASKED)},
             "versions": {"torch": torch.__version__},
         },
     )

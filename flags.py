@@ -38,11 +38,8 @@ def switch(help: str, free: bool = False, default: bool | None = False) -> Flag:
 
 ANSWERED = "answer, think, qwen, or a text file with {query} in it; none: what the policy was trained with, else think"
 MODEL = Flag("nano", "checkpoint folder, nano, nano-tasks, or org/name of the Hugging Face Hub")  # runs anywhere
-DATA = Flag(
-    "phantoms",
-    "JSONL files, or phantoms[:dermoscopy|xray|ultrasound|grades|classes|named|kinds]; FILE=WEIGHT ...: a mixture",
-    joined=True,
-)
+FILES = "JSONL files, or phantoms[:dermoscopy|xray|ultrasound|grades|classes|named|kinds]"
+DATA = Flag("phantoms", f"{FILES}; FILE=WEIGHT ...: a mixture", joined=True)
 DEVICE = Flag(CUDA, "cpu or cuda; bfloat16 on CUDA, float32 on a CPU, trained weights float32 on both", free=True)
 OUTSIDE = switch("records may name pictures outside the folder of their file: absolute paths, and with ..", free=True)
 CLIP_BOXES = switch("cut boxes that reach over the picture's edge, and count them")  # they may be in another frame
@@ -182,7 +179,7 @@ SFT = {
 EVAL = {
     "what": dict(
         model=MODEL,
-        data=DATA,
+        data=Flag("phantoms", FILES, joined=True),
         train=Flag(None, "training data: adds the row of the constant answer"),
         predictions=Flag(None, "score these answers instead of running a model"),
         image=Flag(None, "ask about one picture; prints the answer, writes overlay.png"),

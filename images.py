@@ -50,9 +50,7 @@ class Sample:
 
     media: Path | PhantomImage  # what is looked at
     query: str
-    target: (
-        Any  # of its task, in the original frame; None for a phantom, whose box is drawn with it: load(sample) has it
-    )
+    target: Any  # of its task, in the original frame; None for a phantom whose box is drawn with it: load(sample)
     dataset: str
     task: str = "box"  # a key of tasks.TASKS
     source: str = ""  # "train.jsonl:17", for messages
@@ -60,9 +58,7 @@ class Sample:
     query_field: str = "query"  # where the record holds its query, for messages
     weight: float | None = None  # of its dataset in the mixture, as --data says
     knowledge: str = ""  # the block that knowledge.py has put around the query
-    extra: dict = dataclasses.field(
-        default_factory=dict, hash=False
-    )  # the record's other fields, for a reward of your own
+    extra: dict = dataclasses.field(default_factory=dict, hash=False)  # other fields, for a reward of your own
 
     @property
     def key(self) -> tuple[str, str]:
@@ -94,8 +90,7 @@ def load(sample: Sample) -> tuple[Image.Image, Any]:
         if p.kind in phantom_tasks.KINDS:
             return Image.fromarray(phantom_tasks.picture(p.kind, p.seed, p.index, p.size)), sample.target
         drawn = phantom(p.kind, p.seed, p.index, p.size)
-        box = tuple(map(float, drawn.box))
-        return Image.fromarray(drawn.image), box if sample.target is None else sample.target
+        return Image.fromarray(drawn.image), tuple(map(float, drawn.box))
     with named(sample.source):
         image = open_image(sample.media)
         if sample.size not in (None, image.size):

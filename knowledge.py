@@ -38,8 +38,7 @@ class Knowledge:
     """What --knowledge says. attach() gives it to samples; complete(), once all have theirs, says what reached none."""
 
     def __init__(self, text: str):
-        name, _, rest = text.partition(":")
-        self.shown: Shown = settings.read(f"FILE:{rest}", "--knowledge", {"FILE": Shown})[1]
+        name, self.shown = settings.behind_file(text, "--knowledge", Shown)
         self.name = one_line(name)
         self.used: dict[str, set[str]] = {}  # part of the file -> options that have been given their line
         self.table: dict[str, dict[str, str]] | None = None

@@ -1,7 +1,7 @@
 """Scores -> rewards -> advantage: what each answer earns, and how much better than its group it is.
 
     reward = combine(scores, schedules, weights)     "task": the schedule's shape of u under its present tau; others
-    advantage = group_advantage(reward, "std")       (r - mean) / (std + 1e-4) over the group, exactly 0 without spread
+    advantage = group_advantage(reward, "std")       (r - mean) / (std + kernels.EPS); exactly 0 without spread
 
 A reward of your own is a row in REWARDS, and a name in --rewards. Left out: learned reward models, and what an answer
 is worth, which its task says (tasks/).
@@ -23,7 +23,6 @@ from settings import Settings, read
 from tasks import TASKS, Scores
 from text import sentence_bleu, thought, tokens
 
-EPS = 1e-4  # as kernels.group_advantage's
 MAIN = "task"  # in --rewards: the schedule's reward for u
 
 
@@ -65,8 +64,6 @@ REWARDS: dict[str, Callable[[list[str], Scores, list], Tensor]] = {
     # Words of the thought; thought=0 logs what recitation does to it.
     "thought": lambda texts, scores, samples: torch.tensor([float(len(tokens(thought(text)))) for text in texts]),
 }
-
-COMBINE = ("sum", "gdpo")
 
 
 def read_weights(text: str) -> dict[str, float]:
@@ -200,4 +197,4 @@ def group_advantage(reward: Tensor, scale: str) -> Tensor:
     if scale != "batch":
         return kernels.group_advantage(reward, scale)
     spread = reward.std() if reward.numel() > 1 else torch.zeros(())
-    return kernels.group_advantage(reward, "none") / (spread + EPS)
+    return kernels.group_advantage(reward, "none") / (spread + kernels.EPS)

@@ -87,6 +87,12 @@ def read(text: str, flag: str, kinds: dict[str, type[Settings]]) -> tuple[str, S
         raise InputError(f"{flag} {name}: {error}") from None
 
 
+def behind_file(text: str, flag: str, kind: type[Settings]) -> tuple[str, Settings]:
+    """ "FILE:key=value" -> (FILE, the settings behind it). InputError as read()'s."""
+    file, _, rest = text.partition(":")
+    return file, read(f"FILE:{rest}", flag, {"FILE": kind})[1]
+
+
 def value_of(text: str, default: Any) -> Any:
     """The text as the default's type, or as it is, which Settings will refuse."""
     try:

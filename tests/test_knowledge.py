@@ -224,7 +224,7 @@ def test_under_a_negative_weight_no_broken_answer_earns_more_than_any_answer():
     valid = torch.tensor([valid for _, valid in SAID])
     yes_or_no, spread = Quartiles(0.0, 1.0, 1.0, 100, zero_one=True), Quartiles(0.1, 0.2, 0.4, 100)
     table = {(key, "task"): yes_or_no, (key, "format"): yes_or_no, (key, "recite"): spread, (key, "thought"): spread}
-    for norms in (None, Norms(table, Normalise(), "norms.json", "")):
+    for norms in (None, Norms(table, Normalise(), "norms.json")):
         for penalty in ("recite", "thought"):
             weights = {"task": 1.0, "format": 1.0, penalty: -0.5}
             parts = {name: part[None] for name, part in rewards(weights).items()}
@@ -234,8 +234,8 @@ def test_under_a_negative_weight_no_broken_answer_earns_more_than_any_answer():
             total = combine(scores, Schedules(["raw"], [key], 10, norms), weights)[0]
             assert total[~valid].max() <= total[valid].min(), (norms, penalty)
             assert all(parts[name].equal(told[name]) for name in told)  # what is logged is what was recited
-            if penalty == "recite":
-                assert (total[~valid] == -0.5).all()
+            most = 3 if penalty == "thought" and norms is None else 1  # words of the longest thought, or a reward's most
+            assert (total[~valid] == -0.5 * most).all()
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs

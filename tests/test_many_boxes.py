@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from programs import read_records
 
-from data import load_jsonl
 from errors import InputError
 from eval import Original, metrics, score_rows
 from images import Sample
@@ -208,15 +208,8 @@ def test_matches_are_cocos(tmp_path):
 RECORD = {"image": "a.png", "task": "boxes", "query": "the cell", "boxes": [[1, 2, 10, 20], [5, 6, 25, 30]]}
 
 
-def read(folder, *records: dict) -> list[Sample]:
-    Image.new("RGB", (30, 40)).save(folder / "a.png")
-    file = folder / "train.jsonl"
-    file.write_text("\n".join(map(json.dumps, records)))
-    return load_jsonl(file, TASKS)
-
-
 def test_records_answers_and_pictures_of_several_boxes_or_none(tmp_path):
-    several, none = read(tmp_path, RECORD, RECORD | {"boxes": []})
+    several, none = read_records(tmp_path, RECORD, RECORD | {"boxes": []})
     assert several.target == [(1.0, 2.0, 10.0, 20.0), (5.0, 6.0, 25.0, 30.0)] and none.target == []
     assert several.query == none.query  # whether there is something to find is not told
     for style in ("answer", "think", "qwen"):
@@ -246,7 +239,7 @@ def test_records_answers_and_pictures_of_several_boxes_or_none(tmp_path):
 )
 def test_a_record_that_is_wrong_is_one_sentence(boxes, words, tmp_path):
     with pytest.raises(InputError, match=f"train.jsonl:1: {words}"):
-        read(tmp_path, RECORD | {"boxes": boxes})
+        read_records(tmp_path, RECORD | {"boxes": boxes})
 
 
 def test_long_answers_take_little_time():
