@@ -69,14 +69,16 @@ def test_exactly_one_option_must_be_named(text, indices):
 @pytest.mark.parametrize(
     "text",
     "not melanoma|This is not a melanoma.|no evidence of melanoma|It isn't melanoma|It isn\u2019t a melanoma|"
-    "without melanoma|melanoma? No, not melanoma|rules out melanoma|\u4e0d\u662f\u9ed1\u8272\u7d20\u7624".split("|"),
+    "without melanoma|melanoma? No, not melanoma|not a melanoma: a melanoma is ragged|"
+    "rules out melanoma|\u4e0d\u662f\u9ed1\u8272\u7d20\u7624".split("|"),
 )
 def test_an_option_that_is_denied_is_no_answer(text):
     for label in ("melanoma", "nevus", OPTIONS[5]):
         original = Original(Sample(None, "", None, "d", "label"), Choice(label, OPTIONS))
         scores = TASKS["label"].score([text], [original])
         assert (scores.u.tolist(), scores.reasons, scores.answers) == ([0.0], ["denied"], [None])
-    assert read_grade("not mild", ("none", "mild")) == read_grade("not 2", tuple("012")) == (None, "denied")
+    for text in ("not 2", "not 2, since 2 is more", "2? not 2"):
+        assert read_grade("not mild", ("none", "mild")) == read_grade(text, tuple("012")) == (None, "denied")
     assert read_grade("9" * 5000, tuple("012")) == (None, "out of range")
     assert read_grade(stated("[" * 100_000), tuple("012")) == (None, "no grade")
     assert read_grade("no lesion", ("no lesion", "mild"))[0] == 0  # a name's own word denies nothing

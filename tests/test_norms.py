@@ -278,6 +278,7 @@ def test_the_batch_s_spread_is_that_of_all_rewards_and_flat_groups_are_0():
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
     assert (found[3] == 0).all() and (group_advantage(torch.full((3, 4), 0.3), "batch") == 0).all()
     assert group_advantage(torch.rand(0, 8), "batch").shape == (0, 8)
+    assert group_advantage(torch.ones(1, 1), "batch").item() == 0.0
     order = torch.randperm(6)
     torch.testing.assert_close(group_advantage(reward[order], "batch"), found[order])
 
@@ -329,7 +330,12 @@ def test_every_run_of_places_has_its_shares_and_every_dataset_its_permutations()
     again = Mixture(datasets, {"a": 1.0, "b": 2.0, "c": 1.0}, 16, 3)
     assert again.take(1000, 50) == drawn[1000:1050] and again.take(10, 5) == drawn[10:15]  # from anywhere
     assert [again.take(k, 1)[0] for k in range(1, 400, 2)] == drawn[1:400:2]  # as a rank takes its own
-    assert Mixture(datasets, {"a": 1.0, "b": 2.0, "c": 1.0}, 16, 4).take(0, 40) != drawn[:40]
+    other = Mixture(datasets, {"a": 1.0, "b": 2.0, "c": 1.0}, 16, 4).take(0, 40)  # of another seed: others' turns too
+    assert [datasets[i] for i in other] != owners[:40].tolist()
+    twins = Mixture(["a"] * 50 + ["b"] * 50, {"a": 1.0, "b": 1.0}, 16, 3).take(0, 120)
+    first, second = ([i % 50 for i in twins if i // 50 == own][:50] for own in (0, 1))
+    assert first != second and sorted(first) == sorted(second)  # of one size, and not in one order
+    assert Mixture(["a", "b"], {"a": 0.1, "b": 0.2}, 2, 0).bounds[-1] == 1.0
 
 
 def test_data_says_what_weighs_how_much(tmp_path):
