@@ -40,7 +40,7 @@ ANSWERED = "answer, think, qwen, or a text file with {query} in it; none: what t
 MODEL = Flag("nano", "checkpoint folder, nano, nano-tasks, or org/name of the Hugging Face Hub")  # runs anywhere
 DATA = Flag(
     "phantoms",
-    "JSONL files, or phantoms[:dermoscopy|xray|ultrasound|grades|classes|kinds]; FILE=WEIGHT ...: a mixture",
+    "JSONL files, or phantoms[:dermoscopy|xray|ultrasound|grades|classes|kinds|several]; FILE=WEIGHT ...: a mixture",
     joined=True,
 )
 DEVICE = Flag(CUDA, "cpu or cuda; bfloat16 on CUDA, float32 on a CPU, trained weights float32 on both", free=True)
