@@ -176,7 +176,7 @@ def phantom_samples(
         if k in QUERIES:
             samples.append(Sample(image, QUERIES[k], None, dataset, source=source))
         else:
-            fields = phantom_tasks.record(k, seed, index)
+            fields = phantom_tasks.record(k, seed, index, size)
             whole, task = Record(fields, {}, (size, size), False), tasks[fields["task"]]
             target = task.read(whole)
             extra = {name: value for name, value in fields.items() if name not in (*COMMON, *whole.read)}

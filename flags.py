@@ -38,7 +38,7 @@ def switch(help: str, free: bool = False, default: bool | None = False) -> Flag:
 
 ANSWERED = "answer, think, qwen, or a text file with {query} in it; none: what the policy was trained with, else think"
 MODEL = Flag("nano", "checkpoint folder, nano, nano-tasks, or org/name of the Hugging Face Hub")  # runs anywhere
-FILES = "JSONL files, or phantoms[:dermoscopy|xray|ultrasound|grades|classes|named|kinds]"
+FILES = "JSONL files, or phantoms[:dermoscopy|xray|ultrasound|grades|classes|named|kinds|several]"
 DATA = Flag("phantoms", f"{FILES}; FILE=WEIGHT ...: a mixture", joined=True)
 DEVICE = Flag(CUDA, "cpu or cuda; bfloat16 on CUDA, float32 on a CPU, trained weights float32 on both", free=True)
 OUTSIDE = switch("records may name pictures outside the folder of their file: absolute paths, and with ..", free=True)
