@@ -220,11 +220,11 @@ def test_targets_do_not_travel_to_the_processes_that_draw():
 
 def test_bad_arguments_are_named():
     for call, word in [
-        (lambda: record("mri", 0, 0), "grades, classes, kinds, several"),
+        (lambda: record("mri", 0, 0), "grades, classes, kinds, named, several"),
         (lambda: picture("grades", 0, 0, 27), "27x27"),
         (lambda: picture("classes", -1, 0), "seed -1"),
         (lambda: record("kinds", 0, -2), "index -2"),
-        (lambda: load_samples("phantoms:mri", TASKS, 0, "test"), "dermoscopy.*grades, classes, kinds, several"),
+        (lambda: load_samples("phantoms:mri", TASKS, 0, "test"), "dermoscopy.*grades, classes, kinds, named, several"),
     ]:
         with pytest.raises(InputError, match=word):
             call()
