@@ -22,7 +22,7 @@ import rollout
 import train_grpo
 import train_sft
 from data import BadRecords, load_samples, phantom_samples
-from images import load
+from images import Sample, load
 from model import Policy, collate
 from prompts import Processor
 from rewards import Schedules
@@ -520,6 +520,17 @@ def test_several_coarse_boxes_are_valid_answers_and_sometimes_one_less_or_more()
         assert all(counts[k] / 3000 == pytest.approx(share, abs=0.03) for k, share in expected.items())
     exact = train_sft.Coarse(0, 0, 0, missed=0, invented=0)
     assert train_sft.coarse_boxes(far, 140, 140, rng, exact) == far
+    # As the trainer asks for them: in the model's frame, others at every step, the same at the same one.
+    prompt = SimpleNamespace(
+        sample=Sample(None, "it", far, "d", "boxes"), target=far, scale=(2.0, 0.5), grid=(1, 20, 5)
+    )
+    asked = prompt, SimpleNamespace(style="answer", image_config=SimpleNamespace(patch_size=14))
+    settings = train_sft.Sft(9, 9, 9, 1e-3, 9, seed=0)
+    plain = train_sft.answer_of(*asked, settings, 0, 0)
+    assert plain == task.answer(far, (2.0, 0.5), "answer", "it")
+    assert plain == train_sft.answer_of(*asked, replace(settings, coarse=exact), 0, 0)
+    said = [train_sft.answer_of(*asked, replace(settings, coarse=coarse), step, 0) for step in (0, 1, 2, 0)]
+    assert len(set(said)) == 3 and said[0] == said[3] and all(not parse_boxes(text)[1] for text in said)
 
 
 def test_sft_learns(records, tmp_path):  # noqa: F811
