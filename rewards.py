@@ -183,8 +183,9 @@ def combine(scores, schedules: Schedules, weights: dict[str, float], how: str = 
     terms = {name: scores.parts[name] for name in weights}
     if schedules.norms:
         terms = {name: schedules.norms.apply(name, term, valid, scores.keys) for name, term in terms.items()}
-    for name in (name for name, weight in weights.items() if weight < 0 and name != MAIN):
-        terms[name] = terms[name].where(valid, terms[name].amax(1, keepdim=True).clamp(min=1.0))
+    for name, weight in weights.items():
+        if weight < 0:
+            terms[name] = terms[name].where(valid, terms[name].amax(1, keepdim=True).clamp(min=1.0))
     if how == "gdpo":
         terms = {name: kernels.group_advantage(term, "std") for name, term in terms.items()}
     return sum(weight * terms[name] for name, weight in weights.items())

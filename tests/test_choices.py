@@ -15,6 +15,7 @@ from errors import InputError
 from eval import Original, confusion_picture, confusions, metrics, score_rows
 from images import Sample
 from rewards import Schedules
+from rollout import Rollout, score
 from tasks import TASKS, configure, summary
 from tasks.grade import Grade, Ordinal, quadratic_kappa, read_grade
 from tasks.label import Choice, named_in, stated
@@ -340,6 +341,17 @@ def test_u_of_both_tasks_is_what_schedules_go_by():
     for _ in range(8):  # every answer to a grade is one off, every label wrong: each goes by its own
         medloc.observe(SimpleNamespace(by_key=lambda: {key: [[0.25] * 4] * 4, ("d", "label"): [[0.0] * 4] * 4}))
     assert medloc.of[key].tau > before[key] and medloc.of["d", "label"].tau == before["d", "label"]
+
+
+def test_a_rank_that_has_labels_alone_has_the_parts_of_all_tasks_as_0():
+    """Ranks tell each other the same columns, whatever each has rolled out."""
+    choice, (b, g) = Choice("melanoma", OPTIONS), (1, 2)
+    roll = Rollout.empty(g)
+    roll.prompts, roll.texts = [Original(Sample(None, "", choice, "d", "label"), choice)], [["melanoma", "nevus"]]
+    roll.lengths, roll.truncated = torch.ones(b, g).long(), torch.zeros(b, g).bool()
+    found = score(roll, {"task": 1.0}, [("d", "box"), ("d", "label")])
+    assert found.parts.keys() == {*TASKS["box"].parts} and found.key.tolist() == [[1, 1]]
+    assert all(part.tolist() == [[0, 0]] for part in found.parts.values()) and found.u.tolist() == [[1, 0]]
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs

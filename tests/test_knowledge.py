@@ -236,6 +236,8 @@ def test_under_a_negative_weight_no_broken_answer_earns_more_than_any_answer():
             assert all(parts[name].equal(told[name]) for name in told)  # what is logged is what was recited
             most = 3 if penalty == "thought" and norms is None else 1  # the longest thought's words, or a reward's most
             assert (total[~valid] == -0.5 * most).all()
+            total = combine(scores, Schedules(["raw"], [key], 10, norms), {"task": -1.0})[0]  # the schedule's too
+            assert (total[~valid] == -1.0).all()
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
