@@ -269,9 +269,12 @@ def wrong_questions(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
         yield "--temperature changes nothing beside --samples 0: greedy answers have none; drop it"
     if args.write_norms is not None and (args.predictions or args.image):
         yield "--write-norms asks a policy about --data: drop --predictions and --image"
+    if args.write_norms is not None and args.submission is not None:
+        yield "--write-norms wants answers that are known, under --submission some may be missing: drop one of the two"
     for name, beside, why in (
         ("knowledge", "image", "it asks for a box, which has no options"),
         ("knowledge", "predictions", "the answers are there already"),
+        ("submission", "image", "that is one question, of no benchmark"),
         ("tasks", "image", "a box has no settings"),
     ):
         if getattr(args, name) and getattr(args, beside):

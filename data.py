@@ -8,6 +8,9 @@ Boxes are (x1, y1, x2, y2), half-open (x2 = last column + 1). Prompt.scale = ori
 A record names its task (default: box), which reads the target from it (tasks/); fields that nobody asks for stay in
 Sample.extra. VLM-R1's records (github.com/om-ai-lab/VLM-R1, grpo_jsonl.py) are read as they are.
 
+Instead of an image a record may have a clip: "frames", a list of pictures of one size, with their "fps", or "video", a
+file, from which "fps" frames a second are taken between "start" and "end" (clips.py). Seconds count from its first.
+
 Left out: several images per record, DICOM. Bad input is an InputError that names file, line and field; nothing is
 clipped, truncated or skipped in silence. Pixels are decoded when a sample is loaded: images.py.
 """
@@ -22,7 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import phantom_clips
 import phantom_tasks
+from clips import MOST_FRAMES, Clip, Film, film_header, frames_between
 from errors import InputError, cause_of, named, one_line, short
 from images import PhantomImage, Sample, displayed_size
 from phantoms import KINDS, QUERIES
@@ -33,6 +38,8 @@ MAX_LIST = 2**31  # bytes of a file that is one JSON list, read whole; lines are
 MAX_TEXT = 10_000  # characters of a query: more than any prompt holds, and the tokenizer is not kept busy with it
 HALF = "[\ud800-\udfff]"  # JSON can escape half a character, which UTF-8 cannot hold
 COMMON = "image query dataset task width height conversations problem solution".split()  # fields read here
+CLIPS = ("frames", "video", "fps", "start", "end")  # and of a clip's
+MEDIA = ("image", "frames", "video")  # of which a record has one
 
 TRAIN_PHANTOMS = 20_000
 TEST_PHANTOMS = 600
@@ -78,6 +85,7 @@ class Record:
     size: tuple[int, int]  # (width, height) of its picture as displayed
     clip: bool  # --clip-boxes
     cut: bool = False  # whether a box was
+    seconds: float | None = None  # that its clip lasts; of a picture None
     read: list[str] = dataclasses.field(default_factory=list)  # fields that the task has asked for
 
     def __getitem__(self, field: str) -> Any:
@@ -167,7 +175,7 @@ def phantom_samples(
     """Phantoms start .. start + count - 1 of the series (kind, seed), not yet drawn; kind None takes turns by index.
     They are one dataset, with one threshold, however many kinds: these differ no more than hospitals do. tasks: for the
     kinds of phantom_tasks, whose targets are known before they are drawn."""
-    if kind is not None and kind not in (known := (*QUERIES, *phantom_tasks.KINDS)):
+    if kind is not None and kind not in (known := (*QUERIES, *phantom_tasks.KINDS, *phantom_clips.KINDS)):
         raise InputError(f"unknown phantom kind {kind!r}: use phantoms, or phantoms:<kind> of {', '.join(known)}")
     samples, dataset = [], f"phantoms-{kind}" if kind else "phantoms"
     for index in range(start, start + count):
@@ -175,13 +183,19 @@ def phantom_samples(
         image, source = PhantomImage(k, seed, index, size), f"phantoms:{k} seed {seed} index {index}"
         if k in QUERIES:
             samples.append(Sample(image, QUERIES[k], None, dataset, source=source))
+            continue
+        if moving := k in phantom_clips.KINDS:
+            fields = phantom_clips.record(k, seed, index)
+            media = Clip(PhantomImage(k, seed, index, phantom_clips.SIZE), fields["fps"], fields["frames"])
+            whole = Record(fields, {}, (phantom_clips.SIZE,) * 2, False, seconds=media.seconds)
         else:
-            fields = phantom_tasks.record(k, seed, index, size)
-            whole, task = Record(fields, {}, (size, size), False), tasks[fields["task"]]
-            target = task.read(whole)
-            extra = {name: value for name, value in fields.items() if name not in (*COMMON, *whole.read)}
-            query = task.phrase(fields["query"], target)
-            samples.append(Sample(image, query, target, dataset, fields["task"], source, extra=extra))
+            fields, media = phantom_tasks.record(k, seed, index, size), image
+            whole = Record(fields, {}, (size, size), False)
+        target = tasks[fields["task"]].read(whole)
+        extra = {name: value for name, value in fields.items() if name not in (*COMMON, *CLIPS * moving, *whole.read)}
+        # When it is lit is asked without the clip's length, which would give away the rate.
+        query = fields["query"] if k == "clips" else tasks[fields["task"]].phrase(fields["query"], target)
+        samples.append(Sample(media, query, target, dataset, fields["task"], source, extra=extra))
     return samples
 
 
@@ -277,7 +291,7 @@ def _sample(
         names |= {"query": "problem", field: "solution"}
     query = check_text(_required(record, "query"), names["query"])
     if names["query"] != "query":  # without VLM-R1's marker, and of its usual question the phrase alone
-        query = query.replace("<image>", "").strip()
+        query = query.replace("<image>", "").replace("<video>", "").strip()
         before, after = REC_QUESTION.split("{query}")
         query = check_text(
             query.removeprefix(before).removesuffix(after) if query.startswith(before) else query, names["query"]
@@ -288,13 +302,16 @@ def _sample(
                 with named(f"field {names[field]!r} {short(record[field])}"):
                     record[field] = _parse(record[field], "write [x1, y1, x2, y2]")
 
-    image, size = _image(record, folder, outside)
+    if len(given := [field for field in MEDIA if field in record]) > 1:
+        raise InputError(f"fields {given[0]!r} and {given[1]!r} are both there; a record has one of {', '.join(MEDIA)}")
+    media, size = {"frames": _frames, "video": _video}.get("".join(given), _image)(record, folder, outside)
+    seconds, known = (media.seconds, CLIPS) if isinstance(media, Clip) else (None, ())
     dataset = check_text(record.get("dataset") or name, "dataset")
-    whole = Record(record, names, size, clip)
+    whole = Record(record, names, size, clip, seconds=seconds)
     target = tasks[task].read(whole)
     query = check_text(tasks[task].phrase(query, target), names["query"])
-    extra = {name: value for name, value in record.items() if name not in (*COMMON, *whole.read)}
-    return Sample(image, query, target, dataset, task, source, size, names["query"], extra=extra), whole.cut
+    extra = {name: value for name, value in record.items() if name not in (*COMMON, *known, *whole.read)}
+    return Sample(media, query, target, dataset, task, source, size, names["query"], extra=extra), whole.cut
 
 
 def picture_path(folder: Path, name: str, field: str, outside: bool) -> Path:
@@ -310,12 +327,75 @@ def picture_path(folder: Path, name: str, field: str, outside: bool) -> Path:
 
 def _image(record: dict, folder: Path, outside: bool) -> tuple[Path, tuple[int, int]]:
     """The path of a record's picture and its size as displayed, held against the size that the record states."""
-    name = check_text(_required(record, "image"), "image")
-    image, shown = picture_path(folder, name, "image", outside), short(name)
-    if not os.path.isfile(image):  # unlike Path.is_file, False also for names that no file can have
-        raise InputError(f"field 'image' names {shown}, which is not a file; paths are relative to {one_line(folder)}")
+    image = _file(_required(record, "image"), "image", folder, outside)
     with named("field 'image'"):
         size = displayed_size(image)
+    _check_stated(record, size, short(record["image"]))
+    return image, size
+
+
+def _frames(record: dict, folder: Path, outside: bool) -> tuple[Clip, tuple[int, int]]:
+    """The clip of a record's frames and their one size: of each the header is read."""
+    names, fps = record["frames"], _rate(record)
+    if not isinstance(names, list) or not 1 <= len(names) <= MOST_FRAMES:
+        count = f"{len(names)} of them" if isinstance(names, list) else short(names)
+        raise InputError(f"field 'frames' must be a list of 1 to {MOST_FRAMES} pictures, not {count}")
+    frames = tuple(_file(name, f"frames[{i}]", folder, outside) for i, name in enumerate(names))
+    size = None
+    for i, frame in enumerate(frames):
+        with named(f"field 'frames[{i}]'"):
+            its = displayed_size(frame)
+            if its != (size := size or its):
+                first = f"the first is {size[0]}x{size[1]}"
+                raise InputError(f"{short(names[i])} is {its[0]}x{its[1]} as displayed, {first}; give all one size")
+    _check_stated(record, size, short(names[0]))
+    return Clip(frames, fps, len(frames)), size
+
+
+def _video(record: dict, folder: Path, outside: bool) -> tuple[Clip, tuple[int, int]]:
+    """The clip of a part of a record's video file, and the size of its frames as displayed."""
+    path, fps = _file(record["video"], "video", folder, outside), _rate(record)
+    with named("field 'video'"):
+        size, seconds = film_header(path)
+    start, end = record.get("start", 0.0), record.get("end", seconds)
+    if end is None:
+        raise InputError(f"field 'end' is missing, and {short(record['video'])} does not say how long it is; add it")
+    for field, value in (("start", start), ("end", end)):
+        if type(value) not in (int, float) or not 0 <= value < 1e9:
+            raise InputError(f"field {field!r} must be seconds from the video's beginning, not {short(value)}")
+    if not start < end:
+        raise InputError(
+            f"fields 'start' and 'end' say {start:g} to {end:g} seconds, which is nothing; write start < end"
+        )
+    count = frames_between(start, end, fps)
+    if seconds is not None and start + (count - 1) / fps >= seconds:
+        raise InputError(
+            f"a frame at {start + (count - 1) / fps:g} seconds is asked for, but the video ends at {seconds:.2f}"
+        )
+    if count > MOST_FRAMES:
+        raise InputError(f"{count} frames from {start:g} to {end:g} seconds are more than {MOST_FRAMES}; lower 'fps'")
+    _check_stated(record, size, short(record["video"]))
+    return Clip(Film(path, float(start), float(end)), fps, count), size
+
+
+def _rate(record: dict) -> float:
+    """A clip's fps. Nothing stands in for it: it is all that the policy knows of time."""
+    fps = _required(record, "fps")
+    if type(fps) not in (int, float) or not 1e-3 <= fps <= 1e3:  # NaN is refused too
+        raise InputError(f"field 'fps' must be frames per second, .001 to 1000, not {short(fps)}")
+    return float(fps)
+
+
+def _file(name: Any, field: str, folder: Path, outside: bool) -> Path:
+    path = picture_path(folder, check_text(name, field), field, outside)
+    if not os.path.isfile(path):  # unlike Path.is_file, False also for names that no file can have
+        where = f"paths are relative to {one_line(folder)}"
+        raise InputError(f"field {field!r} names {short(name)}, which is not a file; {where}")
+    return path
+
+
+def _check_stated(record: dict, size: tuple[int, int], shown: str) -> None:
+    """Hold a size that the record states against that of its picture."""
     if "width" in record or "height" in record:
         stated = _required(record, "width"), _required(record, "height")
         if not all(type(side) is int and 0 < side < 1e9 for side in stated):
@@ -325,7 +405,6 @@ def _image(record: dict, folder: Path, outside: bool) -> tuple[Path, tuple[int, 
                 f"fields 'width' and 'height' say {stated[0]}x{stated[1]}, but {shown} is {size[0]}x{size[1]} as "
                 "displayed (after EXIF rotation): the box is in another frame; give size and box as displayed"
             )
-    return image, size
 
 
 def _required(record: dict, field: str) -> Any:

@@ -2,6 +2,7 @@
 
     python eval.py --model FOLDER --data val.jsonl --train train.jsonl --out out-eval
     python eval.py --predictions answers.jsonl --data val.jsonl --out out-eval        answers of another model
+    python eval.py --model FOLDER --data test.jsonl --submission submission.json      for MedVidBench's leaderboard
     python eval.py --model FOLDER --image a.png --query "the skin lesion"             a box in original pixels
 
 Writes eval.json, predictions.jsonl and sheet.png (best, median, worst answers) into --out. What is measured, and in
@@ -26,9 +27,11 @@ from tqdm import tqdm
 
 import config
 import ranks
+import submission
+from clips import Clip
 from data import BadRecords, first_of_each, load_samples
 from errors import InputError, one_line, parse_json, read_text, short
-from images import Sample, load
+from images import Sample, load, load_frames
 from knowledge import Knowledge
 from model import Policy, collate
 from norms import ASKED, LEAST, Quartiles, fingerprint, write_norms
@@ -104,14 +107,17 @@ def score_rows(prompts: list[Prompt] | list[Original], texts: list[str]) -> list
 
 
 def rounded(answer: Any, digits: int) -> Any:
-    """Floats, also in a list, for a file that people read."""
+    """Floats, also in a list or an object, for a file that people read."""
+    if isinstance(answer, dict):
+        return {name: rounded(value, digits) for name, value in answer.items()}
     if isinstance(answer, list):
         return [rounded(value, digits) for value in answer]
     return round(answer, digits) if isinstance(answer, float) else answer
 
 
 def metrics(rows: list[dict]) -> dict:
-    """The task's metrics over rows; of several tasks one part each; per dataset too."""
+    """The task's metrics over rows; of several tasks one part each; per dataset too. Rows without a truth do not
+    count."""
 
     def over(rows: list[dict]) -> dict:
         tasks = defaultdict(list)
@@ -123,34 +129,56 @@ def metrics(rows: list[dict]) -> dict:
         whole = {name: sum(part[name] for part in parts.values()) for name in ("n", "parse_failures")}
         return whole | {"tasks": parts}
 
-    datasets = defaultdict(list)
+    datasets, rows = defaultdict(list), [row for row in rows if TASKS[row["task"]].known(row["target"])]
     for row in rows:
         datasets[row["dataset"]].append(row)
     return over(rows) | {"datasets": {name: over(group) for name, group in sorted(datasets.items())}}
+
+
+def sized(sample: Sample) -> tuple[tuple[int, int], Any]:
+    """The size of a sample's picture and its target; looked at only where they are not known without."""
+    if sample.target is not None and sample.displayed:
+        return sample.displayed, sample.target
+    image, target = load(sample)
+    return image.size, target
 
 
 def constant(train: list[Sample], samples: list[Sample]) -> dict:
     """The row to beat: one answer for every picture, as the task makes it of the training targets."""
     answers = {}
     for name in {sample.task for sample in samples}:
-        found = [load(sample) for sample in train if sample.task == name]
-        answers[name] = TASKS[name].constant([(image.size, target) for image, target in found])
+        answers[name] = TASKS[name].constant([sized(sample) for sample in train if sample.task == name])
     originals, texts = [], []
     for sample in samples:
-        image, target = load(sample)
+        size, target = sized(sample)
         originals.append(Original(sample, target))
-        texts.append(answers[sample.task](image.size))
+        texts.append(answers[sample.task](size, target))
     return metrics(score_rows(originals, texts))
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
+FRAMES = 4  # of a clip, side by side
+
+
 def overlay(sample: Sample, answers: list[Any], caption: str, side: int = 280, truth: bool = True) -> Image.Image:
-    """The picture scaled to `side` pixels of width, with target and answers (original frame) as the task draws them."""
-    image, target = load(sample)
-    scale = side / image.width
-    canvas = image.resize((side, max(1, round(image.height * scale))), Image.Resampling.BICUBIC)
+    """The picture scaled to `side` pixels of width, with target and answers (original frame) as the task draws them; of
+    a clip some frames side by side (Task.moments)."""
+    if isinstance(sample.media, Clip):
+        target, every = sample.target, load_frames(sample)
+        last, fps, few = len(every) - 1, sample.media.fps, min(len(every), FRAMES)
+        chosen = [min(round(moment * fps), last) for moment in TASKS[sample.task].moments(target)]
+        images = [every[i] for i in chosen or [i * last // max(few - 1, 1) for i in range(few)]]
+    else:
+        image, target = load(sample)
+        images = [image]
+    width = side // len(images)
+    scale = width / images[0].width
+    size = width, max(1, round(images[0].height * scale))
+    canvas = Image.new("RGB", (width * len(images), size[1] + TASKS[sample.task].bar * (1 + len(answers))))
+    for i, image in enumerate(images):
+        canvas.paste(image.resize(size, Image.Resampling.BICUBIC), (i * width, 0))
     TASKS[sample.task].draw(canvas, scale, target if truth else None, answers)
     framed = Image.new("RGB", (side, canvas.height + 16), "white")
     framed.paste(canvas, (0, 16))
@@ -347,13 +375,16 @@ def main() -> None:
     if args.image:
         return ask(args, out)
     knowledge = Knowledge(args.knowledge) if args.knowledge else None
-    samples = read(args, args.data, "test", knowledge)
+    with submission.unlabelled(args.submission is not None):
+        samples = read(args, args.data, "test", knowledge)
     if knowledge:
         knowledge.complete()
     samples = first_of_each(samples, args.limit)
     configure(args.tasks, {sample.task for sample in samples})
     if args.write_norms is not None:
         check_norms(args, samples)
+    if args.submission is not None:
+        submission.check(args.submission, samples)
     if args.predictions:
         originals = [Original(sample, load(sample)[1]) for sample in samples]
         rows = score_rows(originals, read_predictions(args.predictions, samples))
@@ -361,7 +392,11 @@ def main() -> None:
     else:
         policy, processor = load_model(args)
         result, rows = evaluate(policy, processor, samples, args.batch_size, args.max_tokens, progress="evaluation")
-    print(summary(args.predictions or args.model, result))
+    if args.submission is not None:
+        submission.write(args.submission, samples, rows)
+        print(f"{one_line(args.submission)}: {len(rows)} answers, {len(rows) - result['n']} of them without a truth")
+    if result["n"]:
+        print(summary(args.predictions or args.model, result))
     for name, part in result["datasets"].items():
         print(summary(f"  {name}", part))
     if args.write_norms is not None:
@@ -371,7 +406,8 @@ def main() -> None:
         print(f"answers that cannot be read: {words}")
     if args.train:
         result["constant"] = constant(read(args, args.train, "train"), samples)
-        print(summary("constant answer", result["constant"]))
+        if result["n"]:
+            print(summary("constant answer", result["constant"]))
     (out / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
     with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)

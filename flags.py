@@ -38,13 +38,15 @@ def switch(help: str, free: bool = False, default: bool | None = False) -> Flag:
 
 ANSWERED = "answer, think, qwen, or a text file with {query} in it; none: what the policy was trained with, else think"
 MODEL = Flag("nano", "checkpoint folder, nano, nano-tasks, or org/name of the Hugging Face Hub")  # runs anywhere
-FILES = "JSONL files, or phantoms[:dermoscopy|xray|ultrasound|grades|classes|named|kinds|several]"
+FILES = "JSONL files, or phantoms[:dermoscopy|xray|ultrasound|grades|classes|named|kinds|several|clips|tubes]"
 DATA = Flag("phantoms", f"{FILES}; FILE=WEIGHT ...: a mixture", joined=True)
 DEVICE = Flag(CUDA, "cpu or cuda; bfloat16 on CUDA, float32 on a CPU, trained weights float32 on both", free=True)
 OUTSIDE = switch("records may name pictures outside the folder of their file: absolute paths, and with ..", free=True)
 CLIP_BOXES = switch("cut boxes that reach over the picture's edge, and count them")  # they may be in another frame
 SKIP_BAD = whole(0, "records that may be unusable; they are left out and listed", 0, free=True)
-MAX_PIXELS = whole(None, "largest picture that the policy sees, 784 pixels a token; none: its folder's", most=10**12)
+MAX_PIXELS = whole(
+    None, "largest picture or frame that the policy sees, 784 pixels a token; none: its folder's", most=10**12
+)
 SEED = whole(0, "of data order, phantoms and sampling", 0, 2**63 - 1)
 KNOWLEDGE = Flag(None, "FILE.json or records[:at=before,used=train,lines=shuffled]: a line on each option")
 TASK_SETTINGS = Flag(None, "settings of tasks: grade:ordinal=linear ...; --help-schedules has them", count="+")
@@ -193,6 +195,9 @@ EVAL = {
         tasks=TASK_SETTINGS,
         limit=whole(None, "evaluate the first N samples, of each dataset alike"),
         batch_size=whole(50, "answers at a time", most=10**5),
+        submission=Flag(
+            None, "FILE.json: also the answers as MedVidBench's leaderboard takes them; truths may be missing"
+        ),
         write_norms=Flag(None, "FILE.json: the quartiles of each reward by dataset and task, for --normalise"),
         samples=whole(4, "with --write-norms: answers to each prompt; 0: one, greedy", 0, 10**4),
         temperature=Flag(1.0, "with --write-norms: of sampling, as in the training", float, 0, 10**4),

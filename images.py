@@ -1,4 +1,4 @@
-"""Samples -> pictures -> patches: open, turn, convert, resize, normalise, cut; or draw, where a sample is a phantom.
+"""Samples -> pictures or clips -> patches: open, turn, convert, resize, normalise, cut; or draw, if it is a phantom.
 
 Without torch, so that a worker process (runtime/readers.py) starts in a tenth of a second. The two frames of a target
 are explained in data.py. Patches are bit-equal to transformers' PIL image processor (its torchvision one differs by up
@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+import phantom_clips
 import phantom_tasks
+from clips import Clip, Film, film_frames
 from errors import InputError, cause_of, named, one_line, read_object, short
 from phantoms import phantom
 
@@ -32,6 +34,9 @@ PIXEL_LIMIT = 89_478_485  # of the largest picture file that is opened: Pillow's
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "PPM", "WEBP")
 Image.MAX_IMAGE_PIXELS = PIXEL_LIMIT
 MAX_ASPECT = 200  # Qwen's limit: beyond it one side would be a single token
+# A clip's frames share the pixels of so many of the largest pictures; two frames become one picture's tokens. Qwen's
+# own budget is 90 of 1,280 tokens, more than a training step has room for.
+CLIP_PICTURES = 16
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class PhantomImage:
 class Sample:
     """One record. Pictures, and the targets of phantoms, exist only after load(sample)."""
 
-    media: Path | PhantomImage  # what is looked at
+    media: Path | PhantomImage | Clip  # what is looked at
     query: str
     target: Any  # of its task, in the original frame; None for a phantom whose box is drawn with it: load(sample)
     dataset: str
@@ -61,6 +66,26 @@ class Sample:
     extra: dict = dataclasses.field(default_factory=dict, hash=False)  # other fields, for a reward of your own
 
     @property
+    def frames(self) -> int:
+        return self.media.count if isinstance(self.media, Clip) else 1
+
+    @property
+    def kind(self) -> str:
+        """What a chat template calls it."""
+        return "video" if isinstance(self.media, Clip) else "image"
+
+    @property
+    def media_field(self) -> str:
+        """Where the record says what is looked at, for messages."""
+        return self.media.field if isinstance(self.media, Clip) else "image"
+
+    @property
+    def displayed(self) -> tuple[int, int] | None:
+        """(width, height) in the original frame, if it is known without decoding."""
+        drawn = self.media.frames if isinstance(self.media, Clip) else self.media
+        return (drawn.size, drawn.size) if isinstance(drawn, PhantomImage) else self.size
+
+    @property
     def key(self) -> tuple[str, str]:
         """What has a schedule of its own."""
         return self.dataset, self.task
@@ -70,21 +95,55 @@ class Sample:
 class Picture:
     """A sample's picture as the policy sees it, and what is to be remembered of the original."""
 
-    pixels: np.ndarray  # (h, w, 3) uint8 RGB, model frame
+    pixels: np.ndarray  # (h, w, 3) uint8 RGB, model frame; of a clip (N, h, w, 3)
     size: tuple[int, int]  # (width, height) of the original frame
     target: Any  # as Sample's, a phantom's too
+    fps: float | None = None  # of a clip
 
 
 def read_picture(sample: Sample, factor: int, min_pixels: int, max_pixels: int) -> Picture:
-    """Load and resize; the three numbers are smart_resize's."""
-    image, target = load(sample)
-    with named(sample.source), named("field 'image'"):
-        return Picture(resized(image, factor, min_pixels, max_pixels), image.size, target)
+    """Load and resize; the three numbers are smart_resize's, of a still. All frames of a clip get one size."""
+    limits = frame_limits(sample.frames, factor, min_pixels, max_pixels)
+    if not isinstance(sample.media, Clip):
+        image, target = load(sample)
+        with named(sample.source), named("field 'image'"):
+            return Picture(resized(image, *limits), image.size, target)
+    frames = load_frames(sample)
+    with named(sample.source), named(f"field {sample.media_field!r}"):
+        pixels = np.stack([resized(frame, *limits) for frame in frames])
+    return Picture(pixels, frames[0].size, sample.target, sample.media.fps)
+
+
+def frame_limits(frames: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int, int]:
+    """smart_resize's three numbers for each of so many frames, from those for a still."""
+    shared = 2 * CLIP_PICTURES * max_pixels // frames
+    return factor, min_pixels, max(min_pixels, min(max_pixels, shared))
+
+
+def load_frames(sample: Sample) -> list[Image.Image]:
+    """The frames of a clip (RGB, as displayed), all of one size."""
+    clip, source = sample.media, sample.media.frames
+    if isinstance(source, PhantomImage):
+        return [Image.fromarray(frame) for frame in phantom_clips.frames(source.kind, source.seed, source.index)]
+    with named(sample.source), named(f"field {clip.field!r}"):
+        if isinstance(source, Film):
+            frames = [Image.fromarray(frame) for frame in film_frames(clip)]
+        else:
+            frames = [open_image(path) for path in source]
+        for i, frame in enumerate(frames):
+            if frame.size != (sample.size or frames[0].size):
+                raise InputError(
+                    f"frame {i + 1} of {len(frames)} is {frame.width}x{frame.height}, but all must be as large as the "
+                    "first was when its record was read; leave them as they are during a run"
+                )
+    return frames
 
 
 def load(sample: Sample) -> tuple[Image.Image, Any]:
-    """The picture of a sample (RGB, as displayed) and its target; a box is in that picture's pixels: the original
-    frame."""
+    """The picture of a sample (RGB, as displayed), of a clip the one in the middle, and its target; a box is in that
+    picture's pixels: the original frame."""
+    if isinstance(sample.media, Clip):
+        return load_frames(sample)[sample.frames // 2], sample.target
     if isinstance(sample.media, PhantomImage):
         p = sample.media
         if p.kind in phantom_tasks.KINDS:
@@ -214,11 +273,12 @@ PATCHES = {name: name for name in ("patch_size", "temporal_patch_size")} | {"mer
 class View:
     """What of a prompt follows from its picture alone and can be made ahead of time; the fields are Prompt's."""
 
-    patches: np.ndarray  # (gh*gw, C*T*p*p) float32
-    grid: tuple[int, int, int]  # (1, gh, gw) in patches
+    patches: np.ndarray  # (t*gh*gw, C*T*p*p) float32
+    grid: tuple[int, int, int]  # (t, gh, gw) in patches; t: 1 of a picture, frames / T of a clip
     scale: tuple[float, float]  # model frame * scale = original frame
     size: tuple[int, int]  # (width, height) of the picture in the original frame
     target: Any
+    seconds: float = 0.0  # of a clip, from one of the t to the next
 
 
 @dataclass(frozen=True)
@@ -259,11 +319,17 @@ class ImageConfig:
         """What smart_resize goes by."""
         return self.factor, self.min_pixels, self.max_pixels
 
+    def tokens(self, size: tuple[int, int], frames: int = 1) -> int:
+        """How many a picture, or a clip of so many frames, becomes; size: (width, height), original frame."""
+        h, w = smart_resize(size[1], size[0], *frame_limits(frames, *self.limits))
+        return math.ceil(frames / self.temporal_patch_size) * h * w // self.factor**2
+
     def view(self, picture: Picture) -> View:
         """The picture, resized within our limits, cut into patches."""
         patches, grid = pixels_to_patches(picture.pixels, self)
-        (width, height), (h, w, _) = picture.size, picture.pixels.shape
-        return View(patches, grid, (width / w, height / h), picture.size, picture.target)
+        (width, height), (h, w) = picture.size, picture.pixels.shape[-3:-1]
+        seconds = self.temporal_patch_size / picture.fps if picture.fps else 0.0
+        return View(patches, grid, (width / w, height / h), picture.size, picture.target, seconds)
 
     @classmethod
     def from_folder(cls, folder: str | Path, min_pixels: int | None = None, max_pixels: int | None = None):
@@ -322,19 +388,26 @@ class ImageConfig:
 
 
 def pixels_to_patches(pixels: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """Resized RGB (h, w, C) uint8 -> patches (gh*gw, C*T*p*p) float32 and the grid (1, gh, gw) of patches.
+    """Resized RGB (h, w, C) or a clip's (N, h, w, C) uint8 -> patches (t*gh*gw, C*T*p*p) float32 and the grid
+    (t, gh, gw) of patches.
 
-    Rows go merge block by merge block, so that merge_size**2 rows in a row become one token; a row is C, T, p, p.
+    Rows go merge block by merge block, so that merge_size**2 rows in a row become one token; a row is C, T, p, p. Its T
+    are frames that follow each other, t = ceil(N / T); the last frame stands in for those that are missing, so a still
+    picture is T equal frames.
     """
-    (h, w, _), p, m = pixels.shape, config.patch_size, config.merge_size
-    gh, gw = h // p, w // p
+    frames, p, m = pixels.reshape(-1, *pixels.shape[-3:]), config.patch_size, config.merge_size
+    (n, h, w, _), slots = frames.shape, config.temporal_patch_size
+    t, gh, gw = -(-n // slots), h // p, w // p
     # A byte has 256 values: normalise those, rounding where transformers rounds (1/255 in float64), and look them up.
     values = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
-    normalised = np.empty((h, w, 3), np.float32)
+    normalised = np.empty((n, h, w, 3), np.float32)
     for channel, (mean, std) in enumerate(zip(np.float32(config.mean), np.float32(config.std), strict=True)):
-        normalised[..., channel] = ((values - mean) / std).take(pixels[..., channel])
-    cells = normalised.reshape(gh // m, m, p, gw // m, m, p, 3)
-    cells = cells.transpose(0, 3, 1, 4, 6, 2, 5)  # (gh/m, gw/m, m, m, C, p, p)
-    patches = np.empty((*cells.shape[:5], config.temporal_patch_size, p, p), np.float32)  # (.., C, T, p, p)
-    patches[:] = cells[:, :, :, :, :, None]  # one frame, T times
-    return patches.reshape(gh * gw, -1), (1, gh, gw)
+        normalised[..., channel] = ((values - mean) / std).take(frames[..., channel])
+    cells = normalised.reshape(n, gh // m, m, p, gw // m, m, p, 3)
+    cells = cells.transpose(0, 1, 4, 2, 5, 7, 3, 6)  # (N, gh/m, gw/m, m, m, C, p, p)
+    patches = np.empty((t, *cells.shape[1:6], slots, p, p), np.float32)  # (t, .., C, T, p, p)
+    for slot in range(slots):
+        there = cells[slot::slots]
+        patches[: len(there), ..., slot, :, :] = there
+        patches[len(there) :, ..., slot, :, :] = cells[-1]
+    return patches.reshape(t * gh * gw, -1), (t, gh, gw)

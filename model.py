@@ -15,7 +15,7 @@ which repeats every prompt G times, is tests/full_rows.py; the tests hold the tw
 Precision: a module computes in the dtype of the activations it is given and casts its weights to it, so one set of fp32
 master weights serves a bf16 forward. Norms, rotary angles and log-softmax are fp32 at least.
 
-Left out: video, sliding-window text attention (no published Qwen2.5-VL uses it), dropout, tensor parallelism.
+Left out: sliding-window text attention (no published Qwen2.5-VL uses it), dropout, tensor parallelism.
 """
 
 import math
@@ -55,6 +55,7 @@ class ModelConfig:
     image_token_id: int
     max_position_embeddings: int
     vision: VisionConfig
+    video_token_id: int = -1  # -1: config.json says none, so there are no clips
 
     @property
     def head_dim(self) -> int:
@@ -211,14 +212,14 @@ class PromptBatch:
     lengths: list[int]  # (B,) real tokens of each, ascending
     patches: Tensor | None  # (N, C * 2 * 14 * 14), fp32; None: all images are in image_tokens
     image_tokens: Tensor | None  # (N / 4, H), of a frozen vision tower that has seen all of them; else None
-    grids: tuple[tuple[int, int], ...]  # rows and columns of each image, in patches
+    grids: tuple[tuple[int, int], ...]  # rows and columns of each image, in patches; a clip is grid[0] images
     order: Tensor  # (B,) the b-th row is prompt order[b] of the caller
     host_ids: Tensor | None = None  # (B, P) ids where they came from, the CPU: counted there, nobody waits for a GPU
 
 
 def collate(prompts: list, device: torch.device | str = "cpu") -> PromptBatch:
-    """Batch data.Prompt objects: ids (P,), positions (3, P), next_position, patches (n, 1176), grid (1, rows, cols),
-    image_tokens (n / 4, H) or None."""
+    """Batch data.Prompt objects: ids (P,), positions (3, P), next_position, patches (n, 1176), grid (t, rows, cols),
+    image_tokens (n / 4, H) or None. The vision tower sees a clip as t stills: time is the decoder's."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     rows = [prompts[i] for i in order]
     longest = len(rows[-1].ids)
@@ -231,7 +232,7 @@ def collate(prompts: list, device: torch.device | str = "cpu") -> PromptBatch:
         lengths=[len(p.ids) for p in rows],
         patches=None if seen else torch.cat([p.patches for p in rows]).to(device),
         image_tokens=torch.cat([p.image_tokens for p in rows]) if seen else None,
-        grids=tuple((int(p.grid[1]), int(p.grid[2])) for p in rows),
+        grids=tuple((int(p.grid[1]), int(p.grid[2])) for p in rows for _ in range(p.grid[0])),
         order=torch.tensor(order, device=device),
         host_ids=ids,
     )
@@ -303,12 +304,16 @@ class Policy(nn.Module):
     def embed_prompts(self, batch: PromptBatch) -> Tensor:
         """(B, P, H) text and, in its places, image tokens. ValueError unless there are as many of these as places:
         masked_scatter would take the first ones, and the policy would see parts of pictures in wrong places."""
-        tokens, image = self.look(batch), self.config.image_token_id  # images stand in the order of their prompts
-        if batch.host_ids is not None and (places := int((batch.host_ids == image).sum())) != len(tokens):
+        tokens = self.look(batch)  # images stand in the order of their prompts
+        if batch.host_ids is not None and (places := int(self.seen(batch.host_ids).sum())) != len(tokens):
             raise ValueError(
                 f"the prompts have places for {places} image tokens, but their pictures make {len(tokens)}"
             )
-        return self.embed(batch.ids).masked_scatter((batch.ids == image)[..., None], tokens)
+        return self.embed(batch.ids).masked_scatter(self.seen(batch.ids)[..., None], tokens)
+
+    def seen(self, ids: Tensor) -> Tensor:
+        """Where a token of an image or of a clip stands, bool."""
+        return (ids == self.config.image_token_id) | (ids == self.config.video_token_id)
 
     @torch.no_grad()
     def cache_image_tokens(self, prompts: list) -> None:
@@ -321,8 +326,9 @@ class Policy(nn.Module):
         if any(parameter.requires_grad for parameter in self.visual.parameters()):
             return
         batch = collate(prompts, self.head_weight.device)
-        counts = [rows * columns // self.config.vision.spatial_merge_size**2 for rows, columns in batch.grids]
-        for place, tokens in zip(batch.order.tolist(), self.look(batch).split(counts), strict=True):
+        order, merged = batch.order.tolist(), self.config.vision.spatial_merge_size**2
+        counts = [math.prod(prompts[place].grid) // merged for place in order]
+        for place, tokens in zip(order, self.look(batch).split(counts), strict=True):
             prompts[place].image_tokens = tokens
 
     def prefix(self, batch: PromptBatch) -> Prefix:

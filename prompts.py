@@ -1,7 +1,8 @@
-"""Pictures and phrases -> prompts: the tokenizer, the chat, the wording of a question, M-RoPE positions.
+"""Pictures, clips and phrases -> prompts: the tokenizer, the chat, the wording of a question, M-RoPE positions.
 
-Conventions are Qwen2.5-VL's: ids are those of transformers' chat template, positions those of its get_rope_index;
-tests/ holds both. What a question says is its task's to decide (tasks/); here it is put behind a picture and tokenized.
+Conventions are Qwen2.5-VL's: ids are those of transformers' chat template, positions those of its get_rope_index (of a
+clip vLLM's); tests/ holds both. What a question says is its task's to decide (tasks/); here it is put behind a picture
+or a clip and tokenized. Nothing in the text says how fast a clip is: that is in the positions (mrope_positions).
 
 Left out: several pictures a prompt, augmentation. Nothing is truncated: a prompt that is too long is an InputError.
 """
@@ -16,27 +17,29 @@ import string
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+import ranks
 from data import HALF, MAX_TEXT, BadRecords
 from errors import InputError, cause_of, named, one_line, read_object, read_text, short
-from images import RESTORE, ImageConfig, PhantomImage, Sample, View, load, read_picture, smart_resize
-from weights import COMPANIONS
+from images import RESTORE, ImageConfig, Sample, View, load, read_picture
+from weights import COMPANIONS, read_config
 
 STYLES = ("answer", "think", "qwen")  # wordings that every task has: the bare answer, a thought before it, Qwen's own
 PROMPT_FILE = "medloc.json"  # in a checkpoint folder of ours: which prompt the policy is used to, by name or in full
-IMAGE_TOKEN = "<|image_pad|>"  # names, never ids: the nano policy has ids of its own
+IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"  # names, never ids: the nano policy has ids of its own
+KINDS = {"image": IMAGE_TOKEN, "video": VIDEO_TOKEN}  # as chat templates call them
 MAX_CHAT = 10 * MAX_TEXT  # characters of a rendered chat: query and question have MAX_TEXT at most, each
 TRIAL = 5, 2**31  # seconds of a CPU and bytes that a checkpoint's template and tokenizer may take for the text below
 TRIAL_TEXT = string.printable + "Please provide the bounding box coordinate of the region: " + "a" * 64
 CHAT = (  # for a tokenizer without a template of its own: what Qwen2.5-VL's template renders
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
+    "<|im_start|>user\n<|vision_start|>{pad}<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
 )
 
 
@@ -65,8 +68,9 @@ def check_style(style: str) -> str:
         raise InputError(f"the question {short(style)} does not hold {{query}}; {hint}")
     if re.search(HALF, style):
         raise InputError(f"the question {short(style)} holds half a surrogate pair; write the whole character")
-    if IMAGE_TOKEN in style:
-        raise InputError(f"the question holds {IMAGE_TOKEN}; leave it out, the picture is put in front of it")
+    for token in (IMAGE_TOKEN, VIDEO_TOKEN):
+        if token in style:
+            raise InputError(f"the question holds {token}; leave it out, the picture is put in front of it")
     return style
 
 
@@ -84,9 +88,9 @@ def default_prompt(folder: Path) -> str:
 class Prompt:
     """What the model is asked about one sample."""
 
-    ids: torch.Tensor  # (P,) int64, the image token repeated once per merged patch
-    patches: torch.Tensor  # (gh*gw, C*T*p*p) float32
-    grid: tuple[int, int, int]  # (1, gh, gw) in patches
+    ids: torch.Tensor  # (P,) int64, the image token, or the clip's, repeated once per merged patch
+    patches: torch.Tensor  # (t*gh*gw, C*T*p*p) float32
+    grid: tuple[int, int, int]  # (t, gh, gw) in patches; t: 1 of a picture, frames / T of a clip
     positions: torch.Tensor  # (3, P) int64: M-RoPE time, row, column
     next_position: int  # of the first completion token: largest position + 1
     scale: tuple[float, float]  # model frame * scale = original frame
@@ -95,7 +99,7 @@ class Prompt:
     sample: Sample
     text: str  # the rendered chat, with one image token
     image_tokens: torch.Tensor | None = (
-        None  # (gh*gw/4, H) once a frozen vision tower has seen it: Policy.cache_image_tokens
+        None  # (t*gh*gw/4, H) once a frozen vision tower has seen it: Policy.cache_image_tokens
     )
 
 
@@ -208,7 +212,7 @@ class Processor:
         max_prompt_tokens: int | None = None,
         max_pixels: int | None = None,  # of the model frame; None: what the folder says
     ):
-        self.style, self.tasks, self.max_prompt_tokens = style, tasks, max_prompt_tokens
+        self.folder, self.style, self.tasks, self.max_prompt_tokens = Path(folder), style, tasks, max_prompt_tokens
         self.tokenizer = load_tokenizer(folder)
         self.image_config = ImageConfig.from_folder(folder, max_pixels=max_pixels)
 
@@ -220,8 +224,9 @@ class Processor:
         if isinstance(view, InputError):
             raise view
         text, ids = self._render(sample, view.size)
-        ids, image = torch.tensor(ids), self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        positions, next_position = mrope_positions(ids, [view.grid], image, self.image_config.merge_size)
+        ids, pad = torch.tensor(ids), self.tokenizer.convert_tokens_to_ids(KINDS[sample.kind])
+        tick = view.seconds * self.tokens_per_second if view.seconds else 0.0
+        positions, next_position = mrope_positions(ids, [view.grid], (pad,), self.image_config.merge_size, [tick])
         patches = torch.from_numpy(view.patches)
         return Prompt(
             ids, patches, view.grid, positions, next_position, view.scale, view.size, view.target, sample, text
@@ -230,18 +235,33 @@ class Processor:
     def check(self, sample: Sample, decode: bool = False) -> int:
         """The prompt's length in tokens, or the InputError that prompt() would raise. Known from size and query alone;
         with decode the picture is looked at too."""
-        p = sample.media
-        size = (p.size, p.size) if isinstance(p, PhantomImage) else sample.size
+        size = sample.displayed
         if decode or size is None:
             size = load(sample)[0].size
         return len(self._render(sample, size)[1])
+
+    @cached_property
+    def tokens_per_second(self) -> int:
+        """The policy's clock: how many positions of M-RoPE a second is. InputError if its folder knows no clips."""
+        name, raw = one_line(self.folder / "config.json"), read_object(self.folder / "config.json", RESTORE)
+        config, token = read_config(raw, name), self.tokenizer.get_vocab().get(VIDEO_TOKEN)
+        if token is None or token != config.video_token_id:
+            raise InputError(
+                f"{name}: video_token_id is {short(raw.get('video_token_id'))}, but {VIDEO_TOKEN} is {token} in the "
+                "tokenizer; clips need both, as published"
+            )
+        if "tokens_per_second" not in raw["vision_config"]:
+            ranks.print0(
+                f"{name}: vision_config has no tokens_per_second; {config.vision.tokens_per_second}, as published"
+            )
+        return config.vision.tokens_per_second
 
     def usable(self, samples: list[Sample], bad: BadRecords, decode: bool = False) -> list[Sample]:
         """The samples that prompt() accepts, found without decoding their pictures unless asked to; `bad` takes the
         others, or ends the run."""
         kept, known = [], set()  # phantoms ask one question of one size twenty thousand times
         for sample in samples:
-            key = (sample.query, sample.size, sample.task)
+            key = (sample.query, sample.size, sample.task, sample.frames, sample.kind)
             try:
                 if key not in known or (decode and sample.size):
                     self.check(sample, decode)
@@ -268,43 +288,46 @@ class Processor:
 
     def _render(self, sample: Sample, size: tuple[int, int]) -> tuple[str, list[int]]:
         """The rendered chat and its ids (P,); size: (width, height) of the picture, original frame."""
-        tokenizer, config, field = self.tokenizer, self.image_config, sample.query_field
-        image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        tokenizer, field, media = self.tokenizer, sample.query_field, sample.media_field
+        kind = sample.kind
         with named(sample.source):
-            with named("field 'image'"):
-                h, w = smart_resize(size[1], size[0], *config.limits)
+            with named(f"field {media!r}"):
+                image_tokens = self.image_config.tokens(size, sample.frames)
+                if kind == "video":
+                    self.tokens_per_second  # noqa: B018  (refuses a checkpoint that knows no clips)
+            pad_id = tokenizer.convert_tokens_to_ids(KINDS[kind])
             added = tokenizer.get_added_vocab()
             if special := [token for token in added if token in sample.query]:
                 raise InputError(
                     f"field {field!r} {short(sample.query)} holds the special token {special[0]}; remove it"
                 )
             question = self.tasks[sample.task].question(self.style)
-            text, ids = _asked(sample.query, question, tokenizer)
+            text, ids = _asked(sample.query, question, tokenizer, kind)
             # The words around a query may make a special token of one that holds none: <|im_{query} and end|>.
-            if _specials(ids, added) != _neutral(tokenizer, tokenizer.chat_template, question):
+            if _specials(ids, added) != _neutral(tokenizer, tokenizer.chat_template, question, kind):
                 raise InputError(
                     f"field {field!r} {short(sample.query)} makes a special token together with the question around "
                     "it; reword one of them"
                 )
-            if ids.count(image_token_id) != 1:
+            if ids.count(pad_id) != 1:
                 raise InputError(
-                    f"the tokenizer's chat template writes {ids.count(image_token_id)} image tokens for one image; "
+                    f"the tokenizer's chat template writes {ids.count(pad_id)} {kind} tokens for one {kind}; "
                     "use the template of a Qwen2.5-VL checkpoint"
                 )
-            at, image_tokens, most = ids.index(image_token_id), h * w // config.factor**2, self.max_prompt_tokens
-            ids[at : at + 1] = [image_token_id] * image_tokens
+            at, most = ids.index(pad_id), self.max_prompt_tokens
+            ids[at : at + 1] = [pad_id] * image_tokens
             if most is not None and len(ids) > most:
                 raise InputError(
-                    f"the prompt has {len(ids)} tokens ({image_tokens} for field 'image', the rest for the template "
+                    f"the prompt has {len(ids)} tokens ({image_tokens} for field {media!r}, the rest for the template "
                     f"and field {field!r}), but {most} are allowed; lower --max-pixels or --max-tokens or shorten the "
                     "query"
                 )
         return text, ids
 
 
-def _asked(query: str, question: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
-    """The rendered chat and its ids, before the image token is repeated."""
-    text = _chat(question.replace("{query}", query), tokenizer)
+def _asked(query: str, question: str, tokenizer: PreTrainedTokenizerBase, kind: str) -> tuple[str, list[int]]:
+    """The rendered chat and its ids, before the token of the image, or of the clip, is repeated. kind: image, video."""
+    text = _chat(question.replace("{query}", query), tokenizer, kind)
     try:
         return text, tokenizer.encode(text, add_special_tokens=False)
     except Exception as error:
@@ -318,15 +341,15 @@ def _specials(ids: list[int], added: dict[str, int]) -> list[int]:
 
 
 @lru_cache(maxsize=16)
-def _neutral(tokenizer: PreTrainedTokenizerBase, template: str | None, question: str) -> list[int]:
+def _neutral(tokenizer: PreTrainedTokenizerBase, template: str | None, question: str, kind: str) -> list[int]:
     """Those of a question about "x"; template: the tokenizer's, so that another one is another key of the cache."""
-    return _specials(_asked("x", question, tokenizer)[1], tokenizer.get_added_vocab())
+    return _specials(_asked("x", question, tokenizer, kind)[1], tokenizer.get_added_vocab())
 
 
-def _chat(question: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _chat(question: str, tokenizer: PreTrainedTokenizerBase, kind: str = "image") -> str:
     if tokenizer.chat_template is None:
-        return CHAT.format(question=question)
-    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        return CHAT.format(question=question, pad=KINDS[kind])
+    turn = {"role": "user", "content": [{"type": kind}, {"type": "text", "text": question}]}
     try:
         text = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
     except Exception as error:  # the template is a program, if one in a sandbox: it may raise anything
@@ -339,27 +362,37 @@ def _chat(question: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def mrope_positions(
-    ids: torch.Tensor, grids: list[tuple[int, int, int]], image_token_id: int, merge_size: int
+    ids: torch.Tensor,
+    grids: list[tuple[int, int, int]],
+    pads: tuple[int, ...],
+    merge_size: int,
+    ticks: list[float] | None = None,
 ) -> tuple[torch.Tensor, int]:
-    """ids (P,), one grid (t, gh, gw) in patches per image -> positions (3, P) and the position after the last.
+    """ids (P,), one grid (t, gh, gw) in patches per image or clip -> positions (3, P) and the position after the last.
 
-    Text counts on in all three rows alike; an image's tokens are (t, row, column) of the merged grid, offset by the
-    running position, which goes on behind the largest of them (Qwen2-VL, arXiv 2409.12191, section 2.1).
+    pads: ids of the tokens that stand for them. ticks: of each, positions from one of its t to the next (seconds times
+    tokens_per_second); None: stills, whose t is 1.
+
+    Text counts on in all three rows alike; an image's tokens are (time, row, column) of the merged grid, offset by the
+    running position, which goes on behind the largest of them (Qwen2-VL, arXiv 2409.12191, section 2.1). A clip's time
+    is trunc(i * tick) (Qwen2.5-VL, 2502.13923, section 2.1.3), in fp32. So does vLLM; transformers 4 rounds the seconds
+    down first, and 5.24 lets the text behind a clip go on inside the clip's time.
     """
-    is_image = ids == image_token_id
+    is_image = torch.isin(ids, torch.tensor(pads))
     sizes = [(t, gh // merge_size, gw // merge_size) for t, gh, gw in grids]
     if int(is_image.sum()) != sum(map(math.prod, sizes)):
         raise ValueError(f"{int(is_image.sum())} image tokens in the prompt, but the grids {grids} make another number")
     parts, at, position = [], 0, 0  # at: index of the next token; position: its running position
-    for size in sizes:
+    for size, tick in zip(sizes, ticks or [0.0] * len(sizes), strict=True):
         start = at + int(is_image[at:].int().argmax())  # first image token from here on
         text = torch.arange(position, position + start - at).expand(3, -1)
         position += start - at
         at = start + math.prod(size)
         if not is_image[start:at].all():
             raise ValueError(f"the image tokens from index {start} on are fewer than the grid {size} needs")
-        cells = torch.cartesian_prod(*map(torch.arange, size)).T  # (3, t*h*w), the column fastest
+        time = (torch.arange(size[0]) * tick).long()
+        cells = torch.cartesian_prod(time, *map(torch.arange, size[1:])).T  # (3, t*h*w), the column fastest
         parts += [text, cells + position]
-        position += max(size)
+        position += int(cells.max()) + 1
     parts.append(torch.arange(position, position + len(ids) - at).expand(3, -1))
     return torch.cat(parts, dim=1), position + len(ids) - at

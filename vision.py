@@ -27,6 +27,7 @@ class VisionConfig:
     spatial_merge_size: int = 2  # 2 x 2 patches become one token of the decoder
     temporal_patch_size: int = 2
     in_channels: int = 3
+    tokens_per_second: int = 2  # positions of M-RoPE; the tower itself knows no time
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ class VisionTower(nn.Module):
         self.merger = PatchMerger(config)
 
     def forward(self, patches: Tensor, grids: tuple[tuple[int, int], ...], checkpointing: bool = False) -> Tensor:
-        """patches (N, C * 2 * 14 * 14) of all images, unit by unit; grids in patches -> (N / 4, H) tokens."""
+        """patches (N, C * 2 * 14 * 14) of all images, unit by unit; grids in patches -> (N / 4, H) tokens. A clip's are
+        images of their own, as in Qwen's: no patch sees another time."""
         config = self.config
         unit = config.spatial_merge_size**2
         window = config.window_size // config.patch_size // config.spatial_merge_size

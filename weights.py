@@ -57,7 +57,8 @@ def check(config: ModelConfig) -> None:
     for prefix, part in {"": config, "vision_config.": vision}.items():
         for field in fields(part):
             value, most = getattr(part, field.name), MOST.get(field.name, MOST_ELSE)
-            if field.type in (int, "int") and (type(value) is not int or value < (field.name != "image_token_id")):
+            least = {"image_token_id": 0, "video_token_id": -1}.get(field.name, 1)
+            if field.type in (int, "int") and (type(value) is not int or value < least):
                 raise ValueError(f"{prefix}{field.name} is {short(value)}, a whole number above 0 is needed")
             if field.type in (int, "int") and value > most:
                 raise ValueError(f"{prefix}{field.name} is {short(value)}, at most {most} is possible here")
@@ -78,8 +79,11 @@ def check(config: ModelConfig) -> None:
             f"mrope_section {short(section)} must be 3 whole numbers with the sum {config.head_dim // 2}, half of a "
             f"head's {config.head_dim}"
         )
-    if config.image_token_id >= config.vocab_size:
-        raise ValueError(f"image_token_id {config.image_token_id} is none of vocab_size {config.vocab_size} tokens")
+    for name in ("image_token_id", "video_token_id"):
+        if getattr(config, name) >= config.vocab_size:
+            raise ValueError(f"{name} {getattr(config, name)} is none of vocab_size {config.vocab_size} tokens")
+    if config.image_token_id == config.video_token_id:
+        raise ValueError(f"image_token_id and video_token_id are both {config.image_token_id}")
     if vision.out_hidden_size != config.hidden_size:
         raise ValueError(
             f"vision_config.out_hidden_size {vision.out_hidden_size} is not hidden_size {config.hidden_size}"
@@ -131,6 +135,7 @@ def read_config(raw: dict, source: str = "config.json") -> ModelConfig:
             mrope_section=listed(rope.get("mrope_section", (16, 24, 24))),
             tie_word_embeddings=any(tied),
             image_token_id=raw["image_token_id"],
+            video_token_id=-1 if raw.get("video_token_id") is None else raw["video_token_id"],
             max_position_embeddings=text.get("max_position_embeddings", 32768),
             vision=VisionConfig(
                 **{
@@ -254,7 +259,10 @@ def _write(policy: Policy, folder: Path, dtype: torch.dtype | None, tensors: Ite
         save_file(dict(islice(tensors, len(shard))), folder / file, metadata={"format": "pt"})
     dtype_name = str(dtype or next(policy.parameters()).dtype).removeprefix("torch.")
     key = "torch_dtype" if "torch_dtype" in policy.raw_config else "dtype"
-    (folder / "config.json").write_text(json.dumps(policy.raw_config | {key: dtype_name}, indent=2) + "\n")
+    # Where it is not said, transformers would take another number than we do.
+    clock = {"tokens_per_second": policy.config.vision.tokens_per_second}
+    raw = policy.raw_config | {"vision_config": clock | (policy.raw_config.get("vision_config") or {})}
+    (folder / "config.json").write_text(json.dumps(raw | {key: dtype_name}, indent=2) + "\n")
     for name in COMPANIONS:
         if policy.source and (policy.source / name).exists() and policy.source.resolve() != folder.resolve():
             shutil.copyfile(policy.source / name, folder / name)

@@ -96,7 +96,7 @@ class Case:
         start = self.text // 2
         ids[start : start + self.rows * self.columns] = config.image_token_id
         grid = (1, self.rows * merge, self.columns * merge)
-        positions, next_position = mrope_positions(ids, [grid], config.image_token_id, merge)
+        positions, next_position = mrope_positions(ids, [grid], (config.image_token_id,), merge)
         width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         patches = torch.rand(grid[1] * grid[2], width, device=device)
         size = grid[2] * vision.patch_size, grid[1] * vision.patch_size

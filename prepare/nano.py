@@ -48,7 +48,7 @@ TEXT = dict(
 VISION = dict(
     model_type="qwen2_5_vl", depth=3, hidden_size=128, intermediate_size=512, num_heads=4, out_hidden_size=128,
     fullatt_block_indexes=[0, 2], window_size=112, patch_size=14, spatial_merge_size=2, temporal_patch_size=2,
-    in_channels=3, hidden_act="silu",
+    tokens_per_second=2, in_channels=3, hidden_act="silu",
 )  # fmt: skip
 SEED, BATCH, WARMUP, MAX_TOKENS = 0, 32, 50, 24
 DATA_SEED = 20_260_328  # of its phantoms: a series that no GRPO run (seed 0, 1, 2 ...) draws from
@@ -62,7 +62,9 @@ SPECIALS = ("<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # Qwen2's way to cut a text before byte pairs are merged; each digit stays alone, so a coordinate is its digits.

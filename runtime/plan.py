@@ -14,7 +14,7 @@ import torch
 import ranks
 from data import held_out_phantoms
 from errors import InputError, read_object
-from images import ImageConfig, PhantomImage, Sample, smart_resize
+from images import ImageConfig, Sample
 from model import HEAD_ROWS, ModelConfig, Policy
 from prompts import Processor
 from tasks import TASKS
@@ -161,8 +161,7 @@ def longest_prompt(base: Path, samples: list[Sample], style: str, max_pixels: in
     text, pictures = 0, []
     for sample in sorted(samples, key=lambda sample: -len(sample.query)):
         with suppress(InputError):  # records that cannot be used are named later
-            width, height = (sample.media.size,) * 2 if isinstance(sample.media, PhantomImage) else sample.size
-            pictures.append(math.prod(smart_resize(height, width, *images.limits)) // images.factor**2)
+            pictures.append(images.tokens(sample.displayed, sample.frames))
             text = text or (processor and processor.check(sample) - pictures[-1])
     text, tokens = text or 128, max(pictures, default=images.max_pixels // images.factor**2)  # 128: not known yet
     source = "the largest of --data" if pictures else f"the largest that --max-pixels {images.max_pixels} lets in"

@@ -11,10 +11,12 @@ from tasks.box import BoxTask
 from tasks.boxes import BoxesTask
 from tasks.grade import GradeTask
 from tasks.label import LabelTask
+from tasks.span import SpanTask
 from tasks.task import Scores, Task
+from tasks.tube import TubeTask
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (BoxTask(), BoxesTask(), LabelTask(), GradeTask())
+    task.name: task for task in (BoxTask(), BoxesTask(), LabelTask(), GradeTask(), SpanTask(), TubeTask())
 }  # enter yours here
 
 

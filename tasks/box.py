@@ -254,11 +254,11 @@ class BoxTask(Task):
             f" pmAP {m['pmap']:.3f}  n {m['n']}  without a box {m['parse_failures']}"
         )
 
-    def constant(self, train: list[tuple[tuple[int, int], Box]]) -> Callable[[tuple[int, int]], str]:
+    def constant(self, train: list[tuple[tuple[int, int], Box]]) -> Callable[[tuple[int, int], Any], str]:
         """The median of the boxes as shares of width and height."""
         shares = [[v / side for v, side in zip(box, size * 2, strict=True)] for size, box in train]
         median = torch.tensor(shares).quantile(0.5, dim=0)  # (4,)
-        return lambda size: str((median * torch.tensor(size * 2)).tolist())
+        return lambda size, _: str((median * torch.tensor(size * 2)).tolist())
 
     def draw(self, image: Image.Image, scale: float, target: Box | None, answers: list[Box | None]) -> None:
         draw, most = ImageDraw.Draw(image), 10 * image.width

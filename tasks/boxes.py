@@ -196,10 +196,10 @@ class BoxesTask(Task):
         scores = f"F1@.5 {m['f1@0.5']:.3f}  F1@.75 {m['f1@0.75']:.3f}  F1 {m['f1']:.3f}  u {m['u']:.3f}"
         return f"{scores}{alarms}  n {m['n']}  cannot be read {m['parse_failures']}"
 
-    def constant(self, train: list[tuple[tuple[int, int], list[Box]]]) -> Callable[[tuple[int, int]], str]:
+    def constant(self, train: list[tuple[tuple[int, int], list[Box]]]) -> Callable[[tuple[int, int], Any], str]:
         """The median box, as tasks/box.py's; none, where at least half of the pictures have none."""
         if median(len(boxes) for _, boxes in train) < 1:
-            return lambda size: "none"
+            return lambda size, _: "none"
         return BoxTask().constant([(size, box) for size, boxes in train for box in boxes])
 
     def draw(self, image: Image.Image, scale: float, target: list[Box] | None, answers: list[Any]) -> None:

@@ -176,10 +176,10 @@ class ChoiceTask(Task):
         others = f"balanced {m['balanced_accuracy']:.3f}  macro-F1 {m['macro_f1']:.3f}"
         return f"{found}  {others}  n {m['n']}  cannot be read {m['parse_failures']}"
 
-    def constant(self, train: list[tuple[tuple[int, int], Any]]) -> Callable[[tuple[int, int]], str]:
+    def constant(self, train: list[tuple[tuple[int, int], Any]]) -> Callable[[tuple[int, int], Any], str]:
         """The most frequent of the training labels, the first of several."""
         word = Counter(str(target[0]) for _, target in train).most_common(1)[0][0]
-        return lambda size: word
+        return lambda size, _: word
 
     def draw(self, image: Image.Image, scale: float, target: Any, answers: list[Any]) -> None:
         canvas, y = ImageDraw.Draw(image), 2

@@ -42,14 +42,20 @@ class Task:
     parts: tuple[str, ...] = ()  # names in Scores.parts
     questions: dict[str, str] = {}  # style -> question with {query} in it
     unit = "u"  # what u is called on pictures
+    bar = 0  # pixels of height that draw() wants under a picture, for the truth and for each answer
     field: str | None = None  # of the record: what VLM-R1's kind of record has as its answer; None: read() needs others
     Settings: type[Settings] = Settings  # what --tasks NAME:key=value may set
     settings: Settings = Settings()  # as set (tasks.configure)
+    unlabelled = False  # whether a record may come without its answer: eval.py --submission
 
     def read(self, record: Record) -> Any:
         """The target of a record: record["field"] is a field that must be there. InputError names a field that is
         wrong; file and line are put in front of it."""
         raise NotImplementedError
+
+    def known(self, target: Any) -> bool:
+        """False for the target of a record without its answer, of which there are some where `unlabelled`."""
+        return True
 
     def phrase(self, query: str, target: Any) -> str:
         """What stands for {query}: the record's query, and what is to be chosen from. Never a function of the answer
@@ -84,10 +90,19 @@ class Task:
             f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()
         )
 
-    def constant(self, train: list[tuple[tuple[int, int], Any]]) -> Callable[[tuple[int, int]], str]:
-        """(size of the picture, target) of the training records -> a function: size of a picture -> the one answer that
-        a policy would give which never looks, in the original frame. The row to beat."""
+    def constant(self, train: list[tuple[tuple[int, int], Any]]) -> Callable[[tuple[int, int], Any], str]:
+        """(size of the picture, target) of the training records -> a function of another such pair: the one answer that
+        a policy would give which never looks, in the original frame. The row to beat. Of the target it may use what the
+        question says (phrase), as a clip's length."""
         raise InputError(f"--train: the task {self.name!r} has no constant answer; drop it")
+
+    def told(self, row: dict) -> str:
+        """What an evaluated row that could be read says, in the original frame and the form that leaderboards read."""
+        return answer_text(row["text"]).strip()
+
+    def moments(self, target: Any) -> list[float]:
+        """The seconds of a clip whose frames stand side by side in a picture of it; none: some, evenly."""
+        return []
 
     def draw(self, image: Image.Image, scale: float, target: Any, answers: list[Any]) -> None:
         """Target (None: do not show it) and answers onto a picture that is `scale` times the original. By default as

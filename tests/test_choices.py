@@ -263,8 +263,8 @@ def test_the_confusion_is_a_picture_with_every_count_and_sums_stand_in_the_line(
 
 def test_the_constant_answer_is_the_majority_and_targets_are_drawn(tmp_path):
     choices = [((9, 9), Choice(label, ("a", "b", "c"))) for label in "bcbab"]
-    assert TASKS["label"].constant(choices)((1, 1)) == "b"
-    assert TASKS["grade"].constant([((9, 9), Grade(g, tuple("012"))) for g in (0, 2, 2)])((1, 1)) == "2"
+    assert TASKS["label"].constant(choices)((1, 1), None) == "b"
+    assert TASKS["grade"].constant([((9, 9), Grade(g, tuple("012"))) for g in (0, 2, 2)])((1, 1), None) == "2"
     for answers, green, red in ((["a"], True, False), (["b"], True, True), ([None], True, False)):
         image = Image.new("RGB", (80, 80), "white")
         TASKS["label"].draw(image, 1.0, Choice("a", ("a", "b")), answers)

@@ -11,10 +11,11 @@ import flags
 ROOT = Path(__file__).parent.parent
 # From the ground floor up; a module may import those of its own floor, where that makes no circle, and those below.
 FLOORS = (
-    "errors kernels kernels.optional kernels.advantage kernels.iou kernels.logprob ranks phantoms phantom_tasks loss",
+    "errors kernels kernels.optional kernels.advantage kernels.iou kernels.logprob ranks phantoms phantom_tasks loss "
+    "phantom_clips clips",
     "settings text layers vision generate model lora weights images data prompts scheduler knowledge norms",
-    "tasks.task tasks.box tasks.boxes tasks.label tasks.grade tasks rewards rollout flags config",
-    "eval runtime runtime.lock runtime.readers runtime.stream runtime.plan runtime.state runtime.checkpoint "
+    "tasks.task tasks.box tasks.boxes tasks.label tasks.grade tasks.span tasks.tube tasks rewards rollout flags config",
+    "eval submission runtime runtime.lock runtime.readers runtime.stream runtime.plan runtime.state runtime.checkpoint "
     "runtime.metrics runtime.diagnose runtime.run",
     "train_sft train_grpo",
 )

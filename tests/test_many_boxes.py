@@ -224,8 +224,8 @@ def test_records_answers_and_pictures_of_several_boxes_or_none(tmp_path):
             found, _ = parse_boxes(text)
             back = [tuple(v * s for v, s in zip(box, (0.5, 0.25) * 2, strict=True)) for box in found]
             assert back == sample.target
-    assert TASK.constant([((30, 40), []), ((30, 40), [])])((30, 40)) == "none"
-    assert parse_boxes(TASK.constant([((30, 40), several.target)])((60, 80)))[0][0][2] == pytest.approx(35.0)
+    assert TASK.constant([((30, 40), []), ((30, 40), [])])((30, 40), []) == "none"
+    assert parse_boxes(TASK.constant([((30, 40), several.target)])((60, 80), []))[0][0][2] == pytest.approx(35.0)
     image = Image.new("RGB", (60, 80))
     TASK.draw(image, 2.0, several.target, [[[1, 2, 10, 21], [20, 1, 29, 5]], None])
     colours = {colour for _, colour in image.getcolors(9999)}

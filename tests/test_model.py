@@ -392,10 +392,13 @@ def test_a_config_of_odd_kinds_is_one_short_sentence(part, odd):
         assert str(error.value).isprintable() and len(str(error.value)) < 300
 
 
+OUTSIDE = ("vision_config", "model_type", "image_token_id", "video_token_id")  # of a text_config
+
+
 def test_what_published_configs_leave_out_or_call_otherwise_is_still_taken():
     whole = read_config(CONFIG)
     assert read_config(CONFIG | {"text_config": {}, "rope_parameters": None}) == whole
-    text = {key: CONFIG[key] for key in CONFIG if key not in ("vision_config", "model_type", "image_token_id")}
+    text = {key: CONFIG[key] for key in CONFIG if key not in OUTSIDE}
     assert read_config({key: CONFIG[key] for key in CONFIG if key not in text} | {"text_config": text}) == whole
     assert read_config(CONFIG | {"rope_theta": 10000}).rope_theta == whole.rope_theta
     assert read_config(CONFIG | {"tie_word_embeddings": None}).tie_word_embeddings is False

@@ -249,7 +249,7 @@ def test_mrope_equals_transformers(parts, more):
     ids = torch.tensor(ids + [7] * (more or not parts))
     grids, types = [(1, 2 * rows, 2 * columns) for _, rows, columns in parts], (ids == 9).int()
     want, delta = model.get_rope_index(ids[None], mm_token_type_ids=types[None], image_grid_thw=torch.tensor(grids))
-    positions, next_position = mrope_positions(ids, grids, 9, 2)
+    positions, next_position = mrope_positions(ids, grids, (9,), 2)
     assert positions.dtype == torch.int64 and torch.equal(positions, want[:, 0])
     assert next_position == len(ids) + int(delta)
 
@@ -257,10 +257,10 @@ def test_mrope_equals_transformers(parts, more):
 def test_places_and_image_tokens_must_be_equally_many():
     """Two words, an image of 4x6 patches (2x3 tokens), two words, an image of 2x2 patches (one token), one word."""
     ids = torch.tensor([7, 7] + [9] * 6 + [7, 7] + [9] + [7])
-    assert mrope_positions(ids, [(1, 4, 6), (1, 2, 2)], 9, 2)[1] == 9
+    assert mrope_positions(ids, [(1, 4, 6), (1, 2, 2)], (9,), 2)[1] == 9
     for grids in ([(1, 4, 6)], [(1, 4, 4), (1, 2, 6)], [(1, 4, 6), (1, 2, 2), (1, 2, 2)]):
         with pytest.raises(ValueError, match="image tokens"):
-            mrope_positions(ids, grids, 9, 2)
+            mrope_positions(ids, grids, (9,), 2)
 
 
 def test_a_template_file_is_a_style(tmp_path, tokenizer):

@@ -461,7 +461,7 @@ def test_metrics_equal_the_definitions():
 def test_the_constant_answer_is_the_median_of_training_shares():
     train = phantom_samples("xray", 0, 0, 5, size=100)
     boxes = np.array([load(s)[1] for s in train])
-    text = TASKS["box"].constant([(load(s)[0].size, load(s)[1]) for s in train])((50, 100))
+    text = TASKS["box"].constant([(load(s)[0].size, load(s)[1]) for s in train])((50, 100), None)
     assert parse_box(text).box == pytest.approx(np.median(boxes, axis=0) * [0.5, 1, 0.5, 1], abs=1e-4)
     assert 0 < evaluation.constant(train, train)["miou"] < 1
 
