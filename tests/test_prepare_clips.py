@@ -2,7 +2,6 @@
 eval.py --submission makes of answers to MedVidBench."""
 
 import json
-import sys
 
 import pytest
 from layouts import picture, run
@@ -109,7 +108,7 @@ def test_a_row_of_medvidbench_that_is_bad(tmp_path, bad, words):
     assert "left out: " in said and len(records(tmp_path / "span-train.jsonl")) == 1
 
 
-def test_questions_without_answers_go_to_the_leaderboard(tmp_path, monkeypatch, capsys):
+def test_questions_without_answers_go_to_the_leaderboard(tmp_path):
     """The test set has no answers: training refuses what comes of it, eval.py --submission answers it."""
     ask = "<video>\nTrack the hook from 0.0 to 1.0 seconds, predicting its location every 0.5 seconds."
     flags = bench(
@@ -141,27 +140,27 @@ def test_questions_without_answers_go_to_the_leaderboard(tmp_path, monkeypatch, 
     told = ["from 0.5 to 1 s", "0.0: [1, 2, 30, 40]", "<think>hm</think> no idea", "0 s: (0, 0, 20, 10)"]
     (answers := tmp_path / "answers.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in told))
     argv = ["eval.py", "--data", file, "--predictions", answers, "--submission", out / "s.json", "--out", out]
-    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-    evaluation.main()
+    said = run(evaluation, *argv[1:])
     assert json.loads((out / "s.json").read_text()) == [
         {"id": "vid1&&30&&90&&2.0", "qa_type": "tal", "prediction": "0.5-1.0 seconds."},
         {"id": "own&&1&&2&&3", "qa_type": "stg", "prediction": "0.0 seconds: [1,2,30,40]"},
         {"id": "vid2&&7&&9&&2.0", "qa_type": "tal", "prediction": "no idea"},
         {"id": "x", "qa_type": "stg", "prediction": "0.0 seconds: [0,0,20,10]"},
     ]
-    said = capsys.readouterr().out
     assert "s.json: 4 answers, 3 of them without a truth" in said and "m_vIoU 0.500" in said
     assert json.loads((out / "eval.json").read_text())["n"] == 1
     assert not TASKS["tube"].unlabelled
-    said = run(evaluation, *argv[1:], "--write-norms", tmp_path / "n.json", expect=2)
+    said = run(evaluation, "--data", file, "--submission", "s.json", "--write-norms", tmp_path / "n.json", expect=2)
     assert "--write-norms wants answers that are known" in said
-    monkeypatch.setattr(sys, "argv", [*map(str, argv[:5]), "--out", str(out)])
-    with pytest.raises(InputError, match="field 'segments' is missing"):
-        evaluation.main()
-    file.write_text(json.dumps({k: v for k, v in labelled.items() if k != "id"} | {"seconds": [0]}) + "\n")
-    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-    with pytest.raises(InputError, match="field 'id' must be MedVidBench's, a text, for --submission"):
-        evaluation.main()
+    assert "field 'segments' is missing" in run(evaluation, *argv[1:5], "--out", out, expect=2)
+    question = labelled | {"seconds": [0]}
+    answers.write_text(json.dumps({"text": "?"}) + "\n")
+    file.write_text(json.dumps(question) + "\n")
+    assert "1 answers, 1 of them without a truth\nanswers that cannot be read: 1 x no box" in run(evaluation, *argv[1:])
+    assert json.loads((out / "s.json").read_text())[0]["prediction"] == "?"
+    file.write_text(json.dumps({name: value for name, value in question.items() if name != "id"}) + "\n")
+    said = run(evaluation, *argv[1:], expect=2)
+    assert "questions-test.jsonl:1: field 'id' must be MedVidBench's, a text, for --submission" in said
 
 
 def cholec(folder, number: int, annotations: dict, count: int) -> None:
