@@ -24,7 +24,7 @@ from typing import Any
 
 import phantom_tasks
 from errors import InputError, cause_of, named, one_line, short
-from images import PhantomImage, Sample, displayed_size
+from images import Box, PhantomImage, Sample, displayed_size
 from phantoms import KINDS, QUERIES
 
 BLANK = b"\xef\xbb\xbf \t\r\n"  # what may stand around a record: the UTF-8 byte order mark and JSON's white space
@@ -78,11 +78,16 @@ class Record:
     size: tuple[int, int]  # (width, height) of its picture as displayed
     clip: bool  # --clip-boxes
     cut: bool = False  # whether a box was
+    mark: tuple[int, Box] | None = None  # what the task wants drawn: Sample.mark
     read: list[str] = dataclasses.field(default_factory=list)  # fields that the task has asked for
 
     def __getitem__(self, field: str) -> Any:
         self.read.append(field)
         return _required(self.fields, field)
+
+    def get(self, field: str, default: Any) -> Any:
+        """One that may be missing."""
+        return self[field] if field in self.fields else default
 
     def text(self, field: str) -> str:
         """A field that must be a text, stripped."""
@@ -167,8 +172,9 @@ def phantom_samples(
     """Phantoms start .. start + count - 1 of the series (kind, seed), not yet drawn; kind None takes turns by index.
     They are one dataset, with one threshold, however many kinds: these differ no more than hospitals do. tasks: for the
     kinds of phantom_tasks, whose targets are known before they are drawn."""
-    if kind is not None and kind not in (known := (*QUERIES, *phantom_tasks.KINDS)):
-        raise InputError(f"unknown phantom kind {kind!r}: use phantoms, or phantoms:<kind> of {', '.join(known)}")
+    if kind is not None and kind not in (names := (*QUERIES, *phantom_tasks.KINDS)):
+        raise InputError(f"unknown phantom kind {kind!r}: use phantoms, or phantoms:<kind> of {', '.join(names)}")
+    known: dict[str, tuple] = {}
     samples, dataset = [], f"phantoms-{kind}" if kind else "phantoms"
     for index in range(start, start + count):
         k = kind or KINDS[index % len(KINDS)]
@@ -177,10 +183,12 @@ def phantom_samples(
             samples.append(Sample(image, QUERIES[k], None, dataset, source=source))
         else:
             fields = phantom_tasks.record(k, seed, index)
-            whole, task = Record(fields, {}, (size, size), False), tasks[fields["task"]]
-            target = task.read(whole)
-            extra = {name: value for name, value in fields.items() if name not in (*COMMON, *whole.read)}
-            query = task.phrase(fields["query"], target)
+            if (told := str(fields)) not in known:  # many ask the same
+                whole, task = Record(fields, {}, (size, size), False), tasks[fields["task"]]
+                target = task.read(whole)
+                extra = {name: value for name, value in fields.items() if name not in (*COMMON, *whole.read)}
+                known[told] = task.phrase(fields["query"], target), target, extra
+            query, target, extra = known[told]
             samples.append(Sample(image, query, target, dataset, fields["task"], source, extra=extra))
     return samples
 
@@ -294,7 +302,8 @@ def _sample(
     target = tasks[task].read(whole)
     query = check_text(tasks[task].phrase(query, target), names["query"])
     extra = {name: value for name, value in record.items() if name not in (*COMMON, *whole.read)}
-    return Sample(image, query, target, dataset, task, source, size, names["query"], extra=extra), whole.cut
+    asked = dict(size=size, query_field=names["query"], mark=whole.mark, extra=extra)
+    return Sample(image, query, target, dataset, task, source, **asked), whole.cut
 
 
 def picture_path(folder: Path, name: str, field: str, outside: bool) -> Path:

@@ -5,6 +5,8 @@
     classes   dermoscopy: six classes, size x colour. Their names A to F say nothing and are dealt anew in EVERY
               record, and the record's own field "knowledge" says which is which: without it nobody beats 1/6.
     kinds     which of the three modalities is it? The easy one.
+    captions  dermoscopy: describe the lesion. A closed grammar, 48 sentences of five slots; what a slot says is a
+              truth about the picture, so what judges and likenesses reward can be held against it.
 
 A record is drawn first and its picture from it, by two streams of random numbers, so that all that is asked is known
 before the picture is there, and nothing that is asked depends on the label.
@@ -19,7 +21,7 @@ import phantoms
 from errors import InputError
 from phantoms import PAINTERS, check_size, draw_box, lesion, phantom, rgb
 
-KINDS = ("grades", "classes", "kinds")
+KINDS = ("grades", "classes", "kinds", "captions")
 GRADES = 5
 SPREAD = 0.43  # std of a severity about its grade: neighbours overlap
 GROWN = (0.12, 0.5)  # sides of the smallest and the largest nodule, as shares of the picture's
@@ -31,6 +33,12 @@ SIZES = {"small": (0.14, 0.24), "large": (0.4, 0.55)}  # smallest and largest si
 COLOURS = {"brown": phantoms.BROWN, "red": (0.80, 0.34, 0.36), "blue": (0.40, 0.46, 0.62)}  # of light, what passes
 CLASSES = tuple((size, colour) for size in SIZES for colour in COLOURS)
 NAMES = tuple("ABCDEF")
+
+EXTENTS = {"small": (0.2, 0.28), "large": (0.42, 0.54)}  # of captions: least and largest side, shares of the picture's
+SLOTS = tuple(EXTENTS), ("round", "lobed"), tuple(COLOURS), ("upper", "lower"), ("left", "right")
+SENTENCE = "a {} {} {} lesion in the {} {}"
+CENTRE = (0.24, 0.4)  # least and largest share of the picture's side from its edge to a lesion's centre
+LOBES, LOBED = 6, 0.27  # their number, and how much of the radius they are
 
 FRAYING = np.arange(phantoms.ORDERS[-1] + 1, 13)  # angular frequencies of a frayed outline
 FRAYED = FRAYING >= 8  # those that count: the lower ones would look like lobes
@@ -67,6 +75,12 @@ def picture(kind: str, seed: int, index: int, size: int = 140) -> np.ndarray:
         box = draw_box(rng, size, size, *SIZES[extent])
         alpha = lesion(rng, size, size, box)
         return rgb(PAINTERS["dermoscopy"](rng, alpha, box, COLOURS[colour]))
+    if kind == "captions":
+        extent, shape, colour, *where = look
+        box = _box_there(rng, size, EXTENTS[extent], *where)
+        fray = LOBED * (FRAYING == LOBES) * np.exp(1j * rng.uniform(0, 2 * np.pi)) * (shape == "lobed")
+        alpha = lesion(rng, size, size, box, fray)
+        return rgb(PAINTERS["dermoscopy"](rng, alpha, box, COLOURS[colour]))
     share = min(max((look + 1.5) / (GRADES + 2), 0.0), 1.0)  # 1.5 beyond either end lies 3 stds out
     side = GROWN[0] + (GROWN[1] - GROWN[0]) * share
     box = draw_box(rng, size, size, side, 1.1 * side)
@@ -87,6 +101,10 @@ def _drawn(kind: str, seed: int, index: int) -> tuple[dict[str, Any], Any]:
         lines = {name: " ".join(look) for name, look in zip(NAMES, dealt, strict=True)}
         asked = {"task": "label", "query": "what is the lesion?", "options": list(NAMES), "label": NAMES[true]}
         return asked | {"knowledge": lines}, dealt[true]
+    if kind == "captions":
+        said = [options[rng.integers(len(options))] for options in SLOTS]
+        asked = {"task": "caption", "query": "describe the lesion", "references": [SENTENCE.format(*said)]}
+        return asked | {"slots": [list(options) for options in SLOTS]}, said
     modality = phantoms.KINDS[rng.integers(len(phantoms.KINDS))]
     asked = {"task": "label", "query": "what kind of picture is this?", "options": list(phantoms.KINDS)}
     return asked | {"label": modality}, modality
@@ -100,6 +118,18 @@ def _stream(kind: str, seed: int, index: int, part: int) -> np.random.Generator:
         raise InputError(f"phantom seed {seed} and index {index} must not be negative")
     key = np.random.SeedSequence(seed, spawn_key=(index, len(phantoms.KINDS) + KINDS.index(kind), part))
     return np.random.Generator(np.random.PCG64(key))
+
+
+def _box_there(
+    rng: np.random.Generator, size: int, extent: tuple[float, float], vertical: str, horizontal: str
+) -> tuple[int, int, int, int]:
+    """A box with its centre well inside one quarter of the picture."""
+    sides = rng.uniform(*extent, 2)
+    centres = [rng.uniform(max(CENTRE[0], side / 2 + 0.02), CENTRE[1]) for side in sides]
+    for i, far in enumerate((horizontal == "right", vertical == "lower")):
+        centres[i] = 1 - centres[i] if far else centres[i]
+    (x, y), (w, h) = centres, sides
+    return tuple(round(size * edge) for edge in (x - w / 2, y - h / 2, x + w / 2, y + h / 2))
 
 
 def _fray(rng: np.random.Generator, most: float) -> np.ndarray:

@@ -132,10 +132,10 @@ def test_a_server_that_is_slow_drips_or_is_not_there_is_given_up():
             handler.wfile.flush()
             time.sleep(0.05)
 
-    for said in (lambda handler: time.sleep(1), drip):
+    for said in (lambda handler: time.sleep(3), drip):
         with server(lambda n, body, said=said: (200, {}, said)) as (url, _):
             judge, began = asked(url, ",timeout=0.2,tries=1"), time.monotonic()
-            assert judge.verdicts([ITEM]) == [None] and time.monotonic() - began < 0.9
+            assert judge.verdicts([ITEM]) == [None] and time.monotonic() - began < 2.5
             assert judge.why == "no whole reply within 0.2 s"
     judge = asked(url, ",tries=2")  # nobody listens there any more
     assert judge.verdicts([ITEM]) == [None] and judge.why == "no connection (ConnectionRefusedError)"
@@ -148,7 +148,7 @@ def test_a_steps_answers_are_in_flight_at_once_within_the_limit_and_equal_ones_a
         time.sleep(0.2)
         return 200, {}, completion(GOOD.replace("1", "2") if '"answer 7"' in body["messages"][0]["content"] else GOOD)
 
-    for threads, least, most in ((12, 0.2, 0.39), (4, 0.6, 0.79)):
+    for threads, least, most in ((12, 0.2, 1.2), (4, 0.6, 1.8)):  # one by one: 2.4
         with server(answers) as (url, calls):
             judge, began = asked(url, f",threads={threads}"), time.monotonic()
             judge.ask(items)  # returns at once
