@@ -38,7 +38,7 @@ EXTENTS = {"small": (0.2, 0.28), "large": (0.42, 0.54)}  # of captions: least an
 SLOTS = tuple(EXTENTS), ("round", "lobed"), tuple(COLOURS), ("upper", "lower"), ("left", "right")
 SENTENCE = "a {} {} {} lesion in the {} {}"
 CENTRE = (0.24, 0.4)  # least and largest share of the picture's side from its edge to a lesion's centre
-LOBES, LOBED = 6, 0.27  # their number, and how much of the radius they are
+LOBES, LOBED = 6, 0.36  # their number, and how much of the radius they are
 
 FRAYING = np.arange(phantoms.ORDERS[-1] + 1, 13)  # angular frequencies of a frayed outline
 FRAYED = FRAYING >= 8  # those that count: the lower ones would look like lobes
