@@ -88,7 +88,8 @@ class Endpoint:
             raise InputError("--judge: key= must be the NAME of an environment variable that holds the key; none is so")
         if self.key and not re.fullmatch(r"[!-~]+", self.key):
             raise InputError(f"--judge: the key in ${calls.key} has blanks or characters that no header may hold")
-        self.open = urllib.request.build_opener(Unmoved).open
+        near = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")  # no proxy can know what is meant by these
+        self.open = urllib.request.build_opener(Unmoved, *[urllib.request.ProxyHandler({})] * near).open
         self.known = read_cache(folder, read_saved)
         self.file = None
         self.pending: dict[str, Future] = {}  # of the main thread alone

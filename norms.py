@@ -11,6 +11,7 @@ policy as it becomes, which the paper does not.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -132,7 +133,7 @@ class Norms:
         for term, values in parts.items():
             for key, own in zip(keys, values.tolist(), strict=True):
                 if (key, term) in self.table:  # also one that was 0 or 1 throughout: the next answers may be others
-                    self.seen.setdefault((key, term), []).extend(own)
+                    self.seen.setdefault((key, term), []).extend(x for x in own if math.isfinite(x))
         self.steps += 1
         if self.steps == self.settings.refresh:
             self.table |= {place: Quartiles.of(x) for place, x in self.seen.items() if len(x) >= LEAST}

@@ -62,6 +62,7 @@ def asked(url: str, more: str = "", folder=None):
 
 def test_a_call_is_what_the_interface_says_and_its_key_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # is not for this machine
     with server(lambda n, body: (200, {}, completion(f"<think>terminology: 5</think>\n{GOOD}"))) as (url, calls):
         (verdict,) = asked(url, ",key=JUDGE_KEY").verdicts([ITEM])
         asked(url + "/").verdicts([ITEM])
