@@ -126,7 +126,7 @@ class CaptionTask(Task):
         said = [self.read_answer(text) for text in texts]
         valid = [i for i, (caption, _) in enumerate(said) if caption is not None]
         items = [item_of(said[i][0], prompts[i].target) for i in valid]
-        parts = {name: [0.0] * len(texts) for name in self.parts}
+        parts = {name: [nan if name.startswith("judge_") else 0.0] * len(texts) for name in self.parts}
         verdicts = self.judge.verdicts(items) if self.judge else [None] * len(items)
         for i, item, verdict in zip(valid, items, verdicts, strict=True):
             parts["similarity"][i] = self.similarity(item.answer, item.references)
@@ -274,9 +274,10 @@ def judged(judge: Judge | None, rows: list[dict]) -> dict[str, Any]:
         return {"judge": "none: u is the similarity alone"}
     known = [row for row in rows if not row["parts"]["unjudged"]]
     scores = {"judge_score": [1 + 4 * row["parts"]["judge"] for row in known]}
+    unread = sum(row["reason"] != "" for row in known)
     for name in (f"judge_{aspect}" for aspect in ASPECTS):
-        told = [1.0 if row["reason"] else row["parts"].get(name) for row in known]
-        scores[name] = [score for score in told if score is not None]
+        told = [row["parts"][name] for row in known if row["parts"].get(name) is not None]
+        scores[name] = told + [1.0] * unread if told else []
     found = {name: fmean(values) if values else None for name, values in scores.items()}
     return {"judge": judge.name} | rounded(found) | {"unjudged": len(rows) - len(known)}
 
