@@ -9,8 +9,8 @@ are parts that --rewards may name, similarity=.5,judge=.5: then --normalise brin
 own before they are weighted, as the paper has it. Kinds: vs, the whole; rc, a region, for which a clip's "region" has
 the number of its "frame" too. They are one task: where one scale for both is not meant, give each its own "dataset".
 
-Similarity is of characters (chrF) or words (TF-IDF, weighed by the references of all data that the program has read),
-where the paper has sentence embeddings; of several references the closest counts. An answer that the judge has not
+Similarity is of characters (chrF) or words (TF-IDF, weighed by the references of the training data, or of what eval.py
+evaluates), where the paper has sentence embeddings; of several references the closest counts. An answer that the judge has not
 judged counts as the mean of its group's others: it moves nothing, and is counted (`unjudged`).
 """
 

@@ -116,7 +116,7 @@ def test_rows_have_every_score_and_name_their_judge(tmp_path):
     assert found["judge"].endswith("counts shared terms, no LLM and not clinical")
     assert found["judge_score"] == pytest.approx((5 + 5 + 1) / 3, abs=1e-5) and found["unjudged"] == 0
     assert (
-        found["judge_action"] == pytest.approx(11 / 3, abs=1e-5) and found["judge_context"] == 1.0
+        found["judge_action"] == pytest.approx(11 / 3, abs=1e-5) and found["judge_context"] is None
     )  # of the unread one
     assert found["slots"] == pytest.approx((1 + 0.5 + 0) / 3, abs=1e-5) and found["all_slots"] == pytest.approx(
         1 / 3, abs=1e-5
