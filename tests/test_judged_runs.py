@@ -11,6 +11,7 @@ from programs import grpo, lines, run, sentence, small, without_times, write_rec
 from test_judge import GOOD, KEY, completion, server
 
 import eval as evaluation
+import tasks
 import train_grpo
 import train_sft
 from judge import ASPECTS
@@ -41,13 +42,23 @@ def unsteady(number: int, body: dict) -> tuple:
 
 def test_a_resumed_run_hears_what_it_heard_and_no_file_has_the_key(captions, tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    out = tmp_path / "o"
+    out, counted, by_task = tmp_path / "o", [0], tasks.by_task
+
+    def watched(texts, prompts):  # a step's scores: how many calls there were when they were asked for, and after them
+        counted.append(len(calls))
+        found = by_task(texts, prompts)
+        counted.append(len(calls))
+        return found
+
+    monkeypatch.setattr(tasks, "by_task", watched)
     with server(unsteady) as (url, calls):
         judge = ["--judge", f"{url}:model=m,key=JUDGE_KEY,wait=0.01,threads=8"]
         flags = [*SHORT, *judge, "--rewards", "similarity=.5,judge=.5", "--save-every", "2"]
         said = grpo(out, captions, *flags, "--steps", "4")
         straight = lines(out / "metrics.jsonl")
         asked, kept = len(calls), lines(out / "judge-0.jsonl")
+        before, after = counted[1::2], counted[2::2]  # of two micro-batches the first is judged beside the second
+        assert len(before) == 4 and all(b > a for b, a in zip(before[1:], after, strict=False))
         assert len(kept) == asked == len({row["key"] for row in kept})
         assert all(headers["Authorization"] == f"Bearer {KEY}" for _, _, headers, _ in calls)
         shutil.rmtree(out / "step-000004")  # as a kill before it was saved leaves it
@@ -111,8 +122,8 @@ def test_boxes_labels_and_captions_learn_in_one_run_with_rewards_on_one_scale(tm
     assert {("captions", "similarity"), ("captions", "judge"), ("boxes", "task"), ("labels", "task")} <= places
     assert not {("boxes", "judge"), ("labels", "similarity")} & places
     assert "quartiles of captions/caption/similarity" in said and "no LLM and not clinical" in said
-    flags = [*small(out, files[0])[2:], *data, *judge, *SHORT, "--normalise", str(norms), "--schedule", "raw"]
-    flags += ["--batch-size", "6", "--save-every", "2", "--val", str(files[2])]
+    bare = [*small(out, files[2])[2:], *data, *judge, *SHORT]
+    flags = [*bare, "--normalise", str(norms), "--schedule", "raw", "--batch-size", "6", "--save-every", "2"]
     weights = ["--rewards", "task=1,similarity=.5,judge=.5"]
     run(train_grpo, *flags, *weights, "--steps", "4")
     straight = lines(out / "metrics.jsonl")
@@ -130,7 +141,7 @@ def test_boxes_labels_and_captions_learn_in_one_run_with_rewards_on_one_scale(tm
         (["--rewards", "similarity=.5,judge=.5"], "pays nothing for the task 'box'; weigh task"),
         (["--rewards", "task=1,f1=1"], "f1 pays no record's task"),
     ):
-        assert words in sentence(run(train_grpo, *flags, *more, "--out", str(tmp_path / "p"), expect=2))
+        assert words in sentence(run(train_grpo, *bare, *more, "--out", str(tmp_path / "p"), expect=2))
     (tmp_path / "l.json").write_text(json.dumps(LEXICON | {"synonyms": {"left": ["l"]}}))
     words = sentence(run(train_grpo, "--resume", "--out", str(out), "--steps", "5", expect=2))
     assert "--judge" in words and "is not the file that the run began with" in words
