@@ -277,7 +277,7 @@ def train(args, ending: ExitStack) -> None:
     val = load_samples(held_out, TASKS, args.seed, "test", bad, *given) if held_out else []
     if knowledge:
         knowledge.complete()
-    judge = args.judge and read_judge(args.judge, out)
+    judge = read_judge(args.judge, out) if args.judge and not args.estimate else None
     configure(args.tasks, {sample.task for sample in samples + val}, judge, samples)
     planned, words = plan.settle(args, base, samples + val)
     ranks.print0(words)
