@@ -11,6 +11,7 @@ policy as it becomes, which the paper does not.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -84,17 +85,17 @@ class Norms:
         self.steps = 0  # since the quartiles were taken
         self.seen: dict[tuple[Key, str], list[float]] = {}  # values since then
 
-    def check(self, keys: list[Key], terms: list[str], run: dict[str, Any] | None = None) -> list[str]:
-        """InputError unless there are quartiles for each; -> what is to be said: of rewards that stay as they are, of
-        quartiles that lie too close, and where the run's settings are others than those of the file's answers."""
-        for key in keys:
-            for term in terms:
-                if (key, term) not in self.table:
-                    missing = f"no quartiles of the reward {term!r} for dataset {key[0]!r}, task {key[1]!r}"
-                    datasets = short(sorted({dataset for (dataset, _), _ in self.table}))
-                    remedy = f"its datasets are {datasets}: write it anew by eval.py --write-norms on data that has it"
-                    raise InputError(f"--normalise {self.name}: has {missing}; {remedy}")
-        found = {f"{'/'.join(key)}: {term}": self.table[key, term] for key in keys for term in terms}
+    def check(self, places: list[tuple[Key, str]], run: dict[str, Any] | None = None) -> list[str]:
+        """InputError unless there are quartiles for each (key, reward); -> what is to be said: of rewards that stay as
+        they are, of quartiles that lie too close, and where the run's settings are others than those of the file's
+        answers."""
+        for key, term in places:
+            if (key, term) not in self.table:
+                missing = f"no quartiles of the reward {term!r} for dataset {key[0]!r}, task {key[1]!r}"
+                datasets = short(sorted({dataset for (dataset, _), _ in self.table}))
+                remedy = f"its datasets are {datasets}: write it anew by eval.py --write-norms on data that has it"
+                raise InputError(f"--normalise {self.name}: has {missing}; {remedy}")
+        found = {f"{'/'.join(key)}: {term}": self.table[key, term] for key, term in places}
         kept = [place for place, q in found.items() if q.zero_one]
         close = [place for place, q in found.items() if not q.zero_one and q.p75 - q.p25 < self.settings.min_iqr]
         greedy = ("temperature",) * (self.made_by.get("samples") == 0)
@@ -108,11 +109,13 @@ class Norms:
         return [f"{words}: {', '.join(places)}" for words, places in said.items() if places]
 
     def apply(self, term: str, values: Tensor, valid: Tensor, keys: list[Key]) -> Tensor:
-        """values (N, G) of a reward, valid (N, G) bool, the groups' keys -> (N, G) fp32 in [0, 1]."""
+        """values (N, G) of a reward, valid (N, G) bool, the groups' keys -> (N, G) fp32 in [0, 1]; those of a key that
+        the reward is not paid for (check) stay as they are."""
         rows = []
         for own, key in zip(values, keys, strict=True):
-            quartiles = self.table[key, term]
-            rows.append(own.float() if quartiles.zero_one else self._row(own, quartiles))
+            quartiles = self.table.get((key, term))
+            stays = quartiles is None or quartiles.zero_one
+            rows.append(own.float() if stays else self._row(own, quartiles))
         normalised = torch.stack(rows) if rows else values.float()
         return normalised.where(valid, 0.0)
 
@@ -126,7 +129,7 @@ class Norms:
         for term, values in parts.items():
             for key, own in zip(keys, values.tolist(), strict=True):
                 if (key, term) in self.table:  # also one that was 0 or 1 throughout: the next answers may be others
-                    self.seen.setdefault((key, term), []).extend(own)
+                    self.seen.setdefault((key, term), []).extend(x for x in own if math.isfinite(x))
         self.steps += 1
         if self.steps == self.settings.refresh:
             self.table |= {place: Quartiles.of(x) for place, x in self.seen.items() if len(x) >= LEAST}

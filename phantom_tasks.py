@@ -8,6 +8,8 @@ modality, all lesions that there are.
     kinds     which of the three modalities is it? The easy one.
     named     classes whose names stay as they are: what a block says of them can go into the weights.
     several   dermoscopy: the box of each of none to four lesions that lie apart, all five counts equally frequent.
+    captions  dermoscopy: describe the lesion. A closed grammar, 48 sentences of five slots; what a slot says is a
+              truth about the picture, so what judges and likenesses reward can be held against it.
 
 A record is drawn first and its picture from it, by two streams of random numbers, so that all that is asked is known
 before the picture is there, and nothing that is asked depends on the label.
@@ -22,7 +24,14 @@ import phantoms
 from errors import InputError
 from phantoms import PAINTERS, check_size, draw_box, lesion, phantom, rgb
 
-KINDS = {"grades": 0, "classes": 1, "kinds": 2, "named": 3, "several": 3}  # and which series of draws is theirs
+KINDS = {
+    "grades": 0,
+    "classes": 1,
+    "kinds": 2,
+    "named": 3,
+    "several": 3,
+    "captions": 3,
+}  # and which series of draws is theirs
 GRADES = 5
 SPREAD = 0.43  # std of a severity about its grade: neighbours overlap
 GROWN = (0.12, 0.5)  # sides of the smallest and the largest nodule, as shares of the picture's
@@ -40,6 +49,12 @@ MOST_LESIONS = 4
 # wherever they lie: 3 (.3 + .12 + 2 x .03)^2 < (1 - .12 - 2 x BORDER / 140)^2, so a place is always found.
 LESION = (0.12, 0.3)
 MARGIN = 0.03  # of the picture's side, at least so much skin between the boxes of two
+
+EXTENTS = {"small": (0.2, 0.28), "large": (0.42, 0.54)}  # of captions: least and largest side, shares of the picture's
+SLOTS = tuple(EXTENTS), ("round", "lobed"), tuple(COLOURS), ("upper", "lower"), ("left", "right")
+SENTENCE = "a {} {} {} lesion in the {} {}"
+CENTRE = (0.24, 0.4)  # least and largest share of the picture's side from its edge to a lesion's centre
+LOBES, LOBED = 6, 0.36  # their number, and how much of the radius they are
 
 FRAYING = np.arange(phantoms.ORDERS[-1] + 1, 13)  # angular frequencies of a frayed outline
 FRAYED = FRAYING >= 8  # those that count: the lower ones would look like lobes
@@ -81,6 +96,12 @@ def picture(kind: str, seed: int, index: int, size: int = 140) -> np.ndarray:
         box = draw_box(rng, size, size, *SIZES[extent])
         alpha = lesion(rng, size, size, box)
         return rgb(PAINTERS["dermoscopy"](rng, alpha, box, COLOURS[colour]))
+    if kind == "captions":
+        extent, shape, colour, *where = look
+        box = _box_there(rng, size, EXTENTS[extent], *where)
+        fray = LOBED * (FRAYING == LOBES) * np.exp(1j * rng.uniform(0, 2 * np.pi)) * (shape == "lobed")
+        alpha = lesion(rng, size, size, box, fray)
+        return rgb(PAINTERS["dermoscopy"](rng, alpha, box, COLOURS[colour]))
     share = min(max((look + 1.5) / (GRADES + 2), 0.0), 1.0)  # 1.5 beyond either end lies 3 stds out
     side = GROWN[0] + (GROWN[1] - GROWN[0]) * share
     box = draw_box(rng, size, size, side, 1.1 * side)
@@ -104,6 +125,10 @@ def _drawn(kind: str, seed: int, index: int, size: int = 140) -> tuple[dict[str,
         lines = {name: " ".join(look) for name, look in zip(NAMES, dealt, strict=True)}
         asked = {"task": "label", "query": "what is the lesion?", "options": list(NAMES), "label": NAMES[true]}
         return asked | {"knowledge": lines}, dealt[true]
+    if kind == "captions":
+        said = [options[rng.integers(len(options))] for options in SLOTS]
+        asked = {"task": "caption", "query": "describe the lesion", "references": [SENTENCE.format(*said)]}
+        return asked | {"slots": [list(options) for options in SLOTS]}, said
     modality = phantoms.KINDS[rng.integers(len(phantoms.KINDS))]
     asked = {"task": "label", "query": "what kind of picture is this?", "options": list(phantoms.KINDS)}
     return asked | {"label": modality}, modality
@@ -137,6 +162,18 @@ def _filling(rng: np.random.Generator, size: int, box: tuple[int, int, int, int]
         columns, rows = np.flatnonzero((alpha >= 0.5).any(0)), np.flatnonzero((alpha >= 0.5).any(1))
         if len(columns) and (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) == box:
             return alpha
+
+
+def _box_there(
+    rng: np.random.Generator, size: int, extent: tuple[float, float], vertical: str, horizontal: str
+) -> tuple[int, int, int, int]:
+    """A box with its centre well inside one quarter of the picture."""
+    sides = rng.uniform(*extent, 2)
+    centres = [rng.uniform(max(CENTRE[0], side / 2 + 0.02), CENTRE[1]) for side in sides]
+    for i, far in enumerate((horizontal == "right", vertical == "lower")):
+        centres[i] = 1 - centres[i] if far else centres[i]
+    (x, y), (w, h) = centres, sides
+    return tuple(round(size * edge) for edge in (x - w / 2, y - h / 2, x + w / 2, y + h / 2))
 
 
 def _fray(rng: np.random.Generator, most: float) -> np.ndarray:

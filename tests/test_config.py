@@ -239,7 +239,7 @@ def test_a_hub_name_stays_at_the_commit_that_the_run_began_with(tmp_path, capsys
 
 
 NONE = {
-    GRPO: "micro_batch eval_limit log memory checkpointing advantage knowledge tasks normalise",
+    GRPO: "micro_batch eval_limit log memory checkpointing advantage knowledge tasks normalise judge",
     SFT: "max_tokens knowledge",
 }  # what may have no value
 

@@ -75,10 +75,10 @@ def test_answers_that_cannot_be_read_earn_exactly_0_and_zero_one_rewards_stay():
     assert found.item() == pytest.approx(1 / (1 + np.exp(-2 * 0.1 / 0.5)))
     raw = norms().apply("format", torch.tensor([[1.0, 1.0], [0.0, 1.0]]), valid, [EASY, HARD])
     assert raw.tolist() == [[1.0, 0.0], [0.0, 1.0]]
-    said = norms().check([EASY, HARD], ["task", "format"])
+    said = norms().check([(key, term) for key in (EASY, HARD) for term in ("task", "format")])
     assert said == ["not normalised, since it was 0 or 1 throughout: easy/box: format, hard/box: format"]
     with pytest.raises(InputError, match="no quartiles of .* 'recite' for dataset 'easy', task 'box'") as caught:
-        norms("", {(("d" * 90, f"{i}"), "task"): TABLE[EASY, "task"] for i in range(999)}).check([EASY], ["recite"])
+        norms("", {(("d" * 90, f"{i}"), "task"): TABLE[EASY, "task"] for i in range(999)}).check([(EASY, "recite")])
     assert len(str(caught.value)) < 400
 
 
@@ -130,12 +130,12 @@ def test_other_settings_and_quartiles_too_close_are_said():
     made = norms("", table)
     made.made_by = {"samples": 4, "temperature": 1.0, "prompt": "answer", "model": "m"}
     run = {"temperature": 0.9, "prompt": "answer", "tasks": []}
-    assert made.check([EASY, HARD], ["task"], run) == [
+    assert made.check([(EASY, "task"), (HARD, "task")], run) == [
         "min_iqr 0.02 stands for p75 - p25, which is smaller: hard/box: task",
         "warning: --normalise n.json is of answers under other settings: temperature 1.0, here 0.9",
     ]
     made.made_by["samples"] = 0  # greedy
-    assert made.check([EASY], ["task"], run) == []
+    assert made.check([(EASY, "task")], run) == []
 
 
 def test_a_file_that_is_another_on_one_rank_is_refused_on_all(tmp_path, monkeypatch):

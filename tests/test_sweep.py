@@ -212,7 +212,7 @@ def test_the_grids_of_the_repository_ask_only_for_flags_that_exist(name, monkeyp
     for run in asked.values():
         if run.program == "train_grpo.py":  # variants that were deleted stay in the grids, for their recorded results
             args = config.parse(run.program, run.expanded(tmp_path)[1:])  # what would change nothing ends it too
-            assert (args.steps, args.schedule) == (run.flags["steps"], [run.flags["schedule"]])
+            assert (args.steps, args.schedule) == (run.flags["steps"], [run.flags.get("schedule", "medloc")])
 
 
 def test_recorded_recipes_mean_todays_runs():
