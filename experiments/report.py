@@ -46,19 +46,19 @@ class Told:
     """What a run's folder tells. InputError if it holds no run at all."""
 
     def __init__(self, out: Path, name: str, overlays: int):
-        if not any((out / file).is_file() for file in ("config.json", "metrics.jsonl", "eval.json")):
-            raise InputError(f"{one_line(out)} holds no run: name a folder that train_grpo.py wrote (its --out)")
         self.out, self.notes, self.pictures = out, [], []  # notes: sentences on what is missing, damaged, not shown
         with redirect_stdout(io.StringIO()) as said:  # that a line was cut off
             self.run = self.tried(plot.read_run, out, name) or plot.Run(name, [])
         self.notes += said.getvalue().splitlines()
         self.config = self.tried(read_object, out / "config.json") or {}
         self.evaluation = self.tried(read_object, out / "eval.json") or {}
+        if not (self.run.rows or self.evaluation or "arguments" in self.config):  # a checkpoint has a config.json too
+            raise InputError(f"{one_line(out)} holds no run: name a folder that train_grpo.py wrote (its --out)")
         self.asked = self.config.get("arguments", {})
         self.done = max((row["step"] for row in self.run.rows), default=0)
         self.parts = plot.by_key(self.run) if self.run.rows else []  # one of each dataset and task
-        self.read_pictures("sheet", 2, "the same pictures each time; truth and right labels green, other answers red")
-        self.read_pictures("overlay", overlays, "the answers of each group; truth and right labels green, others red")
+        self.read_pictures("sheet", 2)
+        self.read_pictures("overlay", overlays)
         self.evaluations, self.evaluated = [], ""
         try:
             start, history, final = (self.evaluation.get(name) for name in ("start", "history", "final"))
@@ -82,14 +82,14 @@ class Told:
         except InputError as error:
             self.notes.append(str(error))
 
-    def read_pictures(self, kind: str, most: int, words: str) -> None:
+    def read_pictures(self, kind: str, most: int) -> None:
         files = sorted(self.out.glob(f"{kind}-*.png"))
         if len(files) > most or not files:
-            self.notes.append(f"{kind}-*.png: {min(most, len(files))} of {len(files)} pictures are shown here")
+            self.notes.append(f"{kind}-*.png: {f'{most} of {len(files)} are shown here' if files else 'there is none'}")
         for i in range(n := min(most, len(files))):  # the first, the last, and others evenly between
             file = files[i * (len(files) - 1) // max(n - 1, 1)]
             if self.tried(images.open_image, file):  # a kill may have come while it was written
-                self.pictures.append(Picture(file.read_bytes(), f"{file.name}: {words}"))
+                self.pictures.append(Picture(file.read_bytes(), file.name))
 
 
 def left_out(told: Told) -> list[str]:
@@ -151,7 +151,7 @@ def state(told: Told) -> str:
         words += f"It still runs, or was killed: {lock}, {lock.read_text(errors='replace')[:200].strip()}. "
     log = out.with_name(f"{out.name}.log")  # experiments/sweep.py keeps there what a run prints
     last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.is_file() else []
-    words += f"Its last words: {last[0]} " if last else "Why was said on the terminal, and is in none of its files. "
+    words += f'Its last words: "{last[0]}". ' if last else "Why was said on the terminal, and is in none of its files. "
     words += " ".join(f"{saved.name} is there for --resume." for saved in checkpoints(out)[-1:]) or "Nothing was saved."
     return f'<p class="warn">{text(words)}</p>'
 
@@ -175,10 +175,10 @@ def trained(told: Told) -> str:
     """A line per dataset and task: SUMMARY's numbers at both ends of the run."""
     rows, n = {}, max(1, min(20, len(told.run.rows) // 2))
     for part in told.parts:
-        row = rows[part.name.removeprefix(told.run.name).strip() or "all, and all of |A|"] = {}
+        row = rows[part.name.removeprefix(told.run.name).strip() or "one dataset and task, with all of |A|"] = {}
         for key, words in SUMMARY.items():
-            ends = (plot.Run("", some).series(key)[1][0] for some in (part.rows[:n], part.rows[-n:]))
-            row[words] = " → ".join(f"{fmean(values):.3f}" if values else "-" for values in ends)
+            ends = [plot.Run("", some).series(key)[1][0] for some in (part.rows[:n], part.rows[-n:])]
+            row |= {words: " → ".join(f"{fmean(end):.3f}" if end else "-" for end in ends)} if any(ends) else {}
     return table(rows) + f"<p>Means of the first and of the last {n} steps.</p>"
 
 
@@ -214,6 +214,7 @@ def settings(told: Told) -> dict[str, str]:
     found = {f"--{name.replace('_', '-')}": value for name, value in told.asked.items()}
     found |= {f"version of {name}": value for name, value in told.config.get("versions", {}).items()}
     found |= {name: value for name, value in told.config.items() if name not in ("arguments", "versions")}
+    found |= {name: " ".join(map(str, value)) for name, value in found.items() if isinstance(value, list)}
     return {name: v if isinstance(v, str) else "-" if v is None else json.dumps(v) for name, v in found.items()}
 
 
@@ -244,7 +245,7 @@ def fit(pictures: list[Picture], room: int) -> None:
             size = [max(1, side * percent // 100) for side in image.size]
             small = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
             one.data = png(small.quantize(256, dither=Image.Dither.NONE))
-            one.caption = f"{said} (here at {percent} % of its size and in 256 colours, for a page below 3 MB)"
+            one.caption = f"{said}, here in 256 colours and at {percent} % of its size, for a page below 3 MB"
             if len(one.data) <= share:
                 break
         room -= len(one.data)
@@ -260,8 +261,8 @@ def page(runs: list[Told], drawn: list[Picture], no_curves: str) -> str:
         body += [f'<h2 id="run-{i}">{text(told.run.name)}</h2>', state(told), "<h3>Evaluation</h3>", told.evaluated]
         for part in told.parts:
             body += [f"<h3>What the schedule decided: {text(part.name)}</h3>", decisions(part)]
-        body += ["<h3>Training by dataset</h3>", trained(told)] if told.parts else []
-        body += ["<h3>Pictures</h3>", figures(told.pictures)] if told.pictures else []
+        body += ["<h3>Training by dataset</h3>", trained(told)] if told.run.series("u_mean")[0] else []
+        body += ["<h3>Pictures (green: truth, right labels; red: others)</h3>", figures(told.pictures) or "None."]
         body += ["<h3>Left out, skipped, missing</h3>", bullets(told.notes or ["nothing"])]
         flags = table({name: {"in config.json": value} for name, value in settings(told).items()})
         body.append(f"<details><summary>Flags and versions</summary>{flags}</details>")
@@ -275,14 +276,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the page (default: OUT/report.html, of several ./report.html)")
     args = parser.parse_args()
     several, drawn, no_curves = len(args.runs) > 1, [], "No step yet."
-    named = zip(args.runs, plot.run_names(args.runs), strict=True)
-    runs = [Told(out, name, overlays=2 if several else 4) for out, name in named]
+    names = plot.run_names(args.runs)
+    runs = [Told(out, name, overlays=2 if several else 4) for out, name in zip(args.runs, names, strict=True)]
     parts, most = [part for told in runs for part in told.parts], len(plot.COLOURS)
     try:
-        for some in (parts[i : i + most] for i in range(0, len(parts), most)):  # a picture has so many colours
+        for some in (parts[i : i + most] for i in range(0, len(parts), most)):
             plot.save(plot.figure(some), buffer := io.BytesIO())
-            names = ", ".join(part.name for part in some)
-            drawn.append(Picture(buffer.getvalue(), f"curves of {names}, as plot.py draws them", "curves"))
+            drawn.append(Picture(buffer.getvalue(), f"curves of {', '.join(part.name for part in some)}", "curves"))
     except InputError as error:  # no matplotlib
         no_curves = f"Not drawn: {error}"
     fit(drawn, ROOM // 2)
