@@ -143,6 +143,7 @@ def test_a_page_says_what_the_files_say(tmp_path, page):
     assert 'Not drawn: matplotlib is not installed: pip install -e ".[plot]"' in made.text
     assert made.row("start") == {"accuracy": "0.250 ± 0.013", "n": "64", "parse_failures": "3"}
     assert made.row("step 6")["accuracy"] == "0.625 ± 0.013"
+    assert [name for name, *_ in made.tables[0]] == ["", "start", "step 6"]  # the final one is the history's last
     assert made.row("d")["accuracy"] == "0.250 ± 0.013 → 0.625 ± 0.013"
     assert made.row("one dataset and task, with all of |A|")["u"] == "0.200 → 0.500"  # means of 3 steps each
     for words in (
@@ -167,6 +168,15 @@ def test_each_dataset_has_its_line_with_its_share(tmp_path, page):
     assert made.row("a/box") == {"u": "0.200 → 0.500", "share of |A|": "0.750 → 0.750"}
     assert made.row("b/label") == {"u": "0.100 → 0.250", "share of |A|": "0.250 → 0.250"}
     assert "What the schedule decided: run a/box" in made.text and "What the schedule decided: run b/label" in made.text
+
+
+def test_a_supervised_run_has_no_history_and_no_schedule(tmp_path, page):
+    out = make(tmp_path / "run", made=[{"step": step, "loss": 1.0} for step in range(1, STEPS + 1)])
+    evaluation = json.loads((out / "eval.json").read_text())
+    (out / "eval.json").write_text(json.dumps({"start": evaluation["start"], "final": evaluation["final"]}))
+    made = page(out)
+    assert made.row("final")["accuracy"] == "0.625 ± 0.013" and "There is none in metrics.jsonl." in made.text
+    assert "Training by dataset" not in made.text
 
 
 def test_all_that_comes_from_data_is_escaped(tmp_path, page):
