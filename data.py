@@ -221,6 +221,7 @@ def load_jsonl(
     """Read a file of records; image paths are relative to its folder or to images, boxes are in the original frame.
 
     Ours, one per line:   {"image", "query", "bbox": [x1, y1, x2, y2], "width"?, "height"?, "dataset"?, "task"?}
+    Ours, of clips:       {"frames": ["f/1.jpg", ...], "fps", ...} or {"video", "fps", "start"?, "end"?, ...}
     VLM-R1, one per line: {"image", "conversations": [{"value": "<image>question"}, {"value": box, list or string}]}
     VLM-R1, older:        a JSON list of {"image", "problem", "solution"}
     Of each picture the header is read. A record that cannot be used goes to bad with a sentence that names file, line

@@ -37,7 +37,9 @@ def switch(help: str, free: bool = False, default: bool | None = False) -> Flag:
 
 
 ANSWERED = "answer, think, qwen, or a text file with {query} in it; none: what the policy was trained with, else think"
-MODEL = Flag("nano", "checkpoint folder, nano, nano-tasks, or org/name of the Hugging Face Hub")  # runs anywhere
+MODEL = Flag(
+    "nano", "checkpoint folder, nano, nano-tasks, nano-video, or org/name of the Hugging Face Hub"
+)  # runs anywhere
 FILES = "JSONL files, or phantoms[:dermoscopy|xray|ultrasound|grades|classes|named|kinds|several|captions|clips|tubes]"
 DATA = Flag("phantoms", f"{FILES}; FILE=WEIGHT ...: a mixture", joined=True)
 DEVICE = Flag(CUDA, "cpu or cuda; bfloat16 on CUDA, float32 on a CPU, trained weights float32 on both", free=True)
@@ -71,7 +73,9 @@ TRAINER = {  # title of a group in --help -> its flags
         **RECORDS,
     ),
     "GRPO (formulas: loss.py)": dict(
-        recipe=Flag(None, "defaults: nano with --model nano or nano-tasks, else paper", choices=("nano", "paper")),
+        recipe=Flag(
+            None, "defaults: nano with --model nano, nano-tasks or nano-video, else paper", choices=("nano", "paper")
+        ),
         steps=whole(None, "rollouts", free=True),  # more is a longer run: the rate is constant after the warm-up
         batch_size=whole(None, "B, prompts per rollout, of all ranks together", most=10**5),
         group_size=whole(8, "G, completions per prompt", 2, 10**4),  # as in the paper

@@ -23,7 +23,7 @@ SIZE = 84  # pixels: nine tokens a patch
 PATCHES = (4, 8)  # in time, two frames each: fewest and most
 RATES = (0.5, 1.0, 2.0)  # frames per second
 SIDES = (0.2, 0.4)  # of a lesion, as shares of the frame's
-LIT = (1.0, 0.9, 0.4)  # of the light, what passes through it while it is lit; else phantoms.BROWN
+LIT = (2.2, 2.0, 1.2)  # of the light, what leaves it while it is lit; of a dark one phantoms.BROWN
 STAMPS = 3  # seconds at which a tube has a box
 
 

@@ -314,8 +314,8 @@ def checkpoint_files(folder: Path) -> list[Path]:
 # safetensors, settings as JSON, text, templates (which transformers renders in a sandbox). No pickle, no code. A run
 # saves the name with its commit, so that a resumed one has the same weights under it (config.py).
 
-OURS = {name: Path(__file__).parent / "assets" / name for name in ("nano", "nano-tasks")}  # come with this repository
-NANO, NANO_TASKS = OURS.values()
+OURS = {name: Path(__file__).parent / "assets" / name for name in ("nano", "nano-tasks", "nano-video")}
+NANO, NANO_TASKS, NANO_VIDEO = OURS.values()  # come with this repository
 WEIGHTS, SETTINGS = ["*.safetensors"], ["*.json", "*.txt", "*.jinja"]
 REASONS = {  # from the special to the general, as the client's errors inherit
     GatedRepoError: "its owners give access on request: ask on its page, then log in by `hf auth login`",
@@ -333,16 +333,16 @@ def is_hub_name(model: str) -> bool:
 
 
 def model_folder(model: str, weights: bool = True) -> Path:
-    """--model: a checkpoint folder, "nano" or "nano-tasks" for the policies that come with this repository, or org/name
-    of the Hub, from which weights come only if they are wanted."""
+    """--model: a checkpoint folder, "nano", "nano-tasks" or "nano-video" for the policies that come with this
+    repository, or org/name of the Hub, from which weights come only if they are wanted."""
     if model in OURS:
         return OURS[model]
     if is_hub_name(model):
         return fetch(model, weights)
     if not os.path.lexists(file := Path(model) / "config.json"):
         raise InputError(
-            f"{one_line(file)} does not exist; --model wants a folder of a Qwen2.5-VL checkpoint, 'nano' or "
-            "'nano-tasks', or org/name of the Hugging Face Hub"
+            f"{one_line(file)} does not exist; --model wants a folder of a Qwen2.5-VL checkpoint, one of "
+            f"{', '.join(OURS)}, or org/name of the Hugging Face Hub"
         )
     return Path(model)
 

@@ -35,7 +35,7 @@ from prompts import Processor
 from runtime.readers import Readers
 from tasks import TASKS, summary
 from train_sft import Coarse, Sft, adamw, sft
-from weights import NANO, NANO_TASKS, load_policy, read_config, save_policy
+from weights import NANO, NANO_TASKS, NANO_VIDEO, load_policy, read_config, save_policy
 
 # The nano policy: a real Qwen2.5-VL of 2.3 M parameters. Two full-attention blocks around a windowed one, 2 key heads
 # for 4 query heads, and 5 x 5 image tokens in windows of 4 x 4: every mechanism of the large ones is in it.
@@ -171,7 +171,8 @@ def make(folder: Path, keep_exact: Path | None, readers: Readers) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = errors.Parser(prog="-m prepare.nano", description=__doc__.partition("\n")[0])
     parser.add_argument("--tasks", action="store_true", help="the policy for more than boxes: prepare/nano_tasks.py")
-    parser.add_argument("--out", type=Path, help="folder of the policy; default: assets/nano or -tasks, anew")
+    parser.add_argument("--video", action="store_true", help="the policy for clips: prepare/nano_video.py")
+    parser.add_argument("--out", type=Path, help="folder of the policy; default: assets/nano, -tasks or -video, anew")
     parser.add_argument("--keep-exact", type=Path, help="folder for the policy before it is made coarse")
     args = parser.parse_args(argv)
     with Readers(WORKERS.default) as readers:
@@ -179,6 +180,10 @@ def main(argv: list[str] | None = None) -> None:
             from prepare import nano_tasks  # which begins where this one ends
 
             nano_tasks.make(args.out or NANO_TASKS, args.keep_exact, readers)
+        elif args.video:
+            from prepare import nano_video  # as well
+
+            nano_video.make(args.out or NANO_VIDEO, args.keep_exact, readers)
         else:
             make(args.out or NANO, args.keep_exact, readers)
 

@@ -128,11 +128,15 @@ def said_of_class(sample: Sample, coarse: bool, rng: np.random.Generator) -> str
     return f"<think> {thought} </think>\n<answer>{label}</answer>"
 
 
-def begin(folder: Path) -> Policy:
-    """assets/nano's weights under a vocabulary that has every word of these prompts as one token, into folder."""
+def words() -> list[str]:
+    """Every word of these prompts and answers."""
     asked = [sample.query for sample in asking("gkctl", (len(CLASSES),), 0, 5)]
-    answers = [f"<think> {SAID.format(*look)} </think>\n<answer></answer>" for look in CLASSES]
-    tokenizer = nano_tokenizer([*WORDS, *KINDS, *asked, *answers], 1000)
+    return [*KINDS, *asked, *(f"<think> {SAID.format(*look)} </think>\n<answer></answer>" for look in CLASSES)]
+
+
+def begin(folder: Path, texts: list[str]) -> Policy:
+    """assets/nano's weights under a vocabulary that has every word of these texts as one token, into folder."""
+    tokenizer = nano_tokenizer([*WORDS, *texts], 1000)
     write_nano(folder, SEED, tokenizer)
     policy, weights = load_policy(folder), load_policy(NANO).state_dict()
     rows, known = tokenizer.get_vocab(), Tokenizer.from_file(str(NANO / "tokenizer.json")).get_vocab()
@@ -163,7 +167,7 @@ def measured(policy: Policy, folder: Path, name: str, count: int = 600) -> dict:
 
 def make(folder: Path, keep_exact: Path | None, readers: Readers) -> None:
     """The policy after all STAGES into folder, the one before the last into keep_exact."""
-    policy = begin(folder)
+    policy = begin(folder, words())
     processor = Processor(folder, "answer", TASKS)
     results = {"command": "python -m prepare.nano --tasks", "seed": SEED}
     start = 0  # each stage draws its phantoms from where the last one stopped: no picture is seen twice

@@ -408,10 +408,13 @@ def test_a_policy_that_knows_no_clips_says_so(folder, tmp_path, capsys):
             "image_token_id and video_token_id are both 5" if odd == 5 else f"video_token_id is {odd}, but .* is 6 in"
         )
         refused(f"train.jsonl:1: field 'frames': .*{words}", Processor(model, "answer", TASKS).check, sample)
+    (model / "config.json").write_text(json.dumps(raw))
+    bare = Processor(model, "answer", TASKS)
+    bare.tokenizer.chat_template = None  # then Qwen's own words
+    assert "<|vision_start|><|video_pad|><|vision_end|>which phase?" in bare.prompt(sample).text
     settings = json.loads((model / "tokenizer_config.json").read_text())
     settings["chat_template"] = settings["chat_template"].replace("'video'", "'film'")
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
-    (model / "config.json").write_text(json.dumps(raw))
     refused("chat template writes 0 video tokens for one video", Processor(model, "answer", TASKS).check, sample)
 
 
