@@ -28,9 +28,11 @@ import scheduler
 import settings
 import tasks
 import weights
-from data import check_text, held_out_phantoms
+from data import check_text, held_out_phantoms, parts_of
+from endpoint import Calls
 from errors import InputError, named, one_line, read_object
 from flags import GONE, PROGRAMS, RECIPES, SWITCHES, Flag
+from judge import lexicon_file, split
 from knowledge import Knowledge
 from prompts import check_style, prompt_style
 from ranks import check_device
@@ -68,6 +70,7 @@ def parse(program: str, argv: list[str] | None = None) -> argparse.Namespace:
     explicit = vars(parser.parse_args(argv))
     if explicit.pop("help_schedules", False):
         print("--schedule\n" + settings.explained({name: kind.Settings for name, kind in scheduler.SCHEDULES.items()}))
+        print("\n--judge\n" + settings.explained({"URL": Calls}))
         print("\n--tasks\n" + settings.explained({name: task.Settings for name, task in tasks.TASKS.items()}))
         parser.exit()
     if program == "train_sft.py" and "out" not in explicit:
@@ -241,12 +244,18 @@ def wrong(args: argparse.Namespace, flags: dict[str, Flag], explicit: dict) -> I
             yield f"{option(name)} must be above 0"
     try:
         tasks.read_settings(getattr(args, "tasks", None) or ())
+        if getattr(args, "judge", None) and not lexicon_file(args.judge):
+            split(args.judge)
         shown = Knowledge(args.knowledge).shown if args.knowledge else None
         if shown and "predictions" in flags and shown.used == "train":
             yield "--knowledge: used=train is for training, here nothing is trained; drop it"
         if "coarse" in flags and not args.coarse:
             for name in sorted(name for name in explicit if name.startswith("coarse_")):
                 yield f"{option(name)} changes nothing without --coarse; drop it, or give both"
+        for name in ("val", "train", "data" if "predictions" in flags else ""):
+            for part, weight in parts_of(getattr(args, name, None) or "", option(name)):
+                if weight is not None:
+                    yield f"{option(name)} {one_line(part)}={weight:g}: a weight is for data to train on; drop it"
         if "predictions" in flags:
             yield from wrong_questions(args, explicit)
         if "schedule" in flags:
@@ -272,6 +281,7 @@ def wrong_questions(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
         ("knowledge", "predictions", "the answers are there already"),
         ("submission", "image", "that is one question, of no benchmark"),
         ("tasks", "image", "a box has no settings"),
+        ("judge", "image", "a box is not judged"),
     ):
         if getattr(args, name) and getattr(args, beside):
             yield f"{option(name)} changes nothing beside {option(beside)}: {why}; drop it"
@@ -296,9 +306,11 @@ def wrong_grpo(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
         if args.normalise and name != "raw" and counting.get(rewards.MAIN):
             yield f"--normalise is for --schedule raw: a reward of {name} is 0 or 1, or on a scale of its own already"
     if args.normalise:
-        norms.split(args.normalise)
+        settings.behind_file(args.normalise, "--normalise", norms.Normalise)
     if args.combine == "gdpo" and sum(weight != 0 for weight in counting.values()) < 2:
         yield f"--combine gdpo changes nothing beside --rewards {args.rewards}: only one counts; drop it"
+    if "judge" in counting and not args.judge:
+        yield f"--rewards {args.rewards}: judge wants --judge, an endpoint or a lexicon"
     if not args.knowledge:
         for name in counting:
             if name.startswith("recite") and name != "recite-prompt":
@@ -334,6 +346,7 @@ def wrong_grpo(args: argparse.Namespace, explicit: dict) -> Iterator[str]:
 def digests(args: argparse.Namespace) -> dict[str, str]:
     """Flag -> sha256 of the file that decides what is learned beside the data."""
     files = {name: (getattr(args, name, None) or "").partition(":")[0] for name in ("knowledge", "normalise")}
+    files["judge"] = lexicon_file(getattr(args, "judge", None))
     return {n: hashlib.sha256(Path(f).read_bytes()).hexdigest() for n, f in files.items() if f and os.path.isfile(f)}
 
 

@@ -29,7 +29,7 @@ import phantom_clips
 import phantom_tasks
 from clips import MOST_FRAMES, Clip, Film, film_header, frames_between
 from errors import InputError, cause_of, named, one_line, short
-from images import PhantomImage, Sample, displayed_size
+from images import Box, PhantomImage, Sample, displayed_size
 from phantoms import KINDS, QUERIES
 
 BLANK = b"\xef\xbb\xbf \t\r\n"  # what may stand around a record: the UTF-8 byte order mark and JSON's white space
@@ -86,11 +86,16 @@ class Record:
     clip: bool  # --clip-boxes
     cut: bool = False  # whether a box was
     seconds: float | None = None  # that its clip lasts; of a picture None
+    mark: tuple[int, Box] | None = None  # what the task wants drawn: Sample.mark
     read: list[str] = dataclasses.field(default_factory=list)  # fields that the task has asked for
 
     def __getitem__(self, field: str) -> Any:
         self.read.append(field)
         return _required(self.fields, field)
+
+    def get(self, field: str, default: Any) -> Any:
+        """One that may be missing."""
+        return self[field] if field in self.fields else default
 
     def text(self, field: str) -> str:
         """A field that must be a text, stripped."""
@@ -150,8 +155,8 @@ def held_out_phantoms(spec: str) -> str:
     return ",".join(part for part, _ in parts_of(spec) if part.partition(":")[0] == "phantoms")
 
 
-def parts_of(spec: str) -> list[tuple[str, float | None]]:
-    """ "a.jsonl=2,phantoms" -> [("a.jsonl", 2.0), ("phantoms", None)]: what --data names, and the weights. A file whose
+def parts_of(spec: str, flag: str = "--data") -> list[tuple[str, float | None]]:
+    """ "a.jsonl=2,phantoms" -> [("a.jsonl", 2.0), ("phantoms", None)]: what a flag names, and the weights. A file whose
     own name ends like that is a file."""
     parts = []
     for part in spec.split(","):
@@ -164,7 +169,7 @@ def parts_of(spec: str) -> list[tuple[str, float | None]]:
         except ValueError:
             weight = -1.0
         if not name or not 0 < weight < 1e9:
-            raise InputError(f"--data {one_line(part)}: behind = stands a weight above 0")
+            raise InputError(f"{flag} {one_line(part)}: behind = stands a weight above 0")
         parts.append((name, weight))
     return parts
 
@@ -175,8 +180,9 @@ def phantom_samples(
     """Phantoms start .. start + count - 1 of the series (kind, seed), not yet drawn; kind None takes turns by index.
     They are one dataset, with one threshold, however many kinds: these differ no more than hospitals do. tasks: for the
     kinds of phantom_tasks, whose targets are known before they are drawn."""
-    if kind is not None and kind not in (known := (*QUERIES, *phantom_tasks.KINDS, *phantom_clips.KINDS)):
-        raise InputError(f"unknown phantom kind {kind!r}: use phantoms, or phantoms:<kind> of {', '.join(known)}")
+    if kind is not None and kind not in (names := (*QUERIES, *phantom_tasks.KINDS, *phantom_clips.KINDS)):
+        raise InputError(f"unknown phantom kind {kind!r}: use phantoms, or phantoms:<kind> of {', '.join(names)}")
+    known: dict[str, tuple] = {}
     samples, dataset = [], f"phantoms-{kind}" if kind else "phantoms"
     for index in range(start, start + count):
         k = kind or KINDS[index % len(KINDS)]
@@ -189,12 +195,17 @@ def phantom_samples(
             media = Clip(PhantomImage(k, seed, index, phantom_clips.SIZE), fields["fps"], fields["frames"])
             whole = Record(fields, {}, (phantom_clips.SIZE,) * 2, False, seconds=media.seconds)
         else:
-            fields, media = phantom_tasks.record(k, seed, index), image
+            fields, media = phantom_tasks.record(k, seed, index, size), image
             whole = Record(fields, {}, (size, size), False)
-        target = tasks[fields["task"]].read(whole)
-        extra = {name: value for name, value in fields.items() if name not in (*COMMON, *CLIPS * moving, *whole.read)}
-        # When it is lit is asked without the clip's length, which would give away the rate.
-        query = fields["query"] if k == "clips" else tasks[fields["task"]].phrase(fields["query"], target)
+        if (told := str(fields)) not in known:  # many ask the same
+            task = tasks[fields["task"]]
+            target = task.read(whole)
+            ours = *COMMON, *CLIPS * moving, *whole.read
+            extra = {name: value for name, value in fields.items() if name not in ours}
+            # When it is lit is asked without the clip's length, which would give away the rate.
+            query = fields["query"] if k == "clips" else task.phrase(fields["query"], target)
+            known[told] = query, target, extra
+        query, target, extra = known[told]
         samples.append(Sample(media, query, target, dataset, fields["task"], source, extra=extra))
     return samples
 
@@ -312,7 +323,8 @@ def _sample(
     target = tasks[task].read(whole)
     query = check_text(tasks[task].phrase(query, target), names["query"])
     extra = {name: value for name, value in record.items() if name not in (*COMMON, *known, *whole.read)}
-    return Sample(media, query, target, dataset, task, source, size, names["query"], extra=extra), whole.cut
+    asked = dict(size=size, query_field=names["query"], mark=whole.mark, extra=extra)
+    return Sample(media, query, target, dataset, task, source, **asked), whole.cut
 
 
 def picture_path(folder: Path, name: str, field: str, outside: bool) -> Path:

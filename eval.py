@@ -15,6 +15,7 @@ import errors  # first: from here on Ctrl-C is one sentence, in the seconds too 
 # isort: split
 import hashlib
 import json
+import math
 import os
 import re
 from collections import Counter, defaultdict
@@ -32,13 +33,15 @@ from clips import Clip
 from data import BadRecords, first_of_each, load_samples
 from errors import InputError, one_line, parse_json, read_text, short
 from images import Sample, load, load_frames
+from judge import read_judge
 from knowledge import Knowledge
 from model import Policy, collate
-from norms import LEAST, Quartiles, fingerprint, write_norms
+from norms import ASKED, LEAST, Quartiles, fingerprint, write_norms
 from prompts import Processor, Prompt, default_prompt
 from rewards import MAIN, REWARDS, other_rewards
 from runtime.stream import uniforms
-from tasks import TASKS, by_task, configure, summary
+from tasks import TASKS, CaptionTask, by_task, configure, judged, summary, terms
+from tasks.task import Scores
 from weights import load_policy, model_folder
 
 
@@ -102,8 +105,17 @@ def score_rows(prompts: list[Prompt] | list[Original], texts: list[str]) -> list
             "u": scores.u[i].item(),
             "reason": scores.reasons[i],
         }
+        | parts_of_row(scores, i, prompt.sample.task)
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
     ]
+
+
+def parts_of_row(scores: Scores, i: int, task: str) -> dict:
+    """What u is made of and more, of tasks with terms."""
+    if not TASKS[task].terms:
+        return {}
+    values = {name: scores.parts[name][i].item() for name in TASKS[task].parts}
+    return {"parts": {name: None if math.isnan(value) else value for name, value in values.items()}}
 
 
 def rounded(answer: Any, digits: int) -> Any:
@@ -117,7 +129,10 @@ def rounded(answer: Any, digits: int) -> Any:
 
 def metrics(rows: list[dict]) -> dict:
     """The task's metrics over rows; of several tasks one part each; per dataset too. Rows without a truth do not
-    count."""
+    count. InputError where a judge has left out too many."""
+    if judge := CaptionTask.judge:
+        asked = [row for row in rows if row["task"] in judged() and row["reason"] == ""]
+        judge.check(int(sum(row["parts"]["unjudged"] for row in asked)), len(asked))
 
     def over(rows: list[dict]) -> dict:
         tasks = defaultdict(list)
@@ -334,6 +349,10 @@ def measure_norms(args, policy: Policy, processor: Processor, samples: list[Samp
         scores = by_task(texts, repeated)
         owners = [prompt.sample for prompt in repeated]
         found = {MAIN: scores.u} | other_rewards(dict.fromkeys(REWARDS, 1.0), texts, scores, owners)
+        for term in terms() & scores.parts.keys():
+            for sample, value in zip(owners, scores.parts[term].tolist(), strict=True):
+                if term in TASKS[sample.task].terms and not math.isnan(value):
+                    seen[sample.key, term].append(value)
         for name, values in found.items():  # not all of those of an answer that cannot be read are 0 by themselves
             for sample, value in zip(owners, values.where(scores.valid, 0.0).tolist(), strict=True):
                 seen[sample.key, name].append(value)
@@ -350,7 +369,8 @@ def measure_norms(args, policy: Policy, processor: Processor, samples: list[Samp
             "model": fingerprint(model_folder(args.model)),
             "data": digest(samples),
             "tasks": sorted(args.tasks or ()),
-            **{name: getattr(args, name) for name in ("prompt", "samples", "temperature", "max_tokens")},
+            "judge": CaptionTask.judge.name if CaptionTask.judge else None,
+            **{name: getattr(args, name) for name in ("samples", *ASKED)},
             "versions": {"torch": torch.__version__},
         },
     )
@@ -380,7 +400,8 @@ def main() -> None:
     if knowledge:
         knowledge.complete()
     samples = first_of_each(samples, args.limit)
-    configure(args.tasks, {sample.task for sample in samples})
+    judge = args.judge and read_judge(args.judge, out)
+    configure(args.tasks, {sample.task for sample in samples}, judge, samples)
     if args.write_norms is not None:
         check_norms(args, samples)
     if args.submission is not None:

@@ -40,11 +40,8 @@ ANSWERED = "answer, think, qwen, or a text file with {query} in it; none: what t
 MODEL = Flag(
     "nano", "checkpoint folder, nano, nano-tasks, nano-video, or org/name of the Hugging Face Hub"
 )  # runs anywhere
-DATA = Flag(
-    "phantoms",
-    "JSONL files, or phantoms[:dermoscopy|xray|ultrasound|grades|classes|kinds|clips|tubes]; FILE=WEIGHT: a mixture",
-    joined=True,
-)
+FILES = "JSONL files, or phantoms[:dermoscopy|xray|ultrasound|grades|classes|named|kinds|several|captions|clips|tubes]"
+DATA = Flag("phantoms", f"{FILES}; FILE=WEIGHT ...: a mixture", joined=True)
 DEVICE = Flag(CUDA, "cpu or cuda; bfloat16 on CUDA, float32 on a CPU, trained weights float32 on both", free=True)
 OUTSIDE = switch("records may name pictures outside the folder of their file: absolute paths, and with ..", free=True)
 CLIP_BOXES = switch("cut boxes that reach over the picture's edge, and count them")  # they may be in another frame
@@ -55,6 +52,7 @@ MAX_PIXELS = whole(
 SEED = whole(0, "of data order, phantoms and sampling", 0, 2**63 - 1)
 KNOWLEDGE = Flag(None, "FILE.json or records[:at=before,used=train,lines=shuffled]: a line on each option")
 TASK_SETTINGS = Flag(None, "settings of tasks: grade:ordinal=linear ...; --help-schedules has them", count="+")
+JUDGE = Flag(None, "of captions: http://HOST:PORT/v1:model=NAME[,key=ENV_NAME,...], or lexicon:FILE.json (no LLM)")
 RECORDS = dict(
     max_pixels=MAX_PIXELS, allow_outside=OUTSIDE, clip_boxes=CLIP_BOXES, skip_bad=SKIP_BAD, seed=SEED,
     knowledge=KNOWLEDGE,
@@ -109,6 +107,7 @@ TRAINER = {  # title of a group in --help -> its flags
         normalise=Flag(None, "FILE.json[:k=3,refresh=N,...]: rewards of every dataset on one scale by its quartiles"),
         schedule=Flag(("medloc",), "how u becomes the reward 'task': NAME[:key=value,...] [TASK=NAME...]", count="+"),
         tasks=TASK_SETTINGS,
+        judge=JUDGE,
     ),
     "watching": dict(
         eval_every=whole(0, "steps between greedy evaluations; 0: at the start and the end", 0, free=True),
@@ -188,7 +187,7 @@ SFT = {
 EVAL = {
     "what": dict(
         model=MODEL,
-        data=DATA,
+        data=Flag("phantoms", FILES, joined=True),
         train=Flag(None, "training data: adds the row of the constant answer"),
         predictions=Flag(None, "score these answers instead of running a model"),
         image=Flag(None, "ask about one picture; prints the answer, writes overlay.png"),
@@ -200,6 +199,7 @@ EVAL = {
         clip_boxes=CLIP_BOXES,
         knowledge=KNOWLEDGE,
         tasks=TASK_SETTINGS,
+        judge=JUDGE,
         limit=whole(None, "evaluate the first N samples, of each dataset alike"),
         batch_size=whole(50, "answers at a time", most=10**5),
         submission=Flag(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageOps, UnidentifiedImageError
 
 import phantom_clips
 import phantom_tasks
@@ -33,6 +33,7 @@ PIXEL_LIMIT = 89_478_485  # of the largest picture file that is opened: Pillow's
 # JPEG has MPO in it, the several pictures in one file of many phones; PPM has PGM and PBM.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "PPM", "WEBP")
 Image.MAX_IMAGE_PIXELS = PIXEL_LIMIT
+GREEN = (0, 255, 0)  # of a marked region
 MAX_ASPECT = 200  # Qwen's limit: beyond it one side would be a single token
 # A clip's frames share the pixels of so many of the largest pictures; two frames become one picture's tokens. Qwen's
 # own budget is 90 of 1,280 tokens, more than a training step has room for.
@@ -55,9 +56,7 @@ class Sample:
 
     media: Path | PhantomImage | Clip  # what is looked at
     query: str
-    target: (
-        Any  # of its task, in the original frame; None for a phantom, whose box is drawn with it: load(sample) has it
-    )
+    target: Any  # of its task, in the original frame; None for a phantom whose box is drawn with it: load(sample)
     dataset: str
     task: str = "box"  # a key of tasks.TASKS
     source: str = ""  # "train.jsonl:17", for messages
@@ -65,9 +64,8 @@ class Sample:
     query_field: str = "query"  # where the record holds its query, for messages
     weight: float | None = None  # of its dataset in the mixture, as --data says
     knowledge: str = ""  # the block that knowledge.py has put around the query
-    extra: dict = dataclasses.field(
-        default_factory=dict, hash=False
-    )  # the record's other fields, for a reward of your own
+    mark: tuple[int, Box] | None = None  # number of a frame (0: the picture's), box that is drawn on it, original frame
+    extra: dict = dataclasses.field(default_factory=dict, hash=False)  # other fields, for a reward of your own
 
     @property
     def frames(self) -> int:
@@ -153,8 +151,7 @@ def load(sample: Sample) -> tuple[Image.Image, Any]:
         if p.kind in phantom_tasks.KINDS:
             return Image.fromarray(phantom_tasks.picture(p.kind, p.seed, p.index, p.size)), sample.target
         drawn = phantom(p.kind, p.seed, p.index, p.size)
-        box = tuple(map(float, drawn.box))
-        return Image.fromarray(drawn.image), box if sample.target is None else sample.target
+        return Image.fromarray(drawn.image), tuple(map(float, drawn.box))
     with named(sample.source):
         image = open_image(sample.media)
         if sample.size not in (None, image.size):
@@ -162,7 +159,19 @@ def load(sample: Sample) -> tuple[Image.Image, Any]:
                 f"field 'image': {one_line(sample.media)} is {image.width}x{image.height} as displayed, but was "
                 f"{sample.size[0]}x{sample.size[1]} when its record was read; leave pictures as they are during a run"
             )
+    if sample.mark:
+        mark(image, sample.mark[1])
     return image, sample.target
+
+
+def mark(image: Image.Image, box: Box) -> None:
+    """Draw a green frame around a box, its inner edge on the box's: 8 pixels wide where the shorter side has 480, as
+    MedGRPO's region captions have it, else in that proportion."""
+    width = max(1, round(min(image.size) / 60))
+    x1, y1, x2, y2 = (round(side) for side in box)
+    ImageDraw.Draw(image).rectangle(
+        (x1 - width, y1 - width, x2 - 1 + width, y2 - 1 + width), outline=GREEN, width=width
+    )
 
 
 @contextmanager

@@ -6,9 +6,11 @@
 The block tells of ALL options, in their order, so it is a function of what is asked and never of the answer. Tasks
 without options have none. Assumed, since the paper's text is not known: the block stands behind question and options,
 and is there in training and in evaluation; used=train asks whether it went into the weights, lines=shuffled whether it
-is read at all.
+is read at all: no option has its own line, and whose it has is dealt anew for every record, so that no fixed code can
+be learned. What remains to be read is which option it is NOT: of two options that is the answer, so shuffle more.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,15 +31,14 @@ class Shown(Settings):
 
     at: str = setting("after", "where the block stands: behind question and options, or in front", "after", "before")
     used: str = setting("both", "in training and evaluation, or in training alone", "both", "train")
-    lines: str = setting("true", "shuffled: every option has another one's line, the control", "true", "shuffled")
+    lines: str = setting("true", "shuffled: every option has another one's, the control", "true", "shuffled")
 
 
 class Knowledge:
     """What --knowledge says. attach() gives it to samples; complete(), once all have theirs, says what reached none."""
 
     def __init__(self, text: str):
-        name, _, rest = text.partition(":")
-        self.shown: Shown = settings.read(f"FILE:{rest}", "--knowledge", {"FILE": Shown})[1]
+        name, self.shown = settings.behind_file(text, "--knowledge", Shown)
         self.name = one_line(name)
         self.used: dict[str, set[str]] = {}  # part of the file -> options that have been given their line
         self.table: dict[str, dict[str, str]] | None = None
@@ -56,13 +57,15 @@ class Knowledge:
                 found.append(sample)
                 continue
             section, lines = self.lines_of(sample)
-            if self.table is None or (section, options) not in blocks:  # thousands of records ask the same
+            record = sample.source.rpartition("/")[2] if self.shown.lines == "shuffled" else None  # in whatever folder
+            asked = section, options, record
+            if self.table is None or asked not in blocks:  # thousands of records ask the same
                 with named(sample.source), named(f"--knowledge {self.name}"):
-                    blocks[section, options] = block(lines, options, section, self.shown.lines)
+                    blocks[asked] = block(lines, options, section, record)
             if self.table is None and (idle := lines.keys() - options):
                 raise InputError(f"{sample.source}: {section}: {short(min(idle))} is none of the record's options")
             self.used.setdefault(section, set()).update(options)
-            told = blocks[section, options]
+            told = blocks[asked]
             around = (told, sample.query) if self.shown.at == "before" else (sample.query, told)
             found.append(replace(sample, query="\n".join(around), knowledge=told))
         return found
@@ -109,12 +112,14 @@ def check_lines(lines: Any, where: str) -> dict[str, str]:
     return found
 
 
-def block(lines: Mapping[str, str], options: tuple[str, ...], section: str, order: str) -> str:
-    """ "Knowledge:" and a line for each option. shuffled: the next option's line, and the first one's for the last: a
-    fixed derangement, of the same length."""
+def block(lines: Mapping[str, str], options: tuple[str, ...], section: str, record: str | None) -> str:
+    """ "Knowledge:" and a line for each option. With the name of a record every option has another one's line: that of
+    the next one in a ring, which the name alone orders, the same in every process and for every label. All others are
+    equally likely; two options have only this one way."""
     if missing := [option for option in options if option not in lines]:
         raise InputError(f"{section}: has no line for the option {short(missing[0])}; write one for each")
-    told = [lines[option] for option in options]
-    if order == "shuffled":
-        told = told[1:] + told[:1]
-    return "\n".join(["Knowledge:", *(f"{option}: {line}" for option, line in zip(options, told, strict=True))])
+    whose = dict(zip(options, options, strict=True))
+    if record is not None:
+        ring = sorted(options, key=lambda option: hashlib.sha256(f"{record}/{option}".encode()).digest())
+        whose = dict(zip(ring, ring[1:] + ring[:1], strict=True))
+    return "\n".join(["Knowledge:", *(f"{option}: {lines[whose[option]]}" for option in options)])

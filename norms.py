@@ -11,6 +11,7 @@ policy as it becomes, which the paper does not.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -29,6 +30,7 @@ from settings import Settings, setting
 LEAST = 30  # answers from which quartiles are taken
 MOST = 30.0  # the exponent's bound: exp(30) is 1e13, and beyond nothing is told apart any more
 AT_ONCE = 2**24  # bytes read at a time
+ASKED = ("prompt", "temperature", "max_tokens", "knowledge")  # flags that decide what the answers are
 Key = tuple[str, str]  # (dataset, task)
 
 
@@ -52,11 +54,11 @@ class Quartiles:
     p50: float
     p75: float
     n: int  # answers
-    invalid: float = 0.0  # share of them that could not be read; not known of those that refresh has taken
+    invalid: float | None = None  # share of them that could not be read; None: not known, as of those of a refresh
     zero_one: bool = False  # all values are 0 or 1: not normalised
 
     @classmethod
-    def of(cls, values: Iterable[float], invalid: float = 0.0) -> "Quartiles":
+    def of(cls, values: Iterable[float], invalid: float | None = None) -> "Quartiles":
         """numpy's percentiles, interpolation "linear"."""
         x = np.asarray(list(values), np.float64)
         p25, p50, p75 = (float(p) for p in np.percentile(x, (25, 50, 75), method="linear"))
@@ -72,33 +74,28 @@ def logistic(x: Tensor, quartiles: Quartiles, k: float, min_iqr: float) -> Tenso
 class Norms:
     """The quartiles of a run: frozen, or with refresh taken anew every so many steps. Its state goes with checkpoints.
 
-    name: the file's, for messages; sha256: of its bytes, so that a resumed run cannot go on with others.
+    name: the file's, for messages; that a resumed run has the same file is seen to by config.check_digests.
     """
 
     def __init__(
-        self,
-        table: dict[tuple[Key, str], Quartiles],
-        chosen: Normalise,
-        name: str,
-        sha256: str,
-        made_by: dict | None = None,
+        self, table: dict[tuple[Key, str], Quartiles], chosen: Normalise, name: str, made_by: dict | None = None
     ):
-        self.table, self.settings, self.name, self.sha256 = table, chosen, name, sha256
+        self.table, self.settings, self.name = table, chosen, name
         self.made_by = made_by or {}  # the settings that its answers were asked for with
         self.steps = 0  # since the quartiles were taken
         self.seen: dict[tuple[Key, str], list[float]] = {}  # values since then
 
-    def check(self, keys: list[Key], terms: list[str], run: dict[str, Any] | None = None) -> list[str]:
-        """InputError unless there are quartiles for each; -> what is to be said: of rewards that stay as they are, of
-        quartiles that lie too close, and where the run's settings are others than those of the file's answers."""
-        for key in keys:
-            for term in terms:
-                if (key, term) not in self.table:
-                    have = ", ".join(sorted({"/".join((*other, name)) for other, name in self.table}))
-                    missing = f"no quartiles of the reward {term!r} for dataset {key[0]!r}, task {key[1]!r}"
-                    remedy = "write it anew by eval.py --write-norms on data that has both"
-                    raise InputError(f"--normalise {self.name}: has {missing}; it has {have}; {remedy}")
-        found = {f"{'/'.join(key)}: {term}": self.table[key, term] for key in keys for term in terms}
+    def check(self, places: list[tuple[Key, str]], run: dict[str, Any] | None = None) -> list[str]:
+        """InputError unless there are quartiles for each (key, reward); -> what is to be said: of rewards that stay as
+        they are, of quartiles that lie too close, and where the run's settings are others than those of the file's
+        answers."""
+        for key, term in places:
+            if (key, term) not in self.table:
+                missing = f"no quartiles of the reward {term!r} for dataset {key[0]!r}, task {key[1]!r}"
+                datasets = short(sorted({dataset for (dataset, _), _ in self.table}))
+                remedy = f"its datasets are {datasets}: write it anew by eval.py --write-norms on data that has it"
+                raise InputError(f"--normalise {self.name}: has {missing}; {remedy}")
+        found = {f"{'/'.join(key)}: {term}": self.table[key, term] for key, term in places}
         kept = [place for place, q in found.items() if q.zero_one]
         close = [place for place, q in found.items() if not q.zero_one and q.p75 - q.p25 < self.settings.min_iqr]
         greedy = ("temperature",) * (self.made_by.get("samples") == 0)
@@ -112,11 +109,13 @@ class Norms:
         return [f"{words}: {', '.join(places)}" for words, places in said.items() if places]
 
     def apply(self, term: str, values: Tensor, valid: Tensor, keys: list[Key]) -> Tensor:
-        """values (N, G) of a reward, valid (N, G) bool, the groups' keys -> (N, G) fp32 in [0, 1]."""
+        """values (N, G) of a reward, valid (N, G) bool, the groups' keys -> (N, G) fp32 in [0, 1]; those of a key that
+        the reward is not paid for (check) stay as they are."""
         rows = []
         for own, key in zip(values, keys, strict=True):
-            quartiles = self.table[key, term]
-            rows.append(own.float() if quartiles.zero_one else self._row(own, quartiles))
+            quartiles = self.table.get((key, term))
+            stays = quartiles is None or quartiles.zero_one
+            rows.append(own.float() if stays else self._row(own, quartiles))
         normalised = torch.stack(rows) if rows else values.float()
         return normalised.where(valid, 0.0)
 
@@ -130,7 +129,7 @@ class Norms:
         for term, values in parts.items():
             for key, own in zip(keys, values.tolist(), strict=True):
                 if (key, term) in self.table:  # also one that was 0 or 1 throughout: the next answers may be others
-                    self.seen.setdefault((key, term), []).extend(own)
+                    self.seen.setdefault((key, term), []).extend(x for x in own if math.isfinite(x))
         self.steps += 1
         if self.steps == self.settings.refresh:
             self.table |= {place: Quartiles.of(x) for place, x in self.seen.items() if len(x) >= LEAST}
@@ -138,15 +137,13 @@ class Norms:
 
     def state_dict(self) -> dict[str, Any]:
         seen = [[*key, term, values] for (key, term), values in self.seen.items()]
-        return {"sha256": self.sha256, "steps": self.steps, "table": rows_of(self.table), "seen": seen}
+        return {"steps": self.steps, "table": rows_of(self.table), "seen": seen}
 
     def load_state_dict(self, state: dict[str, Any], where: str) -> None:
-        """InputError, which names `where`, if these are not of the same file, or none that a run could have saved."""
+        """InputError, which names `where`, if these are none that a run with this file could have saved."""
         with named(f"{where}: field 'norms'"):
-            if not isinstance(state, dict) or state.keys() != {"sha256", "steps", "table", "seen"}:
-                raise InputError(f"must hold sha256, steps, table and seen, not {short(state)}")
-            if state["sha256"] != self.sha256:
-                raise InputError(f"{self.name} is not the file that the run began with; restore it")
+            if not isinstance(state, dict) or state.keys() != {"steps", "table", "seen"}:
+                raise InputError(f"must hold steps, table and seen, not {short(state)}")
             table, steps, seen = read_rows(state["table"]), state["steps"], state["seen"]
             if table.keys() != self.table.keys():
                 raise InputError(f"its table is not of the rows of {self.name}; restore it")
@@ -192,47 +189,44 @@ def read_rows(rows: Any) -> dict[tuple[Key, str], Quartiles]:
                 raise InputError(f"p25, p50 and p75 must be rising finite numbers, not {short([p25, p50, p75])}")
             if type(n) is not int or n < LEAST:
                 raise InputError(f"n must be at least {LEAST} answers, not {short(n)}; write it from more samples")
-            if not is_number(invalid) or not 0 <= invalid <= 1 or type(zero_one) is not bool:
-                raise InputError("invalid must be from 0 to 1, and zero_one true or false")
+            known = invalid is None or (is_number(invalid) and 0 <= invalid <= 1)
+            if not known or type(zero_one) is not bool:
+                raise InputError("invalid must be from 0 to 1 or null, and zero_one true or false")
             place = (row["dataset"], row["task"]), row["reward"]
             if place in table:
                 raise InputError(f"{'/'.join((*place[0], place[1]))} is there twice")
-            table[place] = Quartiles(float(p25), float(p50), float(p75), n, float(invalid), zero_one)
+            table[place] = Quartiles(float(p25), float(p50), float(p75), n, invalid, zero_one)
     return table
 
 
-def split(text: str) -> tuple[str, Normalise]:
-    """--normalise norms.json:k=2 -> (file, settings)."""
-    name, _, rest = text.partition(":")
-    return name, settings.read(f"FILE:{rest}", "--normalise", {"FILE": Normalise})[1]
-
-
-def read_norms(text: str, model: str) -> Norms:
-    """--normalise -> its Norms. model: fingerprint() of the policy that the run begins with."""
-    file, chosen = split(text)
+def read_norms(text: str, model: str | None) -> Norms:
+    """--normalise -> its Norms. model: fingerprint() of the policy that the run begins with; None: whatever it is."""
+    file, chosen = settings.behind_file(text, "--normalise", Normalise)
     name, remedy = one_line(file), "write it by eval.py --write-norms"
     content = read_object(file, remedy)
     with named(name):
         table, made_by = read_rows(content.get("table")), content.get("made_by")
         if not isinstance(made_by, dict) or not isinstance(made_by.get("model"), str):
             raise InputError(f"field 'made_by' must say of which model it is; {remedy}")
-        if chosen.model == "same" and made_by["model"] != model:
+        if chosen.model == "same" and model not in (None, made_by["model"]):
             raise InputError(
                 f"its quartiles are those of another policy than --model; {remedy}, or say --normalise {name}:model=any"
             )
-    return Norms(table, chosen, name, hashlib.sha256(Path(file).read_bytes()).hexdigest(), made_by)
+    return Norms(table, chosen, name, made_by)
 
 
-def read_alike(text: str, folder: Path) -> Norms:
-    """read_norms() on every rank, of its own copy of the policy in `folder`. InputError on all where one cannot, or has
-    another file: each computes all rewards, and they must be the same."""
+def read_alike(text: str, folder: Path | None) -> Norms:
+    """read_norms() on every rank, of its own copy of the policy in `folder` (None: not looked at, an estimate may have
+    no weights). InputError on all where one cannot, or has another file: each computes all rewards, and they must be
+    the same."""
     found: list[Norms] = []
 
-    def read() -> str:
-        found.append(read_norms(text, fingerprint(folder)))
-        return found[0].sha256
+    def read() -> list[dict]:
+        found.append(read_norms(text, folder and fingerprint(folder)))
+        return rows_of(found[0].table)
 
-    if len(set(ranks.gather_objects(read))) > 1:
+    first, *others = ranks.gather_objects(read)
+    if any(table != first for table in others):
         raise InputError(f"--normalise {found[0].name}: is not the same file on all ranks; give them one")
     return found[0]
 

@@ -1,7 +1,7 @@
 """Scores -> rewards -> advantage: what each answer earns, and how much better than its group it is.
 
     reward = combine(scores, schedules, weights)     "task": the schedule's shape of u under its present tau; others
-    advantage = group_advantage(reward, "std")       (r - mean) / (std + 1e-4) over the group, exactly 0 without spread
+    advantage = group_advantage(reward, "std")       (r - mean) / (std + kernels.EPS); exactly 0 without spread
 
 A reward of your own is a row in REWARDS, and a name in --rewards. Left out: learned reward models, and what an answer
 is worth, which its task says (tasks/).
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 import kernels
+import tasks
 from errors import InputError
-from norms import Norms
+from norms import Key, Norms
 from scheduler import SCHEDULES, Decision, Schedule
 from settings import Settings, read
 from tasks import TASKS, Scores
 from text import sentence_bleu, thought, tokens
 
-EPS = 1e-4  # as kernels.group_advantage's
 MAIN = "task"  # in --rewards: the schedule's reward for u
 
 
@@ -66,8 +66,6 @@ REWARDS: dict[str, Callable[[list[str], Scores, list], Tensor]] = {
     "thought": lambda texts, scores, samples: torch.tensor([float(len(tokens(thought(text)))) for text in texts]),
 }
 
-COMBINE = ("sum", "gdpo")
-
 
 def read_weights(text: str) -> dict[str, float]:
     """ "task=1,format=0.5" -> name -> weight. InputError for what is not a known reward and a finite number."""
@@ -76,8 +74,8 @@ def read_weights(text: str) -> dict[str, float]:
         name, _, number = part.strip().partition("=")
         if name == "box":
             raise InputError(f"'box' is called {MAIN!r} now, since every task has it: {MAIN}={number or 1}")
-        if name not in (MAIN, *REWARDS):
-            raise InputError(f"no reward is called {name!r}; there are {MAIN}, {', '.join(REWARDS)}")
+        if name not in (known := (MAIN, *REWARDS, *sorted(tasks.terms()))):
+            raise InputError(f"no reward is called {name!r}; there are {', '.join(known)}")
         if name in weights:
             raise InputError(f"{name!r} is named twice")
         try:
@@ -91,11 +89,32 @@ def read_weights(text: str) -> dict[str, float]:
     return weights
 
 
+def paid_by(task: str, weights: dict[str, float]) -> list[str]:
+    """What of --rewards an answer of the task earns: where it names terms that the task's u is made of, these in place
+    of the schedule's reward for u."""
+    own = [name for name in weights if name in TASKS[task].terms]
+    return [name for name in weights if name in own or name in REWARDS or (name == MAIN and not own)]
+
+
+def places(keys: list[Key], weights: dict[str, float]) -> list[tuple[Key, str]]:
+    """Every (dataset, task) with each reward that it is paid by. InputError for a reward that none is paid by, or a
+    task that nothing pays."""
+    found = [(key, name) for key in keys for name in paid_by(key[1], weights)]
+    shown = ",".join(f"{name}={weight:g}" for name, weight in weights.items())
+    if idle := [name for name in weights if name not in {name for _, name in found}]:
+        raise InputError(f"--rewards {shown}: {idle[0]} pays no record's task; drop it")
+    for key in keys:
+        if not any(weights[name] for other, name in found if other == key):
+            terms = f" or {', '.join(TASKS[key[1]].terms)}" if TASKS[key[1]].terms else ""
+            raise InputError(f"--rewards {shown} pays nothing for the task {key[1]!r}; weigh {MAIN}{terms}")
+    return found
+
+
 def other_rewards(weights: dict[str, float], texts: list[str], scores: Scores, samples: list) -> dict[str, Tensor]:
     """name -> (N,) fp32 of the rewards that REWARDS makes, unweighted. InputError where one of them does not give a
     finite number to each answer."""
     parts = {}
-    for name in (name for name in weights if name != MAIN):
+    for name in (name for name in weights if name in REWARDS):
         part = torch.as_tensor(REWARDS[name](texts, scores, samples), dtype=torch.float32).cpu()
         if part.shape != (len(texts),) or not part.isfinite().all():
             raise InputError(
@@ -165,8 +184,8 @@ class Schedules:
 
 def combine(scores, schedules: Schedules, weights: dict[str, float], how: str = "sum") -> Tensor:
     """rollout.GroupScores of N groups -> (N, G) rewards: the schedule's, under the present tau of each group's
-    (dataset, task), and the others, each normalised if there are norms, weighted and added. scores.parts gets the
-    schedule's.
+    (dataset, task), and the others, each normalised if there are norms, weighted and added, as far as they are paid for
+    its task (paid_by). scores.parts gets the schedule's.
 
     Under a negative weight an answer that cannot be read counts 1, the most that a reward from 0 to 1 can be, or what
     the most in its group is: no penalty is evaded by breaking the form.
@@ -184,10 +203,15 @@ def combine(scores, schedules: Schedules, weights: dict[str, float], how: str = 
         main.append([schedule.reward(*answer) for answer in zip(us, valid[n].tolist(), of_answers, strict=True)])
     scores.parts[MAIN] = torch.tensor(main).view(scores.u.shape)
     terms = {name: scores.parts[name] for name in weights}
+    paid = {key: paid_by(key[1], weights) for key in set(scores.keys)}
     if schedules.norms:
         terms = {name: schedules.norms.apply(name, term, valid, scores.keys) for name, term in terms.items()}
-    for name in (name for name, weight in weights.items() if weight < 0 and name != MAIN):
-        terms[name] = terms[name].where(valid, terms[name].amax(1, keepdim=True).clamp(min=1.0))
+    for name, weight in weights.items():
+        if weight < 0:
+            terms[name] = terms[name].where(valid, terms[name].amax(1, keepdim=True).clamp(min=1.0))
+    for name in terms:
+        own = torch.tensor([name in paid[key] for key in scores.keys], dtype=torch.bool)
+        terms[name] = terms[name].where(own[:, None], 0.0)
     if how == "gdpo":
         terms = {name: kernels.group_advantage(term, "std") for name, term in terms.items()}
     return sum(weight * terms[name] for name, weight in weights.items())
@@ -200,4 +224,4 @@ def group_advantage(reward: Tensor, scale: str) -> Tensor:
     if scale != "batch":
         return kernels.group_advantage(reward, scale)
     spread = reward.std() if reward.numel() > 1 else torch.zeros(())
-    return kernels.group_advantage(reward, "none") / (spread + EPS)
+    return kernels.group_advantage(reward, "none") / (spread + kernels.EPS)

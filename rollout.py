@@ -154,6 +154,7 @@ def sample(
         _, group, tokens = uniforms.shape
         done = actor.generate(prefix, group, tokens, grpo.temperature, uniforms[i : i + micro_batch])
         texts = processor.texts(done.ids.flatten(0, 1), done.lengths.flatten())
+        tasks.ahead(texts, [prompt for prompt in some for _ in range(group)])  # a judge reads while the others answer
         rolls.append(
             Rollout(
                 prompts=some,
@@ -246,7 +247,20 @@ def share(mine: GroupScores, stream) -> GroupScores:
     everyone = everyone.map(lambda values: values[rolled])
     everyone.keys = [stream.keys[i] for i in everyone.key[:, 0].tolist()]
     everyone.mine = [i for i, place in enumerate(places) if place % ranks.size == ranks.rank]
+    try:
+        check_judged(everyone)
+    except InputError as error:
+        raise ranks.Together(str(error)) from error
     return everyone
+
+
+def check_judged(everyone: GroupScores) -> None:
+    """InputError where too many of a round's answers have no verdict of the judge."""
+    judge = tasks.CaptionTask.judge
+    if judge and "unjudged" in everyone.parts:
+        own = torch.tensor([task in tasks.judged() for _, task in everyone.keys], dtype=torch.bool)
+        asked = (everyone.reason[own] == 0).sum()
+        judge.check(int(everyone.parts["unjudged"][own].sum()), int(asked))
 
 
 class Rounds:

@@ -6,7 +6,7 @@
 
     name, settings = read("medloc:window=60", "--schedule", {"medloc": MedLoc})
 
-The default's type is the value's: a number, a word out of choices, on or off, or a table, rows of numbers
+The default's type is the value's: a number, a word out of choices or any, on or off, or a table, rows of numbers
 0:.8:.2/.6:.75:.35. Nonsense is an InputError, wherever it comes from.
 """
 
@@ -48,6 +48,8 @@ class Settings:
                 require(fine, f.name, rule, value)
             elif isinstance(f.default, bool):
                 require(isinstance(value, bool), f.name, "on or off", value)
+            elif isinstance(f.default, str):
+                require(isinstance(value, str), f.name, "a text", value)
             else:
                 whole = isinstance(f.default, int)
                 fine = type(value) in ((int,) if whole else (int, float)) and fits([value], low, high)
@@ -85,6 +87,12 @@ def read(text: str, flag: str, kinds: dict[str, type[Settings]]) -> tuple[str, S
         return name, kinds[name](**values)
     except InputError as error:
         raise InputError(f"{flag} {name}: {error}") from None
+
+
+def behind_file(text: str, flag: str, kind: type[Settings]) -> tuple[str, Settings]:
+    """ "FILE:key=value" -> (FILE, the settings behind it). InputError as read()'s."""
+    file, _, rest = text.partition(":")
+    return file, read(f"FILE:{rest}", flag, {"FILE": kind})[1]
 
 
 def value_of(text: str, default: Any) -> Any:

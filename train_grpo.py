@@ -30,12 +30,13 @@ import lora
 import ranks
 from data import BadRecords, held_out_phantoms, load_samples
 from errors import read_object
+from judge import read_judge
 from knowledge import Knowledge
 from loss import BatchTotals, completion_mask, grpo_loss, mask_overlong
 from model import Policy, Prefix, collate
-from norms import read_alike
+from norms import ASKED, read_alike
 from prompts import Processor, default_prompt
-from rewards import Schedules, combine, group_advantage, read_weights
+from rewards import Schedules, combine, group_advantage, places, read_weights
 from rollout import GroupScores, Rollout, Rounds, sample, score, share
 from runtime import checkpoint, plan
 from runtime.readers import Readers
@@ -276,7 +277,16 @@ def train(args, ending: ExitStack) -> None:
     val = load_samples(held_out, TASKS, args.seed, "test", bad, *given) if held_out else []
     if knowledge:
         knowledge.complete()
-    configure(args.tasks, {sample.task for sample in samples + val})
+    judge = read_judge(args.judge, out) if args.judge and not args.estimate else None
+    configure(args.tasks, {sample.task for sample in samples + val}, judge, samples)
+    paid, norms = places(sorted({sample.key for sample in samples}), read_weights(args.rewards)), None
+    if args.normalise:
+        norms = read_alike(args.normalise, None if args.estimate else base)
+        asked = {"tasks": sorted(args.tasks or ())} | {name: getattr(args, name) for name in ASKED}
+        if not args.estimate:
+            asked["judge"] = judge.name if judge else None
+        for words in norms.check(paid, asked):
+            ranks.print0(words)
     planned, words = plan.settle(args, base, samples + val)
     ranks.print0(words)
     if args.estimate:
@@ -290,12 +300,7 @@ def train(args, ending: ExitStack) -> None:
     readers = ending.enter_context(Readers(args.workers))
     sizes = args.batch_size, args.group_size, args.max_tokens
     stream = Stream(samples, processor, bad, *sizes, args.seed, readers)
-    grpo, norms = algorithm(args), None
-    if args.normalise:
-        norms = read_alike(args.normalise, base)
-        asked = {"tasks": sorted(args.tasks or ())} | {n: getattr(args, n) for n in ("prompt", "temperature")}
-        for words in norms.check(stream.keys, list(grpo.weights), asked):
-            ranks.print0(words)
+    grpo = algorithm(args)
     schedules = Schedules(args.schedule, stream.keys, args.steps, norms)
     run = Run(args, out, policy, actor, processor, optimizer, stream, schedules, val, planned.evaluation, bad, ending)
     if start:

@@ -2,6 +2,7 @@
 
     python train_sft.py --data train.jsonl --val val.jsonl --out out-sft     any policy on any records, exact targets
     python train_sft.py --data train.jsonl --coarse --out out-coarse         jittered, inflated boxes, redrawn each time
+                                                                             (of several: now and then one less or more)
 
 The loss is the mean negative log-likelihood of the answer's tokens, EOS included; the prompt is not trained. A COARSE
 label keeps where a lesion is and loses how far it reaches: the start that the paper is about, where a threshold of IoU
@@ -53,6 +54,8 @@ class Coarse:
     shift: float = 0.22  # std of the centre's shift, in box sizes
     scale: float = 0.8  # mean of the log of the size factor
     spread: float = 0.35  # its std
+    missed: float = 0.2  # of pictures with several boxes or none: the share that loses one
+    invented: float = 0.2  # and the share that has one where there is nothing
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,19 @@ def coarse_box(box: Box, width: int, height: int, rng: np.random.Generator, coar
     return max(x - w / 2, 0.0), max(y - h / 2, 0.0), min(x + w / 2, float(width)), min(y + h / 2, float(height))
 
 
+def coarse_boxes(boxes: list[Box], width: int, height: int, rng: np.random.Generator, coarse: Coarse) -> list[Box]:
+    """Several boxes or none, each made coarse; sometimes one is missing, sometimes there is one more: anywhere, as
+    large as one of the others or, beside none, a fifth of the picture's sides."""
+    kept = list(boxes)
+    if kept and rng.random() < coarse.missed:
+        kept.pop(int(rng.integers(len(kept))))
+    if rng.random() < coarse.invented:
+        x1, y1, x2, y2 = boxes[int(rng.integers(len(boxes)))] if boxes else (0, 0, width / 5, height / 5)
+        x, y = rng.uniform(0, width - (x2 - x1)), rng.uniform(0, height - (y2 - y1))
+        kept.append((x, y, x + x2 - x1, y + y2 - y1))
+    return [coarse_box(box, width, height, rng, coarse) for box in kept]
+
+
 def adamw(policy: Policy, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
@@ -92,13 +108,17 @@ def answer_of(prompt: Prompt, processor: Processor, settings: Sft, step: int, in
     task, asked = TASKS[sample.task], (processor.style, sample.query)
     if settings.coarse is None:
         return task.answer(prompt.target, prompt.scale, *asked)
-    if sample.task != "box":
+    if sample.task not in ("box", "boxes"):
         raise InputError(f"{sample.source}: --coarse is for boxes, the task is {sample.task!r}; drop it")
     patch = processor.image_config.patch_size
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([settings.seed, step, index])))
     width, height = prompt.grid[2] * patch, prompt.grid[1] * patch
-    box = coarse_box(to_model(prompt.target, prompt.scale), width, height, rng, settings.coarse)
-    return task.answer(box, (1.0, 1.0), *asked)
+    if sample.task == "box":
+        target = coarse_box(to_model(prompt.target, prompt.scale), width, height, rng, settings.coarse)
+    else:
+        boxes = [to_model(box, prompt.scale) for box in prompt.target]
+        target = coarse_boxes(boxes, width, height, rng, settings.coarse)
+    return task.answer(target, (1.0, 1.0), *asked)
 
 
 def sft(

@@ -36,6 +36,7 @@ import errors
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 480  # seconds, the sum of all shares
 LEAST = 2  # seconds: with less a step is not begun
+LAST = 5  # seconds in which a step's last lines come, once all that it has started is ended
 PYTEST = (
     "pytest -m gpu -p no:cacheprovider -rs --continue-on-collection-errors"  # a package that is missing ends no run
 )
@@ -112,28 +113,30 @@ def run(command: list[str], words: dict[str, str], limit: float) -> str:
     # the GPU. Without one (--tiny) the kernels run in it.
     interpret = "0" if torch.cuda.is_available() else "1"
     environment = os.environ | {"TRITON_INTERPRET": interpret, "PYTHONUNBUFFERED": "1"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    late = threading.Event()
     # A session of its own: what the step has started (compilers, readers) ends with it.
-    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes) as process:
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
-        def end() -> None:
-            late.set()
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-        timer = threading.Timer(limit, end)
-        timer.start()
-        try:
-            # Of a progress bar, which goes back to the beginning of its line, only what it says last.
-            for line in io.TextIOWrapper(process.stdout, errors="replace", newline="\n"):
+    def pass_on() -> None:
+        # Of a progress bar, which goes back to the beginning of its line, only what it says last.
+        with io.TextIOWrapper(process.stdout, errors="replace", newline="\n") as lines:
+            for line in lines:
                 print(clean(line.rstrip("\r\n").rpartition("\r")[2], words), flush=True)
-            process.wait()
-        finally:
-            timer.cancel()
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    if late.is_set():
+
+    # By a thread, since what the step leaves behind may hold the pipe open when it has long ended itself.
+    reader, late = threading.Thread(target=pass_on, daemon=True), False
+    reader.start()
+    try:
+        process.wait(limit)
+    except subprocess.TimeoutExpired:
+        late = True
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    reader.join(LAST)
+    if late:
         return f"stopped after {limit:.0f} s"
     return f"exit code {process.returncode}" if process.returncode else ""
 

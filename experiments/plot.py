@@ -83,7 +83,7 @@ class Run:
 
     def series(self, *keys: str) -> tuple[list[int], list[list[float]]]:
         """Steps at which all keys are finite numbers, and a list of values for each key."""
-        rows = [row for row in self.rows if all(_is_number(row.get(key)) for key in keys)]
+        rows = [row for row in self.rows if all(is_number(row.get(key)) for key in keys)]
         return [row["step"] for row in rows], [[row[key] for row in rows] for key in keys]
 
     def decisions(self) -> list[Decision]:
@@ -99,7 +99,7 @@ class Run:
         return [decision for decision in self.decisions() if decision.tau_next is not None]
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
@@ -135,7 +135,7 @@ def _row(line: str, place: object) -> dict:
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         raise InputError(f'{place} has no "step": name a metrics.jsonl that train_grpo.py wrote')
     row = {RENAMED.get(key, key): value for key, value in row.items()}
-    if all(_is_number(row.get(key)) for key in ("tokens", "seconds")) and row["seconds"] > 0:
+    if all(is_number(row.get(key)) for key in ("tokens", "seconds")) and row["seconds"] > 0:
         row["tokens_per_second"] = row["tokens"] / row["seconds"]  # as in the progress bar
     return row
 
@@ -411,7 +411,7 @@ def moving_average(values: list[float], n: int) -> list[float]:
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-def save(fig, file: Path) -> None:
+def save(fig, file: Path | io.BytesIO) -> None:
     """A PNG of 1400 pixels' width, in the lines' colours and their shades: a third of the size in full colour."""
     shades = [grey for grey in range(0, 256, 0x11) for _ in range(3)]  # #000, #111 ... #FFF
     for colour in COLOURS:

@@ -267,6 +267,7 @@ def result(key: tuple[str, str, int], run: Run, out: Path, measures: list[str] =
         found |= {"n": final["n"], "parse_failures": final["parse_failures"]}
         found["measures"] = {name: measured(final, name) for name in measures}
         found["start"] = {name: measured(start, name) for name in measures}
+        found |= {"judge": final["judge"]} if "judge" in final else {}
         for name in watch:
             values = [step[name] for step in steps if step.get(name) is not None]
             found.setdefault("watch", {})[name] = round(fmean(values), 6) if values else None

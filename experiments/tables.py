@@ -105,7 +105,8 @@ def table(grid, results: list[dict]) -> str:
 
 def measures_tables(grid, results: list[dict]) -> list[str]:
     """Of a grid that says what it measures: for each set a line per row, then of each measure the comparisons."""
-    lines = ["", "Mean +- standard deviation over seeds. In brackets: at the start."]
+    judges = "".join(f" Judge: {name}." for name in sorted({row["judge"] for row in results if "judge" in row}))
+    lines = ["", f"Mean +- standard deviation over seeds. In brackets: at the start.{judges}"]
     for one in grid.sets:
         cells = []
         for name in grid.rows:

@@ -219,7 +219,10 @@ def _(a, b, giou):
 # ------------------------------------------------------------------------------------------------------- advantages
 
 
-def group_advantage(rewards: Tensor, scale: str = "std", eps: float = 1e-4) -> Tensor:
+EPS = 1e-4  # added to a standard deviation, as TRL and VLM-R1 do
+
+
+def group_advantage(rewards: Tensor, scale: str = "std", eps: float = EPS) -> Tensor:
     """GRPO's advantages: how much better a completion is than its group; no gradient.
 
     rewards (B, G), one row per prompt, any real dtype -> (B, G) in fp32 (fp64 for fp64):

@@ -12,9 +12,9 @@ model="${MODEL:-out-sft/step-005000}"
 train=${TRAIN:-"boxes.jsonl=1 labels.jsonl=1"}
 out="${OUT:-out-medgrpo-7b}"
 
-# Quartiles of every reward from four answers to each prompt, sampled as in the training.
-# shellcheck disable=SC2086
-python "$here/eval.py" --model="$model" --data $train --limit=4000 --samples=4 --temperature=0.9 \
+# Quartiles of every reward from four answers to each prompt, sampled as in the training; there, files have no weights.
+# shellcheck disable=SC2046
+python "$here/eval.py" --model="$model" --data $(sed -E 's/=[0-9.]+( |$)/\1/g' <<< "$train") --limit=4000 --samples=4 --temperature=0.9 \
   --write-norms="$out.norms.json" --out="$out-start"
 
 # shellcheck disable=SC2086

@@ -15,13 +15,14 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+from torch import Tensor
 
 from errors import InputError
 from eval import overlay, rounded, sheet
 from rewards import MAIN, REWARDS
 from rollout import GroupScores, Rollout
 from scheduler import Decision, hit
-from tasks import TASKS
+from tasks import TASKS, CaptionTask
 
 
 def schedule_metrics(decisions: dict[tuple[str, str], Decision]) -> dict:
@@ -43,8 +44,10 @@ def rollout_metrics(everyone: GroupScores, taus: dict[tuple[str, str], float | N
     best = [(u, taus[key]) for u, key in zip(everyone.u.amax(1).tolist(), everyone.keys, strict=True)]
     missed = [not hit(u, tau) for u, tau in best if tau is not None]
     named = {name: f"reward_{name}" if name in (MAIN, *REWARDS) else f"{name}_mean" for name in everyone.parts}
+    parts = {named[name]: own_part(everyone, name).nanmean().item() for name in everyone.parts}
     return (
-        {named[name]: part.mean().item() for name, part in everyone.parts.items()}
+        parts
+        | judge_metrics(everyone)
         | {
             "u_mean": everyone.u.mean().item(),
             "u_q25": quartiles[0],
@@ -60,6 +63,20 @@ def rollout_metrics(everyone: GroupScores, taus: dict[tuple[str, str], float | N
         }
         | key_metrics(everyone, list(taus))
     )
+
+
+def own_part(everyone: GroupScores, name: str) -> Tensor:
+    """(n, G) of a part, of the groups whose task has it."""
+    having = {task for _, task in everyone.keys if name in TASKS[task].parts}
+    own = [not having or task in having for _, task in everyone.keys]
+    return everyone.parts[name][torch.tensor(own, dtype=torch.bool)]
+
+
+def judge_metrics(everyone: GroupScores) -> dict:
+    """Whose verdicts the captions' are, and of how many answers there is none."""
+    if CaptionTask.judge is None or "unjudged" not in everyone.parts:
+        return {}
+    return {"judge": CaptionTask.judge.name, "unjudged": int(own_part(everyone, "unjudged").sum())}
 
 
 def key_metrics(everyone: GroupScores, keys: list[tuple[str, str]]) -> dict:

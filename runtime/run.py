@@ -302,6 +302,9 @@ class Run:
                 ranks.print0(f"step {done}: {'/'.join(key) + ': ' if len(decisions) > 1 else ''}{decision}")
         if row["dropped"] == row["groups"]:
             ranks.print0(f"step {done}: none of {row['groups']} groups had spread, no update")
+        if row.get("unjudged"):
+            why = tasks.CaptionTask.judge.why
+            ranks.print0(f"step {done}: {row['unjudged']} answers have no verdict of the judge ({why})")
         mine = [taus[prompt.sample.key] for prompt in roll.prompts]
         if leads and (paragraph := self.watch.add(roll, mine, last)):
             ranks.print0(f"step {done}{', rank 0' if ranks.size > 1 else ''}: {paragraph}")

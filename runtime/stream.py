@@ -65,7 +65,8 @@ class Mixture(Sampler):
         super().__init__(len(datasets), batch_size, seed)
         names = sorted(weights)
         self.members = [np.flatnonzero(np.array(datasets, object) == name) for name in names]
-        self.bounds = np.cumsum([weights[name] for name in names]) / sum(weights.values())
+        ends = np.cumsum([weights[name] for name in names])
+        self.bounds = ends / ends[-1]  # the last one is 1 exactly, so every turn below it is somebody's
         start = np.random.Philox(key=[seed, 2**62]).random_raw(1)[0]  # a number that no epoch has
         self.start = float(start >> np.uint64(11)) * 2.0**-53
         self.at, self.counts = 0, np.zeros(len(names), np.int64)  # places that were counted, of each dataset
@@ -74,7 +75,7 @@ class Mixture(Sampler):
     def owners(self, first: int, count: int) -> np.ndarray:
         """The datasets' indices at places first .. first + count - 1."""
         turns = (self.start + np.arange(first, first + count) * GOLDEN) % 1.0
-        return np.minimum(np.searchsorted(self.bounds, turns, side="right"), len(self.bounds) - 1)
+        return np.searchsorted(self.bounds, turns, side="right")
 
     def take(self, first: int, count: int) -> list[int]:
         if first < self.at:

@@ -6,18 +6,28 @@ import torch
 
 import settings
 from errors import InputError, one_line
+from images import Sample
+from judge import Judge
 from prompts import Prompt
 from tasks.box import BoxTask
 from tasks.boxes import BoxesTask
+from tasks.caption import CaptionTask
+from tasks.dense import DenseTask
 from tasks.grade import GradeTask
+from tasks.grades import CvsTask, SkillTask
 from tasks.label import LabelTask
+from tasks.next import NextTask
 from tasks.span import SpanTask
 from tasks.task import Scores, Task
 from tasks.tube import TubeTask
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (BoxTask(), BoxesTask(), LabelTask(), GradeTask(), SpanTask(), TubeTask())
-}  # enter yours here
+    task.name: task
+    for task in (
+        BoxTask(), BoxesTask(), LabelTask(), GradeTask(), NextTask(), SkillTask(), CvsTask(), SpanTask(), TubeTask(),
+        CaptionTask(), DenseTask(),
+    )
+}  # fmt: skip  # enter yours here
 
 
 def read_settings(texts: Sequence[str]) -> dict[str, settings.Settings]:
@@ -31,13 +41,38 @@ def read_settings(texts: Sequence[str]) -> dict[str, settings.Settings]:
     return found
 
 
-def configure(texts: Sequence[str] | None, used: set[str]) -> None:
-    """Set every task as --tasks says, all others as they are by default. InputError for one that no record has."""
+def configure(
+    texts: Sequence[str] | None, used: set[str], judge: Judge | None = None, samples: Sequence[Sample] = ()
+) -> None:
+    """Set every task as --tasks says, all others as they are by default; judge: of captions; samples: all that were
+    read. InputError for what reaches no record."""
     chosen = read_settings(texts or ())
     if idle := chosen.keys() - used:
         raise InputError(f"--tasks {min(idle)}: no record has the task {min(idle)!r}; drop it")
+    if judge and not used & judged():
+        raise InputError(f"--judge: no record has the task {' or '.join(sorted(judged()))}; drop it")
+    CaptionTask.judge = judge
     for name, task in TASKS.items():
         task.settings = chosen.get(name, task.Settings())
+        task.begin([sample for sample in samples if sample.task == name])
+
+
+def judged() -> set[str]:
+    """Tasks whose answers are judged."""
+    return {name for name, task in TASKS.items() if isinstance(task, CaptionTask)}
+
+
+def terms() -> set[str]:
+    """Names beside rewards.REWARDS that --rewards may weigh: of what u is made of in some task."""
+    return {term for task in TASKS.values() for term in task.terms}
+
+
+def ahead(texts: Sequence[str], prompts: Sequence[Prompt]) -> None:
+    """Begin what by_task() will have to wait for."""
+    names = [prompt.sample.task for prompt in prompts]
+    for name in dict.fromkeys(names):
+        rows = [i for i, other in enumerate(names) if other == name]
+        TASKS[name].ahead([texts[i] for i in rows], [prompts[i] for i in rows])
 
 
 def reasons() -> list[str]:

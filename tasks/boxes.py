@@ -245,10 +245,8 @@ def ious_of(found: list, true: list) -> list[list[float]]:
 
 def matched(table: list[list[float]], tau: float) -> list[tuple[int, int]]:
     """As many pairs (found, true) with an IoU of at least tau as there can be, and of these the best."""
-    worth = [[1 + iou if iou >= tau else 0.0 for iou in row] for row in table]
-    # 1 + IoU: two pairs are worth more than any one; and of as many pairs the sum of IoU decides.
-    count = min(len(table), len(table[0]) if table else 0) + 1
-    worth = [[count + value if value else 0.0 for value in row] for row in worth]
+    more = min(len(table), len(table[0]) if table else 0) + 1  # than all IoU together: one pair more always wins
+    worth = [[more + iou if iou >= tau else 0.0 for iou in row] for row in table]
     return [(i, j) for i, j in assign(worth) if table[i][j] >= tau]
 
 

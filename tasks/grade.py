@@ -13,14 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-
 from data import Record
 from errors import InputError, short
-from prompts import Prompt
 from settings import Settings, setting
-from tasks.label import ChoiceTask, denied, named_in, pattern_of, plain, read_options, stated
-from tasks.task import Scores, require
+from tasks.label import ChoiceTask, denied, named_in, pattern_of, plain, read_options
+from tasks.task import require
 
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?!\w)")
 MOST = 1000  # grades
@@ -98,16 +95,9 @@ class GradeTask(ChoiceTask):
         names = [name if name == str(i) else f"{i} {name}" for i, name in enumerate(target.options)]
         return f"{query}\nGrades: {', '.join(names)}."
 
-    def score(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> Scores:
-        u, reasons, answers = [], [], []
-        for text, prompt in zip(texts, prompts, strict=True):
-            truth, names = prompt.target
-            grade, reason = read_grade(stated(text), tuple(names))
-            answers.append(grade)
-            reasons.append(reason)
-            u.append(0.0 if grade is None else self.settings.u(abs(grade - truth), len(names)))
-        valid = torch.tensor([reason == "" for reason in reasons], dtype=torch.bool)
-        return Scores(torch.tensor(u, dtype=torch.float32), valid, reasons, answers)
+    def judge(self, text: str, truth: int, options: Sequence[str]) -> tuple[int | None, str, float]:
+        grade, reason = read_grade(text, tuple(options))
+        return grade, reason, 0.0 if grade is None else self.settings.u(abs(grade - truth), len(options))
 
     def metrics(self, rows: list[dict]) -> dict[str, Any]:
         """Those of labels; u; mae, in grades, and kappa, quadratic weighted, for which an answer that cannot be read is

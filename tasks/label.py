@@ -131,6 +131,16 @@ class ChoiceTask(Task):
         word = str(target[0])
         return f"<think> {THOUGHT} </think>\n<answer>{word}</answer>" if style == "think" else word
 
+    def judge(self, text: str, truth: Any, options: Sequence[str]) -> tuple[Any, str, float]:
+        """What an answer states -> (the option, or None; reason; u)."""
+        raise NotImplementedError
+
+    def score(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> Scores:
+        told = [self.judge(stated(text), *prompt.target) for text, prompt in zip(texts, prompts, strict=True)]
+        reasons, u = [reason for _, reason, _ in told], torch.tensor([u for *_, u in told], dtype=torch.float32)
+        valid = torch.tensor([reason == "" for reason in reasons], dtype=torch.bool)
+        return Scores(u, valid, reasons, [answer for answer, *_ in told])
+
     def metrics(self, rows: list[dict]) -> dict[str, Any]:
         """accuracy; balanced_accuracy, the mean recall, and macro_f1, the mean F1, of the classes that occur; an answer
         that cannot be read is a class of its own, in the last column of the confusion."""
@@ -207,14 +217,7 @@ class LabelTask(ChoiceTask):
     def phrase(self, query: str, target: Choice) -> str:
         return f"{query}\nOptions: {', '.join(target.options)}."
 
-    def score(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> Scores:
-        """u is 1 if the one option that is named is the label."""
-        u, reasons, answers = [], [], []
-        for text, prompt in zip(texts, prompts, strict=True):
-            label, options = prompt.target
-            index, reason = read_option(stated(text), tuple(options))
-            answers.append(None if index is None else options[index])
-            reasons.append(reason)
-            u.append(float(answers[-1] == label))
-        valid = torch.tensor([reason == "" for reason in reasons], dtype=torch.bool)
-        return Scores(torch.tensor(u, dtype=torch.float32), valid, reasons, answers)
+    def judge(self, text: str, truth: str, options: Sequence[str]) -> tuple[str | None, str, float]:
+        index, reason = read_option(text, tuple(options))
+        answer = None if index is None else options[index]
+        return answer, reason, float(answer == truth)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data import Record
 from errors import InputError, short
+from images import Sample
 from prompts import Prompt
 from settings import Settings
 
@@ -31,7 +32,9 @@ class Scores:
     valid: Tensor  # (N,) bool: an answer could be read
     reasons: list[str]  # N keys of the task's reasons, "" where valid
     answers: list[Any]  # N: what was read, in the original frame and ready for JSON; None where invalid
-    parts: dict[str, Tensor] = field(default_factory=dict)  # name -> (N,) fp32, 0 where invalid: further numbers
+    # name -> (N,) fp32: further numbers. 0 where invalid; NaN where there is none, but never one of the task's terms
+    # that is rewarded.
+    parts: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Task:
@@ -40,6 +43,7 @@ class Task:
     name: str  # a record's "task"
     reasons: dict[str, str]  # why an answer cannot be read -> what that means; "" is success
     parts: tuple[str, ...] = ()  # names in Scores.parts
+    terms: tuple[str, ...] = ()  # those of them that u is made of, which --rewards may weigh one by one
     questions: dict[str, str] = {}  # style -> question with {query} in it
     unit = "u"  # what u is called on pictures
     bar = 0  # pixels of height that draw() wants under a picture, for the truth and for each answer
@@ -69,6 +73,12 @@ class Task:
     def answer(self, target: Any, scale: tuple[float, float], style: str, query: str) -> str:
         """What supervised training wants to hear; the EOS is not in it. scale: Prompt.scale."""
         raise NotImplementedError
+
+    def begin(self, samples: Sequence[Sample]) -> None:
+        """Once it is configured: all records of this task that the program has read."""
+
+    def ahead(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> None:
+        """Begin what score() of these will have to wait for, while the rollout goes on."""
 
     def score(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> Scores:
         """N answers, each to its prompt, of which target and scale count."""

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import errors
 import train_grpo
-from data import phantom_samples
-from images import load
+from data import load_jsonl, phantom_samples
+from images import Sample, load
 from model import Policy, collate
 from prompts import Processor
 from tasks import TASKS
@@ -79,6 +80,14 @@ def write_records(folder: Path, count: int = 12, **more) -> Path:
 @pytest.fixture(scope="session")
 def records(tmp_path_factory) -> Path:
     return write_records(tmp_path_factory.mktemp("records"))
+
+
+def read_records(folder: Path, *records: dict) -> list[Sample]:
+    """train.jsonl of these, whose picture is a.png, 30 x 40, and how it is read."""
+    Image.new("RGB", (30, 40)).save(folder / "a.png")
+    file = folder / "train.jsonl"
+    file.write_text("\n".join(map(json.dumps, records)))
+    return load_jsonl(file, TASKS)
 
 
 def small(out: Path, records: Path) -> list[str]:

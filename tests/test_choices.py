@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from programs import run
+from programs import read_records, run
 
 import eval as evaluation
 import train_sft
-from data import load_jsonl
 from errors import InputError
 from eval import Original, confusion_picture, confusions, metrics, score_rows
 from images import Sample
 from rewards import Schedules
+from rollout import Rollout, score
 from tasks import TASKS, configure, summary
 from tasks.grade import Grade, Ordinal, quadratic_kappa, read_grade
 from tasks.label import Choice, named_in, stated
@@ -70,14 +70,16 @@ def test_exactly_one_option_must_be_named(text, indices):
 @pytest.mark.parametrize(
     "text",
     "not melanoma|This is not a melanoma.|no evidence of melanoma|It isn't melanoma|It isn\u2019t a melanoma|"
-    "without melanoma|melanoma? No, not melanoma|rules out melanoma|\u4e0d\u662f\u9ed1\u8272\u7d20\u7624".split("|"),
+    "without melanoma|melanoma? No, not melanoma|not a melanoma: a melanoma is ragged|"
+    "rules out melanoma|\u4e0d\u662f\u9ed1\u8272\u7d20\u7624".split("|"),
 )
 def test_an_option_that_is_denied_is_no_answer(text):
     for label in ("melanoma", "nevus", OPTIONS[5]):
         original = Original(Sample(None, "", None, "d", "label"), Choice(label, OPTIONS))
         scores = TASKS["label"].score([text], [original])
         assert (scores.u.tolist(), scores.reasons, scores.answers) == ([0.0], ["denied"], [None])
-    assert read_grade("not mild", ("none", "mild")) == read_grade("not 2", tuple("012")) == (None, "denied")
+    for text in ("not 2", "not 2, since 2 is more", "2? not 2"):
+        assert read_grade("not mild", ("none", "mild")) == read_grade(text, tuple("012")) == (None, "denied")
     assert read_grade("9" * 5000, tuple("012")) == (None, "out of range")
     assert read_grade(stated("[" * 100_000), tuple("012")) == (None, "no grade")
     assert read_grade("no lesion", ("no lesion", "mild"))[0] == 0  # a name's own word denies nothing
@@ -275,18 +277,11 @@ RECORD = {"image": "a.png", "task": "label", "query": "what is it?", "options": 
 GRADED = {"image": "a.png", "task": "grade", "query": "how bad?", "grades": 3, "label": 2}
 
 
-def read(folder, *records: dict) -> list[Sample]:
-    Image.new("RGB", (30, 40)).save(folder / "a.png")
-    file = folder / "train.jsonl"
-    file.write_text("\n".join(map(json.dumps, records)))
-    return load_jsonl(file, TASKS)
-
-
 def test_records_of_labels_and_grades(tmp_path):
     named = GRADED | {"grades": ["none", "mild"], "label": "Mild"}
     turns = [{"from": "human", "value": "<image>what is it?"}, {"from": "gpt", "value": "<answer> x </answer>"}]
     vlm = {"image": "a.png", "conversations": turns, "task": "label", "options": ["x", "y"]}
-    samples = read(tmp_path, RECORD | {"label": "Y  Z."}, GRADED, named, vlm, RECORD | {"id": 7})
+    samples = read_records(tmp_path, RECORD | {"label": "Y  Z."}, GRADED, named, vlm, RECORD | {"id": 7})
     assert [s.target for s in samples[:4]] == [
         Choice("y z", ("x", "y z")), Grade(2, ("0", "1", "2")), Grade(1, ("none", "mild")), Choice("x", ("x", "y")),
     ]  # fmt: skip
@@ -296,7 +291,7 @@ def test_records_of_labels_and_grades(tmp_path):
     ]  # fmt: skip
     assert samples[4].extra == {"id": 7} and samples[4].key == ("train", "label")
     for label in ("x", "y z"):  # the question is one of the options, not of the answer
-        assert read(tmp_path, RECORD | {"label": label})[0].query == samples[0].query
+        assert read_records(tmp_path, RECORD | {"label": label})[0].query == samples[0].query
     for style, text in {"answer": "y z", "qwen": "y z", "think": "<answer>y z</answer>"}.items():
         answer = TASKS["label"].answer(samples[0].target, (1, 1), style, "")
         assert answer.endswith(text) and TASKS["label"].score([answer], [samples[0]]).u.item() == 1.0
@@ -331,7 +326,7 @@ def test_records_of_labels_and_grades(tmp_path):
 )
 def test_a_record_that_is_wrong_is_one_sentence(record, words, tmp_path):
     with pytest.raises(InputError, match=f"train.jsonl:1: {words}"):
-        read(tmp_path, record)
+        read_records(tmp_path, record)
 
 
 def test_u_of_both_tasks_is_what_schedules_go_by():
@@ -348,12 +343,23 @@ def test_u_of_both_tasks_is_what_schedules_go_by():
     assert medloc.of[key].tau > before[key] and medloc.of["d", "label"].tau == before["d", "label"]
 
 
+def test_a_rank_that_has_labels_alone_has_the_parts_of_all_tasks_as_0():
+    """Ranks tell each other the same columns, whatever each has rolled out."""
+    choice, (b, g) = Choice("melanoma", OPTIONS), (1, 2)
+    roll = Rollout.empty(g)
+    roll.prompts, roll.texts = [Original(Sample(None, "", choice, "d", "label"), choice)], [["melanoma", "nevus"]]
+    roll.lengths, roll.truncated = torch.ones(b, g).long(), torch.zeros(b, g).bool()
+    found = score(roll, {"task": 1.0}, [("d", "box"), ("d", "label")])
+    assert found.parts.keys() == {*TASKS["box"].parts} and found.key.tolist() == [[1, 1]]
+    assert all(part.tolist() == [[0, 0]] for part in found.parts.values()) and found.u.tolist() == [[1, 0]]
+
+
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
 
 def test_answers_of_another_model_are_measured_beside_the_majority(tmp_path):
     records = [GRADED | {"label": label} for label in (0, 1, 1, 1)] + [RECORD] * 2
-    read(tmp_path, *records)
+    read_records(tmp_path, *records)
     data, told, out = tmp_path / "train.jsonl", tmp_path / "told.jsonl", tmp_path / "out"
     told.write_text("\n".join(json.dumps({"text": text}) for text in ("0", "2", "1", "?", "y z", "x")))
     flags = ["--predictions", str(told), "--data", str(data), "--out", str(out)]
@@ -373,7 +379,7 @@ def test_answers_of_another_model_are_measured_beside_the_majority(tmp_path):
 
 def test_a_confusion_of_very_many_classes_is_not_drawn(tmp_path):
     names = [f"class {i}" for i in range(evaluation.CLASSES + 1)]
-    read(tmp_path, *(RECORD | {"options": names, "label": name} for name in names))
+    read_records(tmp_path, *(RECORD | {"options": names, "label": name} for name in names))
     told = tmp_path / "told.jsonl"
     told.write_text("\n".join(json.dumps({"text": name}) for name in names))
     flags = ["--predictions", str(told), "--data", str(tmp_path / "train.jsonl"), "--out", str(tmp_path / "out")]
@@ -383,7 +389,7 @@ def test_a_confusion_of_very_many_classes_is_not_drawn(tmp_path):
 
 def test_supervised_training_on_boxes_labels_and_grades(tmp_path):
     box = {"image": "a.png", "query": "it", "bbox": [1, 2, 20, 30]}
-    read(tmp_path, RECORD, GRADED, box)
+    read_records(tmp_path, RECORD, GRADED, box)
     flags = ["--data", str(tmp_path / "train.jsonl"), "--val", str(tmp_path / "train.jsonl"), "--steps", "1"]
     words = run(train_sft, *flags, "--batch-size", "3", "--workers", "0", "--out", str(tmp_path / "a"))
     assert all(f"{task}: " in words for task in ("box", "label", "grade"))

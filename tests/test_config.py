@@ -137,6 +137,10 @@ REFUSED = {
         EVAL,
     ),
     "norms of answers that are there": (["--write-norms=", "--predictions=p"], "--write-norms asks a policy", EVAL),
+    "weights of what is evaluated": (["--val=b.jsonl,a.jsonl=2"], "--val a.jsonl=2: a weight is for data to train on"),
+    "weights of a data set to evaluate": (["--data=phantoms=.5"], "--data phantoms=0.5: a weight is for data to", EVAL),
+    "weights of a constant": (["--train=a.jsonl=2"], "--train a.jsonl=2: a weight is for data to train on", EVAL),
+    "a weight that is none": (["--val=a.jsonl=x", "--out=x"], "--val a.jsonl=x: behind = stands a weight above 0", SFT),
     "a query of nothing": (["--image=a.png", "--query="], "--query: ", EVAL),
 }
 
@@ -235,7 +239,7 @@ def test_a_hub_name_stays_at_the_commit_that_the_run_began_with(tmp_path, capsys
 
 
 NONE = {
-    GRPO: "micro_batch eval_limit log memory checkpointing advantage knowledge tasks normalise",
+    GRPO: "micro_batch eval_limit log memory checkpointing advantage knowledge tasks normalise judge",
     SFT: "max_tokens knowledge",
 }  # what may have no value
 

@@ -143,7 +143,7 @@ def test_a_task_of_ones_own_reads_its_target_and_leaves_the_rest(folder):
         ({"grade": "3\n"}, r"field 'grade' must be a whole number, not '3\\n' "),
         ({"grade": nested}, r"field 'grade' must be a whole number, not \[\[\[\[*\.\.\."),
         ({"note": None}, "field 'note' must be a non-empty string, not None "),
-        ({"task": "sing"}, "field 'task' is 'sing'; there are box, boxes, label, grade, span, tube, level "),
+        ({"task": "sing"}, "field 'task' is 'sing'; there are box, .*dvc, level "),
     ]:
         path = write(folder, RECORD, mine | changes)
         assert len(read(path, BadRecords(1), tasks=tasks)) == 1

@@ -25,6 +25,11 @@ child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']) 
 print('child', child.pid)
 time.sleep(60)
 """
+LEAVES = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
+print('child', child.pid)
+"""
 
 
 def report(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -74,6 +79,16 @@ def test_a_step_that_outlasts_its_share_is_stopped_with_all_it_started(a_gpu, mo
     assert re.findall(r"==== (\w+) \((\d+) s at most", output) == [("quick", "3"), ("long", "4"), ("good", "4")]
     child = Path("/proc") / re.search(r"child (\d+)", output)[1] / "cmdline"
     assert not child.exists() or not child.read_bytes()  # gone, or dead and not yet waited for
+
+
+def test_a_step_that_has_ended_is_done_whatever_it_leaves_behind(a_gpu, monkeypatch, capsys):
+    steps(monkeypatch, leaves=LEAVES, fails=LEAVES + "sys.exit(3)")
+    code, output, _ = report(capsys, "--budget", "40")
+    assert code == 1 and output.endswith("==== 1 of 2 steps failed: fails (exit code 3)\n")
+    assert float(re.search(r"\(done, (\S+) s\)", output)[1]) < 4
+    for child in re.findall(r"child (\d+)", output):
+        place = Path("/proc") / child / "cmdline"
+        assert not place.exists() or not place.read_bytes()
 
 
 def test_steps_for_which_no_time_is_left_are_named(a_gpu, monkeypatch, capsys):

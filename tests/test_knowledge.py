@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -47,8 +48,6 @@ def test_the_block_tells_of_all_options_wherever_it_stands(folder):
     assert (sample.query, sample.knowledge) == (f"{ASKED}\n{BLOCK}", BLOCK)
     (sample,) = samples(folder, "FILE:at=before")
     assert sample.query == f"{BLOCK}\n{ASKED}"
-    (sample,) = samples(folder, "FILE:lines=shuffled")
-    assert sample.knowledge == "Knowledge:\nnevus: ragged, many colours\nmelanoma: pale\nscar: round and brown"
     (sample,) = samples(folder, "FILE", table={"*": {"x": "y"}, "ham": LINES})  # a dataset's own goes first
     assert sample.knowledge == BLOCK
     (train,), (test,) = (samples(folder, "FILE:used=train", split=split) for split in ("train", "test"))
@@ -58,10 +57,27 @@ def test_the_block_tells_of_all_options_wherever_it_stands(folder):
 def test_the_prompt_does_not_depend_on_the_answer(folder):
     """Whichever option is true, in a file's lines and in a record's own, question and block are the same."""
     own = [RECORD | {"label": label, "knowledge": LINES} for label in LINES]
-    for said in ("FILE", "FILE:lines=shuffled,at=before", "records"):
-        found = samples(folder, said, *own)
+    for said in ("FILE", "FILE:lines=shuffled,at=before", "records", "records:lines=shuffled"):
+        found = [samples(folder, said, record)[0] for record in own]
         assert len({(sample.query, sample.knowledge) for sample in found}) == 1
         assert {sample.target.label for sample in found} == set(LINES)
+
+
+def test_shuffled_lines_are_dealt_anew_for_each_record_and_never_ones_own(folder):
+    """As likely any other's, so no fixed code can be learned; the same in another process, folder and split."""
+    own, count = {f"option {i}": f"line {i}" for i in range(5)}, 1000
+    record = RECORD | {"options": list(own), "label": "option 0", "knowledge": own}
+    for said in ("FILE:lines=shuffled", "records:lines=shuffled"):
+        found = samples(folder, said, *[record] * count, table={"*": own})
+        dealt = Counter(line for sample in found for line in sample.knowledge.splitlines()[1:])
+        assert all(sorted(line[-1] for line in sample.knowledge.splitlines()[1:]) == list("01234") for sample in found)
+        pairs = {f"option {i}: line {j}" for i in range(5) for j in range(5) if i != j}
+        assert dealt.keys() == pairs and max(abs(n - count / 4) for n in dealt.values()) < 70  # 5 stds
+    (folder / "b").mkdir()
+    Image.new("RGB", (30, 40)).save(folder / "b" / "a.png")
+    again = samples(folder / "b", said, *[record] * 9, split="test")
+    assert [sample.query for sample in again] == [sample.query for sample in found[:9]]
+    assert [line[-1] for line in again[0].knowledge.splitlines()[1:]] == list("30142")  # as every process has it
 
 
 def test_each_record_may_bring_its_own_lines_and_boxes_have_none(folder):
@@ -208,7 +224,7 @@ def test_under_a_negative_weight_no_broken_answer_earns_more_than_any_answer():
     valid = torch.tensor([valid for _, valid in SAID])
     yes_or_no, spread = Quartiles(0.0, 1.0, 1.0, 100, zero_one=True), Quartiles(0.1, 0.2, 0.4, 100)
     table = {(key, "task"): yes_or_no, (key, "format"): yes_or_no, (key, "recite"): spread, (key, "thought"): spread}
-    for norms in (None, Norms(table, Normalise(), "norms.json", "")):
+    for norms in (None, Norms(table, Normalise(), "norms.json")):
         for penalty in ("recite", "thought"):
             weights = {"task": 1.0, "format": 1.0, penalty: -0.5}
             parts = {name: part[None] for name, part in rewards(weights).items()}
@@ -218,8 +234,10 @@ def test_under_a_negative_weight_no_broken_answer_earns_more_than_any_answer():
             total = combine(scores, Schedules(["raw"], [key], 10, norms), weights)[0]
             assert total[~valid].max() <= total[valid].min(), (norms, penalty)
             assert all(parts[name].equal(told[name]) for name in told)  # what is logged is what was recited
-            if penalty == "recite":
-                assert (total[~valid] == -0.5).all()
+            most = 3 if penalty == "thought" and norms is None else 1  # the longest thought's words, or a reward's most
+            assert (total[~valid] == -0.5 * most).all()
+            total = combine(scores, Schedules(["raw"], [key], 10, norms), {"task": -1.0})[0]  # the schedule's too
+            assert (total[~valid] == -1.0).all()
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs

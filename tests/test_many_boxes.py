@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from programs import read_records
 
-from data import load_jsonl
 from errors import InputError
 from eval import Original, metrics, score_rows
 from images import Sample
@@ -91,6 +91,12 @@ def test_the_matching_is_that_of_brute_force():
         assert len(matched(table, tau)) == (taken >= tau).sum(1).max()
 
 
+def test_of_the_matchings_with_most_pairs_the_best_one_counts():
+    """Three pairs at the threshold before two that fit perfectly; and of two the one with the larger sum."""
+    assert matched([[1.0, 0.3, 0.0], [0.0, 1.0, 0.3], [0.3, 0.0, 0.0]], 0.3) == [(0, 1), (1, 2), (2, 0)]
+    assert matched([[0.6, 0.9], [0.9, 0.6]], 0.5) == [(0, 1), (1, 0)]
+
+
 def boxes_of(rng, count: int) -> list[tuple[float, ...]]:
     corners = rng.uniform(0, 80, (count, 2))
     return [(x, y, x + w, y + h) for (x, y), (w, h) in zip(corners, rng.uniform(5, 40, (count, 2)), strict=True)]
@@ -137,12 +143,12 @@ def test_other_rewards_are_settings():
     original = Original(Sample(None, "", None, "d", "boxes"), truth)
     texts = ["[[10,20,30,40],[50,60,80,90],[0,0,5,5]]", "[[10,20,30,40]]", "none", "[[10,20,30,36],[50,60,80,90]]"]
     by = {"boxes": [2 / 3, 0.5, 0, 0.9], "boxes:u=f1": [0.8, 2 / 3, 0, 1], "boxes:u=f1,tau=.9": [0.8, 2 / 3, 0, 0.5]}
-    by |= {"boxes:surplus=.1": [2 / 3 - 0.1, 0.5, 0, 0.9]}
+    by |= {"boxes:surplus=.1": [2 / 3 - 0.1, 0.5, 0, 0.9], "boxes:surplus=.9": [0, 0.5, 0, 0.9]}  # never below 0
     for said, expected in by.items():
         configure([said], {"boxes"})
         scores = TASK.score(texts, [original] * 4)
         assert scores.u.tolist() == pytest.approx(expected), said
-        assert scores.parts["f1"][0] == pytest.approx(0.8)
+        assert scores.parts["f1"].tolist() == pytest.approx([0.8, 2 / 3, 0, 0.5 if "tau" in said else 1])
     configure(None, set())
     with pytest.raises(InputError, match="surplus must be a number from 0 to 1"):
         configure(["boxes:surplus=2"], {"boxes"})
@@ -208,15 +214,8 @@ def test_matches_are_cocos(tmp_path):
 RECORD = {"image": "a.png", "task": "boxes", "query": "the cell", "boxes": [[1, 2, 10, 20], [5, 6, 25, 30]]}
 
 
-def read(folder, *records: dict) -> list[Sample]:
-    Image.new("RGB", (30, 40)).save(folder / "a.png")
-    file = folder / "train.jsonl"
-    file.write_text("\n".join(map(json.dumps, records)))
-    return load_jsonl(file, TASKS)
-
-
 def test_records_answers_and_pictures_of_several_boxes_or_none(tmp_path):
-    several, none = read(tmp_path, RECORD, RECORD | {"boxes": []})
+    several, none = read_records(tmp_path, RECORD, RECORD | {"boxes": []})
     assert several.target == [(1.0, 2.0, 10.0, 20.0), (5.0, 6.0, 25.0, 30.0)] and none.target == []
     assert several.query == none.query  # whether there is something to find is not told
     for style in ("answer", "think", "qwen"):
@@ -246,7 +245,7 @@ def test_records_answers_and_pictures_of_several_boxes_or_none(tmp_path):
 )
 def test_a_record_that_is_wrong_is_one_sentence(boxes, words, tmp_path):
     with pytest.raises(InputError, match=f"train.jsonl:1: {words}"):
-        read(tmp_path, RECORD | {"boxes": boxes})
+        read_records(tmp_path, RECORD | {"boxes": boxes})
 
 
 def test_long_answers_take_little_time():

@@ -16,12 +16,13 @@ import ranks
 import train_grpo
 from data import first_of_each, load_samples, parts_of, phantom_samples
 from errors import InputError
-from norms import LEAST, Normalise, Norms, Quartiles, fingerprint, logistic, read_alike, read_norms, rows_of, split
+from norms import ASKED, LEAST, Normalise, Norms, Quartiles, fingerprint, logistic, read_alike, read_norms, rows_of
 from rewards import Schedules, combine, group_advantage
 from rollout import GroupScores
 from runtime.metrics import key_metrics
 from runtime.run import by_dataset
 from runtime.stream import Mixture, Sampler, sampler_of
+from settings import behind_file
 from tasks import TASKS
 from weights import NANO
 
@@ -35,7 +36,7 @@ TABLE = {
 
 
 def norms(said: str = "", table: dict | None = None) -> Norms:
-    return Norms(dict(TABLE if table is None else table), split(f"n.json:{said}")[1], "n.json", "0" * 64)
+    return Norms(dict(TABLE if table is None else table), behind_file(f"n.json:{said}", "", Normalise)[1], "n.json")
 
 
 # --------------------------------------------------------------------------------------------------------------- norms
@@ -70,12 +71,15 @@ def test_answers_that_cannot_be_read_earn_exactly_0_and_zero_one_rewards_stay():
     assert found[0].tolist() == [pytest.approx(0.5), 0.0] and found[1, 0] == pytest.approx(0.5)
     assert 0.99 < found[1, 1] < 1
     assert found.dtype == torch.float32
+    found = norms("k=2,min_iqr=.5").apply("task", torch.tensor([[0.7]]), valid[:1, :1], [EASY])
+    assert found.item() == pytest.approx(1 / (1 + np.exp(-2 * 0.1 / 0.5)))
     raw = norms().apply("format", torch.tensor([[1.0, 1.0], [0.0, 1.0]]), valid, [EASY, HARD])
     assert raw.tolist() == [[1.0, 0.0], [0.0, 1.0]]
-    said = norms().check([EASY, HARD], ["task", "format"])
+    said = norms().check([(key, term) for key in (EASY, HARD) for term in ("task", "format")])
     assert said == ["not normalised, since it was 0 or 1 throughout: easy/box: format, hard/box: format"]
-    with pytest.raises(InputError, match="no quartiles of the reward 'recite' for dataset 'easy', task 'box'; it has"):
-        norms().check([EASY], ["recite"])
+    with pytest.raises(InputError, match="no quartiles of .* 'recite' for dataset 'easy', task 'box'") as caught:
+        norms("", {(("d" * 90, f"{i}"), "task"): TABLE[EASY, "task"] for i in range(999)}).check([(EASY, "recite")])
+    assert len(str(caught.value)) < 400
 
 
 def test_a_refresh_takes_the_quartiles_of_its_own_steps_and_resumes_in_the_middle():
@@ -97,6 +101,7 @@ def test_a_refresh_takes_the_quartiles_of_its_own_steps_and_resumes_in_the_middl
     last = torch.cat([u[:3] for u in steps[3:6]])
     assert whole.table[EASY, "task"] == Quartiles.of(last.flatten().tolist())
     assert whole.table[HARD, "task"] == TABLE[HARD, "task"] and 3 * 8 < LEAST  # 24 answers are too few
+    assert whole.table[EASY, "task"].invalid is None  # not known, and not 0
     assert whole.table[EASY, "format"].zero_one and frozen.table == TABLE
 
 
@@ -104,8 +109,8 @@ def test_a_reward_that_was_0_or_1_for_a_while_is_normalised_once_it_is_neither()
     """A hard dataset begins with nothing but zeros, and a policy may fall back there."""
     table = {(HARD, "task"): Quartiles(0.0, 0.0, 0.0, 100, 0.0, True)}
     made = norms("refresh=1", table)
-    for u, zero_one in ((torch.rand(4, 8), False), (torch.zeros(4, 8), True), (torch.rand(4, 8), False)):
-        made.observe([HARD] * 4, {"task": u})
+    for u, zero_one in ((torch.rand(3, 10), False), (torch.zeros(3, 10), True), (torch.rand(3, 10), False)):
+        made.observe([HARD] * 3, {"task": u})  # of LEAST answers
         assert made.table[HARD, "task"].zero_one == zero_one
 
 
@@ -125,12 +130,12 @@ def test_other_settings_and_quartiles_too_close_are_said():
     made = norms("", table)
     made.made_by = {"samples": 4, "temperature": 1.0, "prompt": "answer", "model": "m"}
     run = {"temperature": 0.9, "prompt": "answer", "tasks": []}
-    assert made.check([EASY, HARD], ["task"], run) == [
+    assert made.check([(EASY, "task"), (HARD, "task")], run) == [
         "min_iqr 0.02 stands for p75 - p25, which is smaller: hard/box: task",
         "warning: --normalise n.json is of answers under other settings: temperature 1.0, here 0.9",
     ]
     made.made_by["samples"] = 0  # greedy
-    assert made.check([EASY], ["task"], run) == []
+    assert made.check([(EASY, "task")], run) == []
 
 
 def test_a_file_that_is_another_on_one_rank_is_refused_on_all(tmp_path, monkeypatch):
@@ -145,7 +150,6 @@ def test_a_file_that_is_another_on_one_rank_is_refused_on_all(tmp_path, monkeypa
 def test_a_state_of_another_file_or_run_is_refused():
     state = norms("refresh=3").state_dict()
     for changes, words in (
-        ({"sha256": "1" * 64}, "n.json is not the file that the run began with"),
         ({"steps": 3}, "steps must be from 0 to 3"),
         ({"steps": -1}, "steps must be from 0"),
         ({"seen": [["easy", "box", "task"]]}, "seen must be a list of"),
@@ -162,7 +166,7 @@ def test_a_state_of_another_file_or_run_is_refused():
     norms("refresh=3").load_state_dict(state | {"table": other}, "t")
     with pytest.raises(InputError, match="its table is not that of n.json, and without refresh it stays"):
         norms().load_state_dict(state | {"table": other}, "t")
-    with pytest.raises(InputError, match="must hold sha256, steps, table and seen, not None"):
+    with pytest.raises(InputError, match="must hold steps, table and seen, not None"):
         norms().load_state_dict(None, "t")
 
 
@@ -202,6 +206,19 @@ def test_norms_of_this_model_are_read_and_of_any_if_that_is_said(tmp_path):
     assert found.table == TABLE and found.settings == Normalise(k=2.0, refresh=9, model="any")
 
 
+def test_a_policy_is_known_by_its_weights_alone(tmp_path):
+    """Those of every shard, whatever else lies in its folder."""
+
+    def known(**files: bytes) -> str:
+        for name, content in files.items():
+            (tmp_path / f"{name}.safetensors").write_bytes(content)
+        return fingerprint(tmp_path)
+
+    first = known(model_1=b"ab", model_2=b"c")
+    assert known(optimizer=b"x") == first and known(model_2=b"d") != first != known(model_1=b"a", model_2=b"bc")
+    assert known(model_1=b"ab", model_2=b"c") == first
+
+
 # ------------------------------------------------------------------------------------------------- combine, advantage
 
 
@@ -212,12 +229,14 @@ def scores(u: torch.Tensor, keys: list, **parts: torch.Tensor) -> GroupScores:
 
 
 def test_rewards_are_normalised_before_they_are_added_and_u_is_observed_raw():
-    u, form = torch.tensor([[0.6, 0.7], [0.12, 0.2]]), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    u, form = torch.tensor([[0.6, 0.7, 0.4], [0.12, 0.2, 0.5]]), torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
     made = Schedules(["raw"], [EASY, HARD], 10, norms("refresh=1"))
     step = scores(u, [EASY, HARD], format=form)
     reward = combine(step, made, {"task": 2.0, "format": 0.5})
-    sigmoid = torch.tensor([[0.0, 3 * 0.1 / 0.3], [0.0, 3 * 0.08 / 0.15]]).sigmoid()
+    sigmoid = torch.tensor([[0.0, 3 * 0.1 / 0.3, -3 * 0.2 / 0.3], [0.0, 3 * 0.08 / 0.15, 3 * 0.38 / 0.15]]).sigmoid()
     torch.testing.assert_close(reward, 2 * sigmoid + 0.5 * form)
+    alike = [kernels.group_advantage(term, "std") for term in (sigmoid, form)]
+    torch.testing.assert_close(combine(step, made, {"task": 2.0, "format": 0.5}, "gdpo"), 2 * alike[0] + 0.5 * alike[1])
     assert torch.equal(step.parts["task"], u)
     plain = combine(scores(u, [EASY, HARD], format=form), Schedules(["raw"], [EASY, HARD], 10), {"task": 2.0})
     torch.testing.assert_close(plain, 2 * u)
@@ -259,6 +278,7 @@ def test_the_batch_s_spread_is_that_of_all_rewards_and_flat_groups_are_0():
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
     assert (found[3] == 0).all() and (group_advantage(torch.full((3, 4), 0.3), "batch") == 0).all()
     assert group_advantage(torch.rand(0, 8), "batch").shape == (0, 8)
+    assert group_advantage(torch.ones(1, 1), "batch").item() == 0.0
     order = torch.randperm(6)
     torch.testing.assert_close(group_advantage(reward[order], "batch"), found[order])
 
@@ -310,7 +330,12 @@ def test_every_run_of_places_has_its_shares_and_every_dataset_its_permutations()
     again = Mixture(datasets, {"a": 1.0, "b": 2.0, "c": 1.0}, 16, 3)
     assert again.take(1000, 50) == drawn[1000:1050] and again.take(10, 5) == drawn[10:15]  # from anywhere
     assert [again.take(k, 1)[0] for k in range(1, 400, 2)] == drawn[1:400:2]  # as a rank takes its own
-    assert Mixture(datasets, {"a": 1.0, "b": 2.0, "c": 1.0}, 16, 4).take(0, 40) != drawn[:40]
+    other = Mixture(datasets, {"a": 1.0, "b": 2.0, "c": 1.0}, 16, 4).take(0, 40)  # of another seed: others' turns too
+    assert [datasets[i] for i in other] != owners[:40].tolist()
+    twins = Mixture(["a"] * 50 + ["b"] * 50, {"a": 1.0, "b": 1.0}, 16, 3).take(0, 120)
+    first, second = ([i % 50 for i in twins if i // 50 == own][:50] for own in (0, 1))
+    assert first != second and sorted(first) == sorted(second)  # of one size, and not in one order
+    assert Mixture(["a", "b"], {"a": 0.1, "b": 0.2}, 2, 0).bounds[-1] == 1.0
 
 
 def test_data_says_what_weighs_how_much(tmp_path):
@@ -359,7 +384,9 @@ def test_norms_are_those_of_the_sampled_answers(tmp_path):
     said = write_norms(tmp_path, "--data", "phantoms:xray", "--limit", "8", "--samples", "4")
     assert re.search(r"quartiles of phantoms-xray/box/task: 0\.\d+ 0\.\d+ 0\.\d+, n 32, cannot be read \d", said)
     content = json.loads((tmp_path / "n.json").read_text())
-    assert content["made_by"]["model"] == fingerprint(NANO) and content["made_by"]["samples"] == 4
+    assert content["made_by"]["model"] == fingerprint(NANO)
+    made_by = {name: content["made_by"][name] for name in ("samples", *ASKED)}
+    assert made_by == dict(samples=4, prompt="answer", temperature=1.0, max_tokens=24, knowledge=None)
     rows = {row["reward"]: row for row in content["table"]}
     assert rows["task"]["n"] == 32 and rows["format"]["zero_one"] and not rows["task"]["zero_one"]
     greedy = [json.loads(line)["u"] for line in (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()]
@@ -409,6 +436,9 @@ def test_a_mixture_with_norms_resumes_bit_by_bit_in_the_middle_of_a_refresh(tmp_
         np.mean([row["advantage_share/phantoms-xray/box"] for row in part]) for part in (straight[:2], straight[-2:])
     )
     assert f"share of |A| {first:.3f} -> {last:.3f} (means of 2 steps)" in words[0] and "share of |A|" in said
+    (tmp_path / "n.json").write_text((tmp_path / "n.json").read_text() + " ")
+    words = run(train_grpo, "--resume", "--out", str(tmp_path / "b"), "--steps", "5", expect=2)
+    assert "refresh=3 is not the file that the run began with; restore it" in words
     row, ends = straight[-1], [f"phantoms-{kind}/box" for kind in ("xray", "ultrasound")]
     assert sum(row[f"advantage_share/{end}"] for end in ends) == pytest.approx(1)
     counts = [row[f"groups/{end}"] for end in ends]
@@ -425,6 +455,11 @@ def test_rewards_that_are_0_or_1_and_other_files_are_refused(tmp_path):
     flags = small(tmp_path / "o", tmp_path / "t.jsonl")
     assert "--normalise is for --schedule raw" in run(train_grpo, *flags, "--normalise", "n.json", expect=2)
     words = run(train_grpo, *flags, "--normalise", "gone.json", "--schedule", "raw", expect=2)
-    assert "gone.json" in words
+    assert "gone.json: does not exist" in words
+    table = {(("other", "box"), "task"): TABLE[EASY, "task"]}  # of another policy, whose weights no estimate reads
+    (tmp_path / "n.json").write_text(json.dumps({"made_by": {"model": "any"}, "table": rows_of(table)}))
+    for norms, words in (("gone.json", "gone.json: does not exist"), ("n.json", "no quartiles of the reward 'task'")):
+        asked = [*flags, "--normalise", str(tmp_path / norms), "--schedule", "raw", "--estimate"]
+        assert words in run(train_grpo, *asked, expect=2)
     words = run(train_grpo, *flags, "--combine", "gdpo", expect=2)
     assert "--combine gdpo changes nothing beside --rewards task=1: only one counts" in words

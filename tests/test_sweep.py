@@ -203,7 +203,8 @@ def test_a_variable_that_is_not_set_is_said_before_the_first_run(folder, monkeyp
 
 @pytest.mark.parametrize("name", [file.name for file in sorted(EXPERIMENTS.glob("*.toml"))])
 def test_the_grids_of_the_repository_ask_only_for_flags_that_exist(name, monkeypatch, tmp_path):
-    monkeypatch.setenv("ISIC", str(tmp_path))
+    for folder in ("ISIC", "BCCD", "FRACATLAS"):
+        monkeypatch.setenv(folder, str(tmp_path))
     grid = Grid(EXPERIMENTS / name)
     asked = {}  # one of each row's seeds is enough
     for run in grid.runs.values():
@@ -211,7 +212,7 @@ def test_the_grids_of_the_repository_ask_only_for_flags_that_exist(name, monkeyp
     for run in asked.values():
         if run.program == "train_grpo.py":  # variants that were deleted stay in the grids, for their recorded results
             args = config.parse(run.program, run.expanded(tmp_path)[1:])  # what would change nothing ends it too
-            assert (args.steps, args.schedule) == (run.flags["steps"], [run.flags["schedule"]])
+            assert (args.steps, args.schedule) == (run.flags["steps"], [run.flags.get("schedule", "medloc")])
 
 
 def test_recorded_recipes_mean_todays_runs():

@@ -22,7 +22,7 @@ import rollout
 import train_grpo
 import train_sft
 from data import BadRecords, load_samples, phantom_samples
-from images import load
+from images import Sample, load
 from model import Policy, collate
 from prompts import Processor
 from rewards import Schedules
@@ -30,6 +30,7 @@ from runtime.stream import Sampler, Stream, uniforms
 from scheduler import MedLoc, Schedule
 from tasks import TASKS
 from tasks.box import parse_box
+from tasks.boxes import parse_boxes
 from weights import NANO, load_policy
 
 WHOLE = ("--save-every", "3", "--schedule", "medloc:window=4,tau_start=.1")
@@ -500,6 +501,36 @@ def test_coarse_boxes_keep_the_place_and_lose_the_size():
     assert np.abs(centres.mean(0)).max() < 0.5 and centres.std() == pytest.approx(4.4, abs=0.3)
     edge = np.array([train_sft.coarse_box((0, 0, 20, 100), 100, 100, rng, coarse) for _ in range(1000)])
     assert edge.min() >= 0 and edge.max() <= 100 and (edge[:, 2:] > edge[:, :2]).all()
+
+
+def test_several_coarse_boxes_are_valid_answers_and_sometimes_one_less_or_more():
+    """Counts by the shares that are said; what is kept lies where it was; every answer can be read."""
+    rng, coarse, task = np.random.Generator(np.random.PCG64(0)), train_sft.Coarse(), TASKS["boxes"]
+    far = [(0.0, 0.0, 12.0, 20.0), (100.0, 100.0, 140.0, 139.0), (60.0, 5.0, 80.0, 20.0)]
+    for boxes in ([], far[:1], far):
+        counts = Counter()
+        for _ in range(3000):
+            coarsened = train_sft.coarse_boxes(boxes, 140, 140, rng, coarse)
+            found, reason = parse_boxes(task.answer(coarsened, (1.0, 1.0), "answer", ""))
+            assert reason == "" and len(found) == len(coarsened)
+            assert all(0 <= x1 < x2 <= 140 and 0 <= y1 < y2 <= 140 for x1, y1, x2, y2 in found)
+            counts[len(found) - len(boxes)] += 1
+        both = coarse.missed * coarse.invented if boxes else 0
+        expected = {1: coarse.invented - both, -1: coarse.missed - both if boxes else 0}
+        assert all(counts[k] / 3000 == pytest.approx(share, abs=0.03) for k, share in expected.items())
+    exact = train_sft.Coarse(0, 0, 0, missed=0, invented=0)
+    assert train_sft.coarse_boxes(far, 140, 140, rng, exact) == far
+    # As the trainer asks for them: in the model's frame, others at every step, the same at the same one.
+    prompt = SimpleNamespace(
+        sample=Sample(None, "it", far, "d", "boxes"), target=far, scale=(2.0, 0.5), grid=(1, 20, 5)
+    )
+    asked = prompt, SimpleNamespace(style="answer", image_config=SimpleNamespace(patch_size=14))
+    settings = train_sft.Sft(9, 9, 9, 1e-3, 9, seed=0)
+    plain = train_sft.answer_of(*asked, settings, 0, 0)
+    assert plain == task.answer(far, (2.0, 0.5), "answer", "it")
+    assert plain == train_sft.answer_of(*asked, replace(settings, coarse=exact), 0, 0)
+    said = [train_sft.answer_of(*asked, replace(settings, coarse=coarse), step, 0) for step in (0, 1, 2, 0)]
+    assert len(set(said)) == 3 and said[0] == said[3] and all(not parse_boxes(text)[1] for text in said)
 
 
 def test_sft_learns(records, tmp_path):  # noqa: F811
