@@ -15,7 +15,7 @@ import tasks
 from data import BadRecords, load_jsonl, load_samples
 from errors import InputError
 from eval import metrics, score_rows
-from images import load, mark
+from images import load, load_frames, mark
 from judge import ASPECTS, Judge, Lexicon
 from norms import Quartiles
 from rewards import Schedules, combine, paid_by, places, read_weights
@@ -141,6 +141,13 @@ def test_a_region_is_drawn_green_before_anyone_looks(tmp_path):
     ys, xs = np.nonzero(green)
     assert (xs.min(), ys.min(), xs.max(), ys.max()) == (19, 9, 50, 40)  # a pixel around it: 60 / 60
     assert not green[10:40, 20:50].any() and (pixels[10:40, 20:50] == 90).all() and sample.mark == (0, (20, 10, 50, 40))
+    for name in "ab":
+        Image.new("RGB", (120, 90), "gray").save(tmp_path / f"{name}.png")
+    clip = {"task": "caption", "kind": "rc", "query": "what is in the box?", "references": ["dark"], "fps": 1.0}
+    clip |= {"frames": ["a.png", "b.png"], "region": {"bbox": [20, 10, 50, 40], "frame": 1}}
+    (tmp_path / "clip.jsonl").write_text(json.dumps(clip))
+    first, second = map(np.asarray, load_frames(load_jsonl(tmp_path / "clip.jsonl", TASKS)[0]))
+    assert (first == first[0, 0]).all() and second[20, 19].tolist() == [0, 255, 0]
     large = Image.new("RGB", (1000, 480))
     mark(large, (100.0, 100.0, 200.0, 200.0))
     assert large.getpixel((92, 150)) == (0, 255, 0) != large.getpixel((100, 150)) and large.getpixel((91, 150)) == (
