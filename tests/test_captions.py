@@ -2,6 +2,7 @@
 the leaderboard's rule; how a caption's two terms are paid beside other tasks."""
 
 import json
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -129,6 +130,13 @@ def test_rows_have_every_score_and_name_their_judge(tmp_path):
     TASKS["caption"].judge.terms = {}
     with pytest.raises(InputError, match="2 of 2 answers have no verdict .the lexicon has no term of the reference"):
         metrics(score_rows(prompts, ["a small round lesion", "a large round lesion, not lobed", ""]))
+
+
+@pytest.mark.parametrize("text", ["1-2:" + " " * 20_000, "1" + "\t" * 20_000 + "x", "1-2 " + "\u3000" * 20_000])
+def test_events_are_read_in_linear_time(text):
+    started = time.process_time()
+    assert TASKS["dvc"].read_answer(text) == (None, "no event")
+    assert time.process_time() - started < 2
 
 
 def test_a_region_is_drawn_green_before_anyone_looks(tmp_path):
