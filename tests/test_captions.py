@@ -301,6 +301,7 @@ def test_grades_are_paid_by_distance_and_measured_by_both_rules():
     rows = score_rows([prompt(target, "cvs")] * 4, texts)
     assert [row["u"] for row in rows] == pytest.approx([1, (0.0625 + 2) / 3, 0, (0.25 + 0.25 + 1) / 3])
     found = metrics(rows)
+    assert TASKS["cvs"].forgiving("two structures: 12, cystic plate: 1", ("Two structures", "Cystic plate")) == [0, 1]
     assert found["level"] == 0.5 and found["level_paper"] == 0.75  # sums 1, 3, unread as 0, 1: poor fair poor poor
     assert found["aspect_accuracy"] == pytest.approx((3 + 2 + 0 + 1) / 12, abs=1e-6) and found["all_right"] == 0.25
     assert found["mae"] == pytest.approx((0 + 2 + 6 + 2) / 12, abs=1e-6) and found["left_out_by_paper"] == 0
