@@ -175,7 +175,7 @@ SFT = {
         lr=Flag(5e-4, "learning rate; 1e-5 suits a 3B policy", float, 0, 10**4),
         warmup=whole(50, "steps of linear warm-up"),
         max_tokens=whole(None, "of an answer in evaluations", most=10**6),
-        coarse=switch("jittered, inflated boxes"),
+        coarse=switch("jittered, inflated boxes; of captions with slots mostly the first option"),
         coarse_shift=Flag(0.22, "std of the centre's shift, in box sizes", float, 0, 10),  # exp() of 10 is large
         coarse_scale=Flag(0.8, "mean of the log of the size factor", float, -10, 10),
         coarse_spread=Flag(0.35, "std of the log of the size factor", float, 0, 10),

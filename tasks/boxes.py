@@ -100,7 +100,7 @@ class BoxesTask(Task):
         "think": "Please provide the bounding box coordinates of every region this phrase describes: {query}. First "
         "output the thinking process in <think> </think> tags and then output the final answer in <answer> </answer> "
         "tags. Output the final answer in JSON format, or none if there is no such region.",
-        "qwen": "Locate every {query}, output the bbox coordinates using JSON format.",
+        "qwen": "Locate all that this phrase describes: {query}. Output the bbox coordinates using JSON format.",
     }
 
     def read(self, record: Record) -> list[Box]:

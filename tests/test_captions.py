@@ -26,6 +26,7 @@ from tasks.dense import Events
 from tasks.grades import Grades
 from tasks.label import Choice
 from text import TfIdf, chrf, tokens
+from train_sft import FIRST, coarse_caption
 
 
 @pytest.fixture(autouse=True)
@@ -444,3 +445,18 @@ def test_what_a_caption_of_a_phantom_says_is_seen():
         assert sum(is_so for _, is_so in sorted(pairs)[-true:]) >= 0.75 * true, name
     samples = load_samples("phantoms:captions", TASKS, 0, "test")
     assert len({s.target.references for s in samples}) == 48 and {len(s.target.slots) for s in samples} == {5}
+
+
+def test_a_coarse_caption_has_a_habit_and_stays_in_its_grammar():
+    sample = load_samples("phantoms:captions", TASKS, 0, "test")[0]
+    grammar, counts = phantom_tasks.SLOTS, np.zeros(5)
+    target = sample.target._replace(references=(phantom_tasks.SENTENCE.format(*(o[-1] for o in grammar)),))
+    for i in range(400):
+        (said,) = coarse_caption(target, np.random.default_rng(i)).references
+        words = said.split()
+        chosen = [words[1], words[2], words[3], words[-2], words[-1]]
+        assert phantom_tasks.SENTENCE.format(*chosen) == said
+        counts += [word == options[0] for word, options in zip(chosen, grammar, strict=True)]
+    assert np.abs(counts / 400 - FIRST).max() < 0.1
+    first = target._replace(references=(phantom_tasks.SENTENCE.format(*(o[0] for o in grammar)),))
+    assert coarse_caption(first, np.random.default_rng(0)) == first
