@@ -138,6 +138,8 @@ def load_frames(sample: Sample) -> list[Image.Image]:
                     f"frame {i + 1} of {len(frames)} is {frame.width}x{frame.height}, but all must be as large as the "
                     "first was when its record was read; leave them as they are during a run"
                 )
+    if sample.mark:
+        mark(frames[sample.mark[0]], sample.mark[1])
     return frames
 
 

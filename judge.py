@@ -46,7 +46,8 @@ What the reference does not say earns nothing. With several references, take the
 
 Reply with exactly these {count} lines and nothing else:
 {form}"""
-LINE = re.compile(rf"^\W*({'|'.join(ASPECTS)})\W+([1-5](?:\.\d+)?)(?:\s*/\s*5)?\W*$", re.IGNORECASE | re.MULTILINE)
+NAME = rf"^[^\w\n]*({'|'.join(ASPECTS)})"  # \W would take quadratic time over a reply of empty lines
+LINE = re.compile(NAME + r"\W+([1-5](?:\.\d+)?)(?:\s*/\s*5)?\W*$", re.IGNORECASE | re.MULTILINE)
 MOST_FAILED = 0.2  # of a step's answers, or an evaluation's, without a verdict: beyond that the run stops
 Verdict = dict[str, float]  # aspect -> 1 .. 5; those that the judge can say something of, at least one
 

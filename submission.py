@@ -48,4 +48,6 @@ def write(file: str, samples: list[Sample], rows: list[dict]) -> None:
     for sample, row in zip(samples, rows, strict=True):
         told = answer_text(row["text"]).strip() if row["reason"] else TASKS[sample.task].told(row)
         entries.append({"id": sample.extra["id"], "qa_type": sample.extra["qa_type"], "prediction": told})
-    Path(file).write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    Path(file).write_text(
+        json.dumps(entries, indent=2) + "\n", encoding="utf-8"
+    )  # ASCII: an id may hold half a character

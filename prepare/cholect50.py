@@ -10,6 +10,7 @@ has no tube in that window; most videos have no boxes at all. Both are counted.
 Splits are the ones of the set's paper (--val and --test make new ones, by video).
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,17 @@ NO_INSTRUMENT = ("null_instrument", "no_instrument")
 def names_of(table: dict, kind: str) -> dict[int, str]:
     """Number -> name of a category."""
     values = table.get(kind)
-    if not isinstance(values, dict) or not all(str(k).lstrip("-").isdecimal() for k in values):
+    if not isinstance(values, dict) or not all(re.fullmatch(r"-?\d{1,9}", k) for k in values):
         raise InputError(f"field 'categories': {kind!r} must map numbers to names, not {short(values)}; restore it")
     return {int(number): str(name) for number, name in values.items()}
 
 
 def row_of(row: Any, where: str) -> list[float]:
-    if not isinstance(row, list) or len(row) != LENGTH or not all(type(v) in (int, float) for v in row):
+    if (
+        not isinstance(row, list)
+        or len(row) != LENGTH
+        or not all(type(v) in (int, float) and abs(v) < 1e9 for v in row)
+    ):
         raise InputError(f"{where}: a row must be {LENGTH} numbers, not {short(row)}; restore it")
     return row
 
@@ -49,7 +54,7 @@ def video(path: Path, frames: Path, args, report: Report) -> list[Take]:
     annotations = values.get("annotations")
     if not isinstance(table, dict) or not isinstance(annotations, dict) or not annotations:
         raise InputError("fields 'categories' and 'annotations' must be objects; restore it")
-    if not all(key.isdecimal() for key in annotations):
+    if not all(re.fullmatch(r"\d{1,6}", key) for key in annotations):
         raise InputError(f"field 'annotations': {short(list(annotations))} are no frames; restore it")
     names = {kind: names_of(table, kind) for kind in ("instrument", "verb", "target", "phase")}
     seconds: dict[str, dict[str, list[int]]] = {"acts": {}, "phase": {}}
@@ -73,7 +78,7 @@ def video(path: Path, frames: Path, args, report: Report) -> list[Take]:
             verb, target = (names[k].get(int(row[i]), NO_VERB[0]) for k, i in (("verb", VERB), ("target", TARGET)))
             if verb not in NO_VERB and target not in NO_VERB:
                 acts.add(f"the {layout.words(tool)} {layout.words(verb)} the {layout.words(target)}")
-        for act in acts:
+        for act in sorted(acts):  # a set's order is another one in every process
             seconds["acts"].setdefault(act, []).append(second)
         for tool, found in instances.items():
             only = next(iter(found)) if len(found) == 1 else None

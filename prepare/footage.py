@@ -148,7 +148,7 @@ def checked(path: Path, takes: list[Take], args, report: Report) -> tuple[list[T
     """Write a file of those that the loader takes; -> them, and their samples."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(as_written(take, args), ensure_ascii=False) + "\n" for take in takes]
-    path.write_text("".join(lines), encoding="utf-8")
+    path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")  # half a character as JSON escapes it
     bad, samples = BadRecords(len(takes)), []
     try:
         samples = load_jsonl(path, TASKS, bad, outside=True, clip=getattr(args, "clip_boxes", False))
@@ -164,7 +164,7 @@ def checked(path: Path, takes: list[Take], args, report: Report) -> tuple[list[T
         if where in bad.clipped:
             report.note("clipped at the picture's edge (--clip-boxes)", take.source)
         kept.append((take, line))
-    path.write_text("".join(line for _, line in kept), encoding="utf-8")
+    path.write_text("".join(line for _, line in kept), encoding="utf-8", errors="backslashreplace")
     return [take for take, _ in kept], samples
 
 

@@ -61,6 +61,7 @@ def media(folder: Path, trial: str, window: footage.Seconds, args) -> dict:
     if (film := folder / "video" / f"{name}.avi").is_file():
         return {"video": film, "fps": args.fps, "start": start, "end": end}
     files = layout.files_below(folder / "video" / name, *layout.PICTURES)
+    files.sort(key=lambda file: (len(file.name), file.name))  # 2.png before 10.png
     if not files:
         raise InputError(f"neither {film} nor a folder of its frames is there; unpack the video archives")
     count = math.ceil((end - start) * args.fps - 1e-6)  # as of a film

@@ -10,6 +10,7 @@ fewer of its folders. Records without an answer, as of the test set, go to quest
 --submission takes. A video, by its metadata's video_id, stays in one split.
 """
 
+import os
 import re
 from collections.abc import Callable
 from functools import partial
@@ -73,6 +74,8 @@ def spans(record: dict, told: str | None, seconds: float, note: Callable) -> dic
 
 def tube(record: dict, told: str | None, seconds: float, note: Callable) -> dict:
     """stg -> the fields of a tube; without an answer, the seconds that the question names."""
+    if len(infos(record)) > 1:
+        note("of several objects in 'struc_info' the first was taken")
     for info in infos(record)[:1]:
         boxes = info.get("bbox_dict", info)
         if not isinstance(boxes, dict):
@@ -94,7 +97,7 @@ def tube(record: dict, told: str | None, seconds: float, note: Callable) -> dict
     if not asked:
         raise InputError("has no answer, and its question does not say at which seconds: from A to B, every N seconds")
     start, end, every = float(asked[1]), float(asked[2]), float(asked[3] or 1)
-    if not 0 < every or (end - start) / every > 1000:
+    if not 0 < every or not (end - start) / every <= 1000:  # NaN is refused too
         raise InputError(f"its question asks for too many seconds: {short(asked[0])}")
     return {
         "task": "tube",
@@ -137,9 +140,9 @@ def frames_below(home: Path, names: list) -> list[Path]:
     if not names or not all(isinstance(name, str) for name in names):
         raise InputError(f"field 'video' must be a list of frames, not {short(names)}")
     paths = [PurePosixPath(name.replace("\\", "/")) for name in names]
-    parts = [[p for p in path.parts if p not in ("/", "..")] for path in paths]
+    parts = [[p for p in path.parts if p not in (path.root, "..")] for path in paths]  # a root may be // too
     for skipped in range(len(parts[0])):
-        if (home / Path(*parts[0][skipped:])).is_file():
+        if os.path.isfile(home / Path(*parts[0][skipped:])):  # unlike Path.is_file, False for a name that is too long
             return [home / Path(*some[skipped:]) for some in parts]
     raise InputError(f"field 'video': {one_line(names[0])} is not below {home}; name the frames' folder by --images")
 
@@ -158,7 +161,7 @@ def take(record: Any, where: str, split: str, home: Path, report: Report) -> Tak
     if not isinstance(record, dict):
         raise InputError(f"must be an object, not {short(record)}")
     kind = record.get("qa_type")
-    if kind not in CONVERTERS:
+    if not isinstance(kind, str) or kind not in CONVERTERS:
         raise InputError(f"field 'qa_type' is {short(kind)}; there are {', '.join(CONVERTERS)}")
     if CONVERTERS[kind] is None:
         report.note(f"left out, there is no task for {kind}", where)

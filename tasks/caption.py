@@ -216,7 +216,7 @@ def texts_of(value: Any, record: Record, field: str, name: str = "") -> tuple[st
 
 def read_region(record: Record) -> tuple[int, tuple[float, float, float, float]]:
     """ "region": {"bbox": [x1, y1, x2, y2], "frame": 0} -> (frame, box in the original frame)."""
-    value, frames = record["region"], len(record.fields.get("frames", [None]))
+    value, frames = record["region"], round(record.seconds * record.fields["fps"]) if record.seconds else 1
     require(
         isinstance(value, dict) and {"bbox"} <= value.keys() <= {"bbox", "frame"}, record, "region", "{bbox, frame?}"
     )

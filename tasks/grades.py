@@ -185,5 +185,7 @@ class CvsTask(GradesTask):
         return sum(grades)
 
     def forgiving(self, text: str, aspects: Sequence[str]) -> list[int]:
-        found = {name: int(number) for name, number, _ in graded(aspects).findall(plain(text)) if number in "012"}
+        found = {
+            name: int(number) for name, number, _ in graded(aspects).findall(plain(text)) if number in ("0", "1", "2")
+        }
         return [found.get(plain(aspect), 0) for aspect in aspects]

@@ -44,11 +44,12 @@ _NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?|nan|inf(?:inity)?"
 TIME = rf"(?<![\w.:])([+-]?(?:{_CLOCK}|{_NUMBER}))(?: ?(?:seconds?|secs?|s|秒))?(?!\.?\w|:\d| ?(?:%|min|frame))"
 _TO = r" ?(?:-|~|to|until|till|到|至) ?"
 _Q = "[\"']?"
+_NAMED = r"(?:[ _]\w{1,20})?"  # start_time; no longer, or start_start_start_ would take quadratic time
 _PAIR = re.compile(
     "|".join(
         (
             rf"between {TIME} and {TIME}",
-            rf"start(?:[ _]\w+)?{_Q} ?[:=] ?{_Q}{TIME}{_Q}[ ,;]*{_Q}end(?:[ _]\w+)?{_Q} ?[:=] ?{_Q}{TIME}",
+            rf"start{_NAMED}{_Q} ?[:=] ?{_Q}{TIME}{_Q}[ ,;]*{_Q}end{_NAMED}{_Q} ?[:=] ?{_Q}{TIME}",
             rf"[\[(] ?{_Q}{TIME}{_Q} ?, ?{_Q}{TIME}{_Q} ?[\])]",
             rf"{TIME}{_Q}{_TO}{_Q}{TIME}",
         )

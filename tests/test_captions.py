@@ -2,6 +2,7 @@
 the leaderboard's rule; how a caption's two terms are paid beside other tasks."""
 
 import json
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ import tasks
 from data import BadRecords, load_jsonl, load_samples
 from errors import InputError
 from eval import metrics, score_rows
-from images import load, mark
+from images import load, load_frames, mark
 from judge import ASPECTS, Judge, Lexicon
 from norms import Quartiles
 from rewards import Schedules, combine, paid_by, places, read_weights
@@ -132,6 +133,13 @@ def test_rows_have_every_score_and_name_their_judge(tmp_path):
         metrics(score_rows(prompts, ["a small round lesion", "a large round lesion, not lobed", ""]))
 
 
+@pytest.mark.parametrize("text", ["1-2:" + " " * 20_000, "1" + "\t" * 20_000 + "x", "1-2 " + "\u3000" * 20_000])
+def test_events_are_read_in_linear_time(text):
+    started = time.process_time()
+    assert TASKS["dvc"].read_answer(text) == (None, "no event")
+    assert time.process_time() - started < 2
+
+
 def test_a_region_is_drawn_green_before_anyone_looks(tmp_path):
     file = records(
         tmp_path, {"task": "caption", "kind": "rc", "references": ["dark"], "region": {"bbox": [20, 10, 50, 40]}}
@@ -142,6 +150,13 @@ def test_a_region_is_drawn_green_before_anyone_looks(tmp_path):
     ys, xs = np.nonzero(green)
     assert (xs.min(), ys.min(), xs.max(), ys.max()) == (19, 9, 50, 40)  # a pixel around it: 60 / 60
     assert not green[10:40, 20:50].any() and (pixels[10:40, 20:50] == 90).all() and sample.mark == (0, (20, 10, 50, 40))
+    for name in "ab":
+        Image.new("RGB", (120, 90), "gray").save(tmp_path / f"{name}.png")
+    clip = {"task": "caption", "kind": "rc", "query": "what is in the box?", "references": ["dark"], "fps": 1.0}
+    clip |= {"frames": ["a.png", "b.png"], "region": {"bbox": [20, 10, 50, 40], "frame": 1}}
+    (tmp_path / "clip.jsonl").write_text(json.dumps(clip))
+    first, second = map(np.asarray, load_frames(load_jsonl(tmp_path / "clip.jsonl", TASKS)[0]))
+    assert (first == first[0, 0]).all() and second[20, 19].tolist() == [0, 255, 0]
     large = Image.new("RGB", (1000, 480))
     mark(large, (100.0, 100.0, 200.0, 200.0))
     assert large.getpixel((92, 150)) == (0, 255, 0) != large.getpixel((100, 150)) and large.getpixel((91, 150)) == (
@@ -287,6 +302,7 @@ def test_grades_are_paid_by_distance_and_measured_by_both_rules():
     rows = score_rows([prompt(target, "cvs")] * 4, texts)
     assert [row["u"] for row in rows] == pytest.approx([1, (0.0625 + 2) / 3, 0, (0.25 + 0.25 + 1) / 3])
     found = metrics(rows)
+    assert TASKS["cvs"].forgiving("two structures: 12, cystic plate: 1", ("Two structures", "Cystic plate")) == [0, 1]
     assert found["level"] == 0.5 and found["level_paper"] == 0.75  # sums 1, 3, unread as 0, 1: poor fair poor poor
     assert found["aspect_accuracy"] == pytest.approx((3 + 2 + 0 + 1) / 12, abs=1e-6) and found["all_right"] == 0.25
     assert found["mae"] == pytest.approx((0 + 2 + 6 + 2) / 12, abs=1e-6) and found["left_out_by_paper"] == 0

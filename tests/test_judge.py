@@ -10,6 +10,7 @@ import pytest
 
 import endpoint
 import errors
+from endpoint import Again
 from errors import InputError
 from judge import ASPECTS, Item, Lexicon, check_verdict, prompt, read_judge, read_reply, worth
 
@@ -229,6 +230,14 @@ def test_a_flag_that_is_wrong_is_a_sentence_that_repeats_no_key(monkeypatch):
 @pytest.mark.parametrize("text", ["**Terminology**: 4/5\n- anatomy = 3\nSPECIFICITY: 2\ncontext - 1\naction: 4.5"])
 def test_replies_are_read_tolerantly(text):
     assert list(read_reply(text).values()) == [4, 3, 2, 1, 4.5] == list(check_verdict(read_reply(text)).values())
+
+
+@pytest.mark.parametrize("text", ["\n" * 20_000, "terminology" + " " * 20_000 + "?", ("*" * 200 + "\n") * 200])
+def test_a_reply_that_never_ends_is_read_in_linear_time(text):
+    started = time.process_time()
+    with pytest.raises(Again, match="does not give each aspect once"):
+        read_reply(text)
+    assert time.process_time() - started < 2
 
 
 def test_an_answer_cannot_leave_its_string():

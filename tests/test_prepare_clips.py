@@ -2,6 +2,7 @@
 eval.py --submission makes of answers to MedVidBench."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from layouts import picture, run
@@ -57,7 +58,11 @@ def test_medvidbench_as_released(tmp_path):
         ),
         row("tal", {"spans": [{"start": "0", "end": "1.5"}]}, None, input_video_start_frame=None),
         row("tal", [], "0.5-1.0, 1.5-2.0 seconds.", name="vid2"),
-        row("stg", [{"object": "hook", "start": 0, "end": 1, "stride": 1, "bbox_dict": BOXES}], "?"),
+        row(
+            "stg",
+            [{"object": "hook", "start": 0, "end": 1, "stride": 1, "bbox_dict": BOXES}, {"object": "clipper"}],
+            "?",
+        ),
         row("stg", BOXES, "?"),
         row("stg", [], "0.0 seconds: [1,2,30,40] 1.0 seconds: [5,6,25,30]"),
         *others,
@@ -67,6 +72,7 @@ def test_medvidbench_as_released(tmp_path):
         f"there is no task for {r['qa_type']}: 1 (MedVidU_train.json record" in said for r in others
     )
     assert "a span was cut at the clip's end: 1 (MedVidU_train.json record 1)" in said
+    assert "of several objects in 'struc_info' the first was taken: 1 (MedVidU_train.json record 4)" in said
     spans, tubes = records(tmp_path / "span-train.jsonl"), records(tmp_path / "tube-train.jsonl")
     assert [r["segments"] for r in spans] == [[[0.5, 1.0], [1.2, 2.0]], [[0.0, 1.5]], [[0.5, 1.0], [1.5, 2.0]]]
     assert [{t: list(map(int, box)) for t, box in r["tube"].items()} for r in tubes] == [BOXES] * 3
@@ -94,6 +100,13 @@ def test_medvidbench_as_released(tmp_path):
         (row("stg", {"hook": [1, 2, 7, 40]}, None), "are no seconds"),
         (row("stg", [], None), "has no answer, and its question does not say at which seconds"),
         (row("stg", 5, None), "field 'struc_info' must hold objects, not 5"),
+        (row(["tal"], [], "1-2"), "field 'qa_type' is ['tal']; there are tal"),
+        (
+            row("stg", [], None, question=f"from {'9' * 400} to {'9' * 400} seconds, every second"),
+            "for too many seconds",
+        ),
+        (row("tal", [], "0-1", name="x" * 300), "is not below"),
+        (row("tal", [], "0-1", question="half \ud800"), "holds half a surrogate pair"),
         ({"qa_type": "tal"}, "field 'metadata' must be an object, not None"),
         ("x", "must be an object, not 'x'"),
     ],
@@ -108,6 +121,17 @@ def test_a_row_of_medvidbench_that_is_bad(tmp_path, bad, words):
     assert "left out: " in said and len(records(tmp_path / "span-train.jsonl")) == 1
 
 
+def test_frames_lie_below_their_folder_whatever_their_names_say(tmp_path):
+    """A root of two slashes is one too."""
+    picture(outside := tmp_path / "secret.png")
+    (home := tmp_path / "home").mkdir()
+    for name in (f"/{outside}", f"{outside}", "../secret.png", "a/../../secret.png"):
+        with pytest.raises(InputError, match="is not below"):
+            medvidbench.frames_below(home, [name])
+    picture(home / "secret.png")
+    assert medvidbench.frames_below(home, [f"/{outside}"] * 2) == [home / "secret.png"] * 2
+
+
 def test_questions_without_answers_go_to_the_leaderboard(tmp_path):
     """The test set has no answers: training refuses what comes of it, eval.py --submission answers it."""
     ask = "<video>\nTrack the hook from 0.0 to 1.0 seconds, predicting its location every 0.5 seconds."
@@ -119,7 +143,7 @@ def test_questions_without_answers_go_to_the_leaderboard(tmp_path):
         name="cleaned_test_data.json",
     )
     rows = json.loads((tmp_path / "cleaned_test_data.json").read_text())
-    rows[1]["id"] = "own&&1&&2&&3"
+    rows[1]["id"] = "own\ud800&&1&&2&&3"
     rows[2]["metadata"] = {"fps": "2.0", "video_id": "vid2", "start_frame": 7, "end_frame": 9}
     (tmp_path / "cleaned_test_data.json").write_text(json.dumps(rows))
     run(medvidbench, *flags)
@@ -143,7 +167,7 @@ def test_questions_without_answers_go_to_the_leaderboard(tmp_path):
     said = run(evaluation, *argv[1:])
     assert json.loads((out / "s.json").read_text()) == [
         {"id": "vid1&&30&&90&&2.0", "qa_type": "tal", "prediction": "0.5-1.0 seconds."},
-        {"id": "own&&1&&2&&3", "qa_type": "stg", "prediction": "0.0 seconds: [1,2,30,40]"},
+        {"id": "own\ud800&&1&&2&&3", "qa_type": "stg", "prediction": "0.0 seconds: [1,2,30,40]"},
         {"id": "vid2&&7&&9&&2.0", "qa_type": "tal", "prediction": "no idea"},
         {"id": "x", "qa_type": "stg", "prediction": "0.0 seconds: [0,0,20,10]"},
     ]
@@ -216,6 +240,11 @@ def test_cholect50(tmp_path):
     said = run(cholect50, "--source", tmp_path, "--overwrite", expect=2)
     assert "labels/VID02.json: field 'annotations', frame 0: a row must be 15 numbers" in said
     assert "left out: " in run(cholect50, "--source", tmp_path, "--overwrite", "--skip-bad", 1)
+    for key, one in (("0", float("nan")), ("0", float("inf")), ("9" * 12, 0), ("9" * 5000, 0)):
+        cholec(tmp_path, 2, {key: [seen(phase=one)]}, 1)
+        said = run(cholect50, "--source", tmp_path, "--overwrite", expect=2)
+        assert "a row must be 15 numbers" in said or "are no frames; restore it" in said
+    cholec(tmp_path, 2, {"0": [seen()[:14]]}, 1)
     (tmp_path / "videos" / "VID01" / "000004.png").unlink()
     assert "frames[4]'" in run(cholect50, "--source", tmp_path, "--overwrite", "--skip-bad", 1, expect=2)
 
@@ -249,6 +278,26 @@ def test_jigsaws(tmp_path):
     assert "Suturing_D001_capture1.avi nor a folder" in run(
         jigsaws, "--source", tmp_path, "--overwrite", "--skip-bad", 1, expect=2
     )
+
+
+def test_frames_are_counted_by_their_numbers(tmp_path):
+    """Written by hand, names may not be padded."""
+    for i in range(60):
+        picture(tmp_path / "video" / "T_capture1" / f"frame{i}.png")
+    found = jigsaws.media(tmp_path, "T", (0.0, 2.0), SimpleNamespace(camera=1, fps=5))
+    assert [file.name for file in found["frames"]] == [f"frame{i}.png" for i in range(0, 60, 6)]
+
+
+def test_what_happens_at_once_is_in_one_order(tmp_path):
+    """Not that of a set, which is another one in every process."""
+    cholec(tmp_path, 1, {"0": [seen(tool, 1, 0, 1) for tool in range(8)], "1": [seen()]}, 2)
+    file = tmp_path / "labels" / "VID01.json"
+    table = json.loads(file.read_text())
+    table["categories"]["instrument"] = {str(i): f"tool{i}" for i in range(8)}
+    file.write_text(json.dumps(table))
+    run(cholect50, "--source", tmp_path)
+    asked = [r["query"] for r in records(tmp_path / "span-train.jsonl") if "tool" in r["query"]]
+    assert asked == [f"when does the tool{i} retract the cystic plate?" for i in range(8)]
 
 
 def test_windows_lose_nothing():
