@@ -1,8 +1,8 @@
 """Records -> samples: JSONL and phantoms, each line read strictly, its picture's header with it.
 
 TWO FRAMES, and every box here says which one it is in:
-  original  pixels of the image as displayed (after EXIF rotation), before any resizing: records, Sample and
-  Prompt.target model     pixels of the resized image that the policy sees: boxes in prompts and answers
+  original  pixels of the image as displayed (after EXIF rotation), before any resizing: records, Sample, Prompt.target
+  model     pixels of the resized image that the policy sees: boxes in prompts and answers
 Boxes are (x1, y1, x2, y2), half-open (x2 = last column + 1). Prompt.scale = original pixels per model pixel.
 
 A record names its task (default: box), which reads the target from it (tasks/); fields that nobody asks for stay in

@@ -54,7 +54,11 @@ class Told:
         self.evaluation = self.tried(read_object, out / "eval.json") or {}
         if not (self.run.rows or self.evaluation or "arguments" in self.config):  # a checkpoint has a config.json too
             raise InputError(f"{one_line(out)} holds no run: name a folder that train_grpo.py wrote (its --out)")
-        self.asked = self.config.get("arguments", {})
+        for field in ("arguments", "versions"):
+            if not isinstance(self.config.setdefault(field, {}), dict):
+                self.notes.append(f"{out}/config.json: field {field!r} is not as train_grpo.py writes it")
+                self.config[field] = {}
+        self.asked = self.config["arguments"]
         self.done = max((row["step"] for row in self.run.rows), default=0)
         self.parts = plot.by_key(self.run) if self.run.rows else []  # one of each dataset and task
         self.read_pictures("sheet", 2)
@@ -106,6 +110,9 @@ def left_out(told: Told) -> list[str]:
         found.append("--clip-boxes: how many boxes were cut was said on the terminal only")
     for saved in checkpoints(told.out)[-1:] * bool(told.asked.get("skip_bad")):
         bad = (told.tried(read_object, saved / "trainer.json") or {}).get("bad", {})
+        if not isinstance(bad, dict):
+            found.append(f"{saved}/trainer.json: field 'bad' is not as train_grpo.py writes it")
+            continue
         found += [f"{len(bad)} records were left out (--skip-bad)", *map(str, bad.values())]
     return found
 

@@ -105,7 +105,7 @@ def tube(record: dict, told: str | None, seconds: float, note: Callable) -> dict
     }
 
 
-CONVERTERS: dict[str, Callable | None] = {  # qa_type -> its converter; None: there is no task for it yet
+CONVERTERS: dict[str, Callable | None] = {  # qa_type -> its converter; None: not converted
     "tal": spans,
     "stg": tube,
     "next_action": None,
@@ -157,14 +157,14 @@ def identity(record: dict, metadata: dict, fps: str) -> str:
 
 
 def take(record: Any, where: str, split: str, home: Path, report: Report) -> Take | None:
-    """The record of a row; None if there is no task for it."""
+    """The record of a row; None if its kind is not converted."""
     if not isinstance(record, dict):
         raise InputError(f"must be an object, not {short(record)}")
     kind = record.get("qa_type")
     if not isinstance(kind, str) or kind not in CONVERTERS:
         raise InputError(f"field 'qa_type' is {short(kind)}; there are {', '.join(CONVERTERS)}")
     if CONVERTERS[kind] is None:
-        report.note(f"left out, there is no task for {kind}", where)
+        report.note(f"left out, {kind} is not converted", where)
         return None
     metadata = part(record, "metadata", dict, "an object")
     fps, video = str(metadata.get("fps")), part(metadata, "video_id", str, "a text")

@@ -22,6 +22,7 @@ from judge import Item, worth
 from prompts import Prompt
 from tasks.boxes import assign, f1
 from tasks.caption import MOST, CaptionTask, Likeness, filled, in_style, judged, made, rounded
+from tasks.span import SLACK, second
 from tasks.task import Scores, Task, answer_text, require
 from text import soda, temporal_iou, tokens
 
@@ -60,6 +61,9 @@ class DenseTask(CaptionTask):
             times = event[:2] if isinstance(event, list) and len(event) == 3 else []
             if [type(t) in (int, float) and 0 <= t < 1e7 for t in times] != [True, True] or times[1] <= times[0]:
                 raise InputError(f"field '{field}[{i}]' must be [start, end, caption] in seconds, not {short(event)}")
+            if record.seconds is not None and times[1] > record.seconds + SLACK:
+                clip = f"the clip of {second(record.seconds)} seconds; mend it or fps"
+                raise InputError(f"field '{field}[{i}]' {short(event)} ends behind {clip}")
             events.append((float(times[0]), float(times[1]), check_text(event[2], f"{field}[{i}][2]")))
         return Events(tuple(sorted(events)))
 

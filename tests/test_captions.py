@@ -133,6 +133,15 @@ def test_rows_have_every_score_and_name_their_judge(tmp_path):
         metrics(score_rows(prompts, ["a small round lesion", "a large round lesion, not lobed", ""]))
 
 
+def test_an_event_behind_its_clip_is_refused(tmp_path):
+    for name in "ab":
+        Image.new("RGB", (120, 90)).save(tmp_path / f"{name}.png")
+    dense = {"frames": ["a.png", "b.png"], "fps": 1.0, "task": "dvc", "query": "what?", "events": [[0, 2.5, "cuts"]]}
+    (tmp_path / "dense.jsonl").write_text(json.dumps(dense))
+    with pytest.raises(InputError, match=r"'events\[0\]' \[0, 2.5, 'cuts'\] ends behind the clip of 2.0 seconds"):
+        load_jsonl(tmp_path / "dense.jsonl", TASKS)
+
+
 @pytest.mark.parametrize("text", ["1-2:" + " " * 20_000, "1" + "\t" * 20_000 + "x", "1-2 " + "\u3000" * 20_000])
 def test_events_are_read_in_linear_time(text):
     started = time.process_time()

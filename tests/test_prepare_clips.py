@@ -69,7 +69,7 @@ def test_medvidbench_as_released(tmp_path):
     )
     said = run(medvidbench, *flags, "--overlay", tmp_path / "sheet.png")
     assert len(others) == 9 and all(
-        f"there is no task for {r['qa_type']}: 1 (MedVidU_train.json record" in said for r in others
+        f"left out, {r['qa_type']} is not converted: 1 (MedVidU_train.json record" in said for r in others
     )
     assert "a span was cut at the clip's end: 1 (MedVidU_train.json record 1)" in said
     assert "of several objects in 'struc_info' the first was taken: 1 (MedVidU_train.json record 4)" in said

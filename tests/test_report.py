@@ -232,6 +232,8 @@ BROKEN = {  # file, what it holds instead (None: it is gone), what the page says
     "cut off": ("metrics.jsonl", FIRST + '{"st', "metrics.jsonl:2: cut off, left out", False),
     "stopped": ("metrics.jsonl", FIRST, "Not at its end: 1 of 6 steps are in metrics.jsonl", False),
     "config gone": ("config.json", None, "Not at its end: 6 of an unknown number of steps", False),
+    "flags odd": ("config.json", '{"arguments": [1]}', "field 'arguments' is not as train_grpo.py writes it", False),
+    "versions odd": ("config.json", '{"arguments": {}, "versions": 1}', "field 'versions' is not as", False),
     "eval gone": ("eval.json", None, "There is no evaluation yet.", True),
     "eval cut off": ("eval.json", '{"start": ', "eval.json: is not valid JSON", True),
     "eval odd": ("eval.json", '{"start": [1]}', "eval.json is not as train_grpo.py writes it (", True),
