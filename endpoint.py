@@ -89,6 +89,8 @@ class Endpoint:
         if self.key and not re.fullmatch(r"[!-~]+", self.key):
             raise InputError(f"--judge: the key in ${calls.key} has blanks or characters that no header may hold")
         near = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")  # no proxy can know what is meant by these
+        if self.key and not near and urlsplit(url).scheme == "http":
+            raise InputError("--judge: to another machine the key would go in clear by http://; use https://")
         self.open = urllib.request.build_opener(Unmoved, *[urllib.request.ProxyHandler({})] * near).open
         self.known = read_cache(folder, read_saved)
         self.file = None

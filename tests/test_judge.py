@@ -204,6 +204,7 @@ def test_too_many_without_a_verdict_end_the_run():
 
 def test_a_flag_that_is_wrong_is_a_sentence_that_repeats_no_key(monkeypatch):
     monkeypatch.setenv("BLANK", "a b")
+    monkeypatch.setenv("WHOLE", "s3cret-of-a-test")
     for text, words in (
         (f"http://a/v1:model=m,key={KEY}", "key= must be the NAME of an environment variable"),
         (f"http://a/v1:model=m,api_key={KEY}", "'api_key' is none of its settings; it has model, key, timeout"),
@@ -212,6 +213,7 @@ def test_a_flag_that_is_wrong_is_a_sentence_that_repeats_no_key(monkeypatch):
         (f"http://a/v1?key={KEY}:model=m", "the endpoint must be"),
         (f"http://a/v1:{KEY}", "model=NAME is needed"),
         (KEY, "--judge must be lexicon:FILE.json, or http://"),
+        ("http://a/v1:model=m,key=WHOLE", "the key would go in clear"),
         ("http://a/v1:model=m,key=BLANK", r"the key in \$BLANK has blanks"),
         ("http://a/v1", "model=NAME is needed"),
         ("http://:8000/v1:model=m", "the endpoint must be"),
