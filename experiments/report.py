@@ -247,7 +247,7 @@ def png(image: Image.Image) -> bytes:
 def fit(pictures: list[Picture], room: int) -> None:
     """Scale down those that take more than their share of `room` bytes; what small ones leave goes to the others."""
     for i, one in enumerate(sorted(pictures, key=lambda one: len(one.data))):
-        share, said, image = room // (len(pictures) - i), one.caption, Image.open(io.BytesIO(one.data))
+        share, said, image = room // (len(pictures) - i), one.caption, Image.open(io.BytesIO(one.data), formats=["PNG"])
         for percent in (100, 75, 50, 35, 25, 15) if len(one.data) > share else ():
             size = [max(1, side * percent // 100) for side in image.size]
             small = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)

@@ -263,5 +263,5 @@ def test_labels_grades_and_boxes_in_one_run_resume_bit_by_bit(folder):
     (folder / "k.json").write_text(json.dumps({"*": LINES | {"0": "A", "1": "b", "2": "c"}}))
     words = run(train_grpo, "--resume", "--out", str(folder / "b"), "--steps", "5", expect=2)
     assert "k.json is not the file that the run began with; restore it, or start a new run" in words
-    words = run(train_grpo, *small(folder / "c", folder / "train.jsonl"), "--tasks", "span", expect=2)
-    assert "--tasks: there is no 'span'" in words
+    words = run(train_grpo, *small(folder / "c", folder / "train.jsonl"), "--tasks", "sing", expect=2)
+    assert "--tasks: there is no 'sing'" in words

@@ -24,14 +24,17 @@ import errors
 from data import load_jsonl
 from prepare import (
     busi,
+    cholect50,
     classes,
     coco,
     common,
     ham10000,
+    jigsaws,
     labels,
     layout,
     masks,
     medmnist,
+    medvidbench,
     nano,
     queries,
     tn3k,
@@ -440,7 +443,24 @@ def test_the_overlay_shows_the_boxes(tmp_path):
 
 
 def test_the_commands_of_the_data_page_and_of_the_scripts_have_flags_that_exist(monkeypatch):
-    scripts = busi, classes, coco, ham10000, labels, masks, medmnist, nano, queries, tn3k, vlm_r1, voc, yolo
+    scripts = (
+        busi,
+        cholect50,
+        classes,
+        coco,
+        ham10000,
+        jigsaws,
+        labels,
+        masks,
+        medmnist,
+        medvidbench,
+        nano,
+        queries,
+        tn3k,
+        vlm_r1,
+        voc,
+        yolo,
+    )
     scripts = {script.__name__: script for script in scripts}
     parsed, parse = [], errors.Parser.parse_args
     monkeypatch.setattr(errors.Parser, "parse_args", lambda *a: parsed.append(parse(*a)) or sys.exit(7))

@@ -447,7 +447,8 @@ def test_a_step_without_any_spread_is_said_and_changes_nothing(records, tmp_path
 
 def test_metrics_equal_the_definitions():
     us = [0.0, 0.3, 0.5, 0.55, 0.8, 0.95, 1.0]
-    rows = [{"u": u, "dataset": "ab"[i % 2], "task": "box", "reason": "" if u else "no box"} for i, u in enumerate(us)]
+    rows = [{"u": u, "dataset": "ab"[i % 2], "reason": "" if u else "no box"} for i, u in enumerate(us)]
+    rows = [row | {"task": "box", "target": [0.0, 0.0, 9.0, 9.0]} for row in rows]
     result = evaluation.metrics(rows)
     assert result["miou"] == pytest.approx(np.mean(us), abs=1e-6)
     assert result["miou_standard_error"] == pytest.approx(np.std(us, ddof=1) / math.sqrt(7), abs=1e-6)
