@@ -42,6 +42,7 @@ def test_the_bytes_at_the_reference_size():
     assert "| 1.87 GB " in bench.bytes_table() and "| 0.62 " in bench.bytes_table()
 
 
+@pytest.mark.slow
 def test_every_way_of_every_workload_gives_the_same_numbers():
     torch.manual_seed(0)
     loads = bench.workloads("cpu", 5, 37, 8, compile=lambda f: torch.compile(f, backend="eager"))

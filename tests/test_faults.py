@@ -135,7 +135,7 @@ def content(folder: Path) -> tuple[str, str]:
     return (folder / "manifest.json").read_text(), (folder / "trainer.json").read_text()
 
 
-@pytest.mark.parametrize("before", ["nothing", "the same step"])
+@pytest.mark.parametrize("before", [pytest.param("nothing", marks=pytest.mark.slow), "the same step"])
 def test_a_kill_at_any_call_of_a_save_leaves_the_old_or_the_new_checkpoint(before, trained, tmp_path):
     """Of a run's first save; and of one that replaces a checkpoint of the same step while an older one goes."""
 

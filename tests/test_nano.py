@@ -117,6 +117,7 @@ def test_a_coarse_answer_keeps_what_is_seen_and_loses_what_it_is_called():
         assert sample.query.startswith(f"{sample.query.partition(chr(10))[0]}\nOptions: ")
 
 
+@pytest.mark.slow
 def test_the_stages_of_the_second_policy_are_made_and_measured(tmp_path, monkeypatch):
     """Of one step each, on few pictures."""
     monkeypatch.setattr(data, "TEST_PHANTOMS", 2)

@@ -48,6 +48,7 @@ def tiny_qwen(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_papers_recipe_runs_end_to_end(tiny_qwen, records, tmp_path, monkeypatch):  # noqa: F811
     """Think prompt, G = 8, temperature .9, KL to a reference, warm-up, format reward; the vocabulary is the real size.
     A random policy earns nothing, so a reward for length stands in to give it something to learn."""
