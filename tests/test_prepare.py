@@ -13,6 +13,7 @@ import shlex
 import sys
 import time
 from contextlib import redirect_stderr
+from importlib import import_module
 from itertools import permutations
 from pathlib import Path
 
@@ -23,20 +24,11 @@ from PIL import Image
 import errors
 from data import load_jsonl
 from prepare import (
-    busi,
-    cholect50,
-    classes,
     coco,
     common,
     ham10000,
-    jigsaws,
-    labels,
     layout,
     masks,
-    medmnist,
-    medvidbench,
-    nano,
-    queries,
     tn3k,
     vlm_r1,
     voc,
@@ -443,25 +435,8 @@ def test_the_overlay_shows_the_boxes(tmp_path):
 
 
 def test_the_commands_of_the_data_page_and_of_the_scripts_have_flags_that_exist(monkeypatch):
-    scripts = (
-        busi,
-        cholect50,
-        classes,
-        coco,
-        ham10000,
-        jigsaws,
-        labels,
-        masks,
-        medmnist,
-        medvidbench,
-        nano,
-        queries,
-        tn3k,
-        vlm_r1,
-        voc,
-        yolo,
-    )
-    scripts = {script.__name__: script for script in scripts}
+    files = (file for file in (ROOT / "prepare").glob("*.py") if "errors.run(main)" in file.read_text())
+    scripts = {module.__name__: module for module in (import_module(f"prepare.{file.stem}") for file in files)}
     parsed, parse = [], errors.Parser.parse_args
     monkeypatch.setattr(errors.Parser, "parse_args", lambda *a: parsed.append(parse(*a)) or sys.exit(7))
     texts = [(ROOT / "prepare" / "README.md").read_text()] + [script.__doc__ for script in scripts.values()]

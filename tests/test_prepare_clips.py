@@ -30,7 +30,7 @@ def row(qa_type: str, info, answer: str | None, name="vid1", frames=4, question=
     talk = [{"from": "human", "value": question}]
     talk += [{"from": "gpt", "value": answer}] if answer is not None else []
     given = {"fps": "2.0", "video_id": name, "input_video_start_frame": "30", "input_video_end_frame": "90"} | metadata
-    video = [f"/root/data/AVOS/frames/{name}/{i:04d}.png" for i in range(frames)]
+    video = [f"/elsewhere/data/AVOS/frames/{name}/{i:04d}.png" for i in range(frames)]
     rest = {"qa_type": qa_type, "data_source": "AVOS", "struc_info": info, "is_RC": False, "RC_info": {}}
     return {"conversations": talk, "video": video, "metadata": given} | rest
 
@@ -92,7 +92,7 @@ def test_medvidbench_as_released(tmp_path):
         (row("tal", {"spans": [{"start": "x"}]}, None), "is no span with start and end"),
         (row("tal", [], "I cannot tell"), "its answer 'I cannot tell' cannot be read: no span"),
         (row("tal", [], "1-2", fps="fast"), "field 'metadata': 'fps' must be frames per second, not 'fast'"),
-        (row("tal", [], "1-2", name="vid9"), "/root/data/AVOS/frames/vid9/0000.png is not below"),
+        (row("tal", [], "1-2", name="vid9"), "/elsewhere/data/AVOS/frames/vid9/0000.png is not below"),
         (row("tal", [], "1-2", frames=5), "frames[4]' names 'pictures/AVOS/frames/vid1/0004.png', which is not a file"),
         (row("tag", [], "1-2"), "field 'qa_type' is 'tag'; there are tal, stg, next_action"),
         (row("stg", {"0.0": [1, 2, 70, 40]}, None), "reaches outside the 64x48 image"),
